@@ -1,0 +1,71 @@
+# make demo | test | lint | format | test-lowest | wheel | clean
+# Everything lives in .venv and build/. A second run reuses what is there.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+# The oldest transformers the project supports; the newest is the one in .venv.
+LOWEST := 5.19.0
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
+
+.PHONY: setup demo test test-lowest lint format wheel clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMPS)/install
+
+demo: setup
+	$(BIN)/magicpig demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+# The integration once more, on the lowest transformers in front of the one in .venv.
+test-lowest: setup $(STAMPS)/lowest-$(LOWEST)
+	PYTHONPATH=$(VENV)/lowest $(BIN)/python -c \
+	  "import transformers as t; assert t.__version__ == '$(LOWEST)', t.__version__; print('transformers', t.__version__)"
+	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest tests/integrations $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(filter-out CMakeLists.txt,$(NATIVE))
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: setup
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(filter-out CMakeLists.txt,$(NATIVE))
+
+wheel: setup
+	$(PIP) wheel --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -f $(STAMPS)/install
+
+# Each stamp is touched after its step went through, so an interrupted step is done again and a finished one is not.
+$(STAMPS)/venv:
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PIP) install '$(TORCH)'
+	touch $@
+
+$(STAMPS)/build-tools: $(STAMPS)/torch
+	$(PIP) install 'scikit-build-core>=1.1' 'nanobind>=3.1,<4' 'cmake>=3.20' ninja
+	touch $@
+
+$(STAMPS)/install: $(STAMPS)/build-tools pyproject.toml $(NATIVE)
+	$(PIP) install --no-build-isolation --check-build-dependencies --editable '.[dev]' \
+	  -C build-dir=build/dev -C cmake.define.MAGICPIG_EMULATE_BF16=ON
+	touch $@
+
+$(STAMPS)/lowest-$(LOWEST): $(STAMPS)/install
+	rm -rf $(VENV)/lowest
+	$(PIP) install --no-deps --target $(VENV)/lowest transformers==$(LOWEST)
+	touch $@
