@@ -1,0 +1,130 @@
+"""Attention over plain tensors for one step: for researchers, notebooks and tests. Nothing is kept between calls."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from magicpig.config import Config
+from magicpig.decode import attend_stores
+from magicpig.kernels import native, reference
+from magicpig.store import KVStore
+from magicpig.types import StepInfo
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    sampler: Literal["lsh", "full"] = "lsh",
+    K: int = 10,
+    L: int = 150,
+    min_hits: int = 2,
+    seed: int = 0,
+    sinks: int = 4,
+    recent: int = 64,
+    scale: float | None = None,
+    softcap: float | None = None,
+    kernels: Literal["native", "reference"] | None = None,
+) -> tuple[Tensor, Tensor, StepInfo]:
+    """Attention of one new token over N keys, exact (`sampler="full"`) or from a sample (MagicPIG, arXiv 2410.16179).
+
+    query: (B, H, 1, D); keys, values: (B, G, N, D) with H a multiple of G; float32, bfloat16, float16 or float64, CPU.
+    Settings are those of `Config`; scale defaults to 1 / sqrt(D). There is no length below which sampling is left out.
+    kernels: "native", or "reference" for the plain PyTorch specification (the default for float64).
+
+    Returns output (B, H, 1, D) in the query's dtype; lse (B, H), natural log of the (estimated) softmax denominator; and
+    info, whose ids[b][h] are the sampled positions, log_u[b][h] their log inclusion probabilities, and rows (B, G) the
+    number of distinct sampled rows per kv head. The first `sinks` and last `recent` tokens are always read and are in
+    none of them.
+    Raises ValueError on bad shapes, dtypes, devices, settings, and on keys or values that are not finite.
+    """
+    config = Config(
+        sampler=sampler, K=K, L=L, min_hits=min_hits, seed=seed, sinks=sinks, recent=recent, exact_below=0
+    )
+    _check(query, keys, values)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if kernels is None:
+        kernels = "reference" if query.dtype == torch.float64 else "native"
+    if kernels == "reference":
+        return _attend_reference(query, keys, values, config, scale, softcap)
+    if kernels != "native":
+        raise ValueError(f"kernels={kernels!r} is not one of 'native', 'reference'")
+    stores = []
+    for b in range(len(keys)):
+        store = KVStore(keys.shape[1], keys.shape[3], keys.dtype, config, sampled=True)
+        store.append(keys[b], values[b])
+        store.settle()
+        stores.append(store)
+    state, info = attend_stores(query[:, :, 0], stores, scale=scale, softcap=softcap)
+    return state.output[:, :, None], state.lse, info
+
+
+def _attend_reference(
+    query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, StepInfo]:
+    G, H = keys.shape[1], query.shape[1]
+    outputs, lses, rows = [], [], []
+    ids: list[list[Tensor]] = []
+    log_u: list[list[Tensor]] = []
+    for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
+        if config.sampler == "full":
+            state = reference.attend_full(q, k, v, scale=scale, softcap=softcap)
+            ids.append([torch.empty(0, dtype=torch.int64)] * H)
+            log_u.append([torch.empty(0, dtype=torch.float64)] * H)
+        else:
+            state, samples = reference.attend_lsh(
+                q,
+                k,
+                v,
+                K=config.K,
+                L=config.L,
+                min_hits=config.min_hits,
+                seed=config.seed,
+                sinks=config.sinks,
+                recent=config.recent,
+                scale=scale,
+                softcap=softcap,
+            )
+            ids.append([sample.ids for sample in samples])
+            log_u.append([sample.log_u for sample in samples])
+        outputs.append(state.output)
+        lses.append(state.lse)
+        rows.append([torch.cat(group).unique().numel() for group in _groups(ids[-1], G)])
+    info = StepInfo(ids, log_u, torch.tensor(rows, dtype=torch.int64))
+    return torch.stack(outputs)[:, :, None].to(query.dtype), torch.stack(lses), info
+
+
+def _groups(per_head: list[Tensor], G: int) -> list[list[Tensor]]:
+    R = len(per_head) // G
+    return [per_head[g * R : (g + 1) * R] for g in range(G)]
+
+
+def _check(query: Tensor, keys: Tensor, values: Tensor) -> None:
+    for name, x in (("query", query), ("keys", keys), ("values", values)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected four dimensions")
+        if x.dtype not in (*native.DTYPES, torch.float64):
+            raise ValueError(f"{name} has dtype {x.dtype}; allowed: float32, bfloat16, float16, float64")
+        if x.device.type != "cpu":
+            raise ValueError(f"{name} is on {x.device}; attend reads host memory, move it to the cpu")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} and query {query.dtype}; expected the same")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} has entries that are not finite (NaN or inf)")
+    B, H, T, D = query.shape
+    if T != 1:
+        raise ValueError(f"query has shape {tuple(query.shape)}; expected (B, H, 1, D): one step at a time")
+    if keys.shape[0] != B or keys.shape[3] != D or keys.shape[1] < 1 or H % keys.shape[1]:
+        raise ValueError(
+            f"keys has shape {tuple(keys.shape)}; expected ({B}, G, N, {D}) with G dividing the {H} query heads"
+        )
+    if values.shape != keys.shape:
+        raise ValueError(f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape)} as the keys")
+    if keys.shape[2] < 1:
+        raise ValueError("keys is empty; at least one token is needed")

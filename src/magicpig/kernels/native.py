@@ -1,0 +1,350 @@
+"""The compiled verbs, with shapes and dtypes checked once at this border. The C++ behind it trusts its arguments.
+
+Everything here is CPU memory. Axes: B sequences, H query heads, G key/value heads, N tokens, D head dim, K bits, L tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from magicpig.collision import log_inclusion
+from magicpig.kernels import _native
+from magicpig.kernels._native import LshSampler, StoreView
+from magicpig.kernels.hash.reference import make_planes
+from magicpig.types import AttentionState
+
+BLOCK_ROWS: int = _native.BLOCK_ROWS
+SEGMENT_ROWS: int = _native.SEGMENT_ROWS
+MAX_HEAD_DIM: int = _native.MAX_DIM
+MAX_GROUP = 256
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = tuple(_CODES)
+
+isa = _native.isa
+isa_levels = _native.isa_levels
+use_isa = _native.use_isa
+pool = _native.pool
+use_pool = _native.use_pool
+threads = _native.threads
+poison_scratch = _native.poison_scratch
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The kernels' number of a dtype. Raises ValueError for one they do not read."""
+    try:
+        return _CODES[dtype]
+    except KeyError:
+        raise ValueError(f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}") from None
+
+
+def padded(head_dim: int) -> int:
+    """Elements a key or value of `head_dim` takes in a row. Raises ValueError when it is out of range."""
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim={head_dim} is out of range; allowed: 1 to {MAX_HEAD_DIM}")
+    return -(-head_dim // int(_native.LANE)) * int(_native.LANE)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeroed memory straight from the system: touched lazily, in huge pages where it is large. Raises MemoryError."""
+    elements = 1
+    for size in shape:
+        elements *= size
+    memory = torch.from_numpy(_native.allocate(max(1, elements) * dtype.itemsize))
+    return memory[: elements * dtype.itemsize].view(dtype).view(*shape)
+
+
+def stream_read(memory: Tensor) -> None:
+    """Reads a contiguous tensor once on all threads: the floor of any computation over as many bytes."""
+    _native.stream_read(memory.data_ptr(), memory.numel() * memory.element_size())
+
+
+# --- hash -------------------------------------------------------------------------------------------------------------
+
+
+def make_sampler(head_dim: int, K: int, L: int, min_hits: int, seed: int) -> LshSampler:
+    """The packed hash directions of a setting and the table of its inclusion law (collision.py)."""
+    directions = make_planes(head_dim, K, L, seed)
+    law = inclusion_law(K, L, min_hits)
+    return LshSampler(head_dim, K, L, min_hits, directions.data_ptr(), law.data_ptr())
+
+
+def inclusion_law(K: int, L: int, min_hits: int) -> Tensor:
+    """log u on the kernels' axis x = sign(c) (1 - sqrt(1 - |c|)), which is fine where angles change fast: (4097,) float32."""
+    x = torch.linspace(-1.0, 1.0, int(_native.LAW_SIZE) + 1, dtype=torch.float64)
+    x[0] = x[0] + 0.25 * (x[1] - x[0])  # at -1 itself log u is -inf, which cannot be interpolated
+    cosine = x.sign() * (1.0 - (1.0 - x.abs()).square())
+    return log_inclusion(cosine, K, L, min_hits).to(torch.float32)
+
+
+def hash_rows(pieces: Sequence[Tensor], sampler: LshSampler, L: int) -> Tensor:
+    """Codes of consecutive keys.
+
+    pieces: tensors (G, n_i, >= Dp) whose last dimension starts with the zero-padded key; only the row stride may be odd.
+    Returns (G, L, sum n_i) uint16 codes.
+    """
+    heads, total = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces)
+    codes = empty((heads, L, total), torch.uint16)
+    first = 0
+    for piece in pieces:
+        _require(piece.stride(2) == 1, "rows must be contiguous in the last dimension")
+        rows = [piece[g].data_ptr() for g in range(heads)]
+        _native.hash(
+            dtype_code(piece.dtype),
+            min(piece.shape[2], piece.stride(1)),
+            rows,
+            piece.shape[1],
+            piece.stride(1) * piece.element_size(),
+            sampler,
+            codes.data_ptr() + 2 * first,
+            total,
+        )
+        first += piece.shape[1]
+    return codes
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The bucket tables of `count` consecutive keys from position `first` on. Never changed once built.
+
+    offsets: (G, L, 2^K + 1) uint32 bucket starts; ids: (G, L, count) uint16 relative positions, bucket by bucket.
+    """
+
+    offsets: Tensor
+    ids: Tensor
+    first: int
+
+    @property
+    def count(self) -> int:
+        return self.ids.shape[2]
+
+    @property
+    def K(self) -> int:
+        return (self.offsets.shape[2] - 1).bit_length() - 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.offsets.nbytes + self.ids.nbytes
+
+
+def build(codes: Tensor, K: int, first: int) -> Segment:
+    """Sorts the codes (G, L, n <= 65536) uint16 of keys `first` .. into buckets."""
+    G, L, n = codes.shape
+    _require(codes.dtype == torch.uint16 and codes.is_contiguous(), "codes must be contiguous uint16")
+    _require(n <= SEGMENT_ROWS, f"a segment holds at most {SEGMENT_ROWS} keys, got {n}")
+    segment = _empty_segment(G, L, K, n, first)
+    _native.build(codes.data_ptr(), G * L, n, K, segment.offsets.data_ptr(), segment.ids.data_ptr())
+    return segment
+
+
+def extend(a: Segment, b: Segment) -> Segment:
+    """The tables of a's keys followed by b's, equal to building them together."""
+    _require(b.first == a.first + a.count, "b must begin where a ends")
+    _require(a.count + b.count <= SEGMENT_ROWS, f"a segment holds at most {SEGMENT_ROWS} keys")
+    G, L, _ = a.ids.shape
+    out = _empty_segment(G, L, a.K, a.count + b.count, a.first)
+    _native.extend(*_parts(a), *_parts(b), G * L, a.K, out.offsets.data_ptr(), out.ids.data_ptr())
+    return out
+
+
+def shorten(a: Segment, count: int) -> Segment:
+    """The tables of the first `count` keys of a."""
+    _require(0 <= count <= a.count, f"count={count} is out of range; allowed: 0 to {a.count}")
+    G, L, _ = a.ids.shape
+    out = _empty_segment(G, L, a.K, count, a.first)
+    _native.shorten(*_parts(a), count, G * L, a.K, out.offsets.data_ptr(), out.ids.data_ptr())
+    return out
+
+
+def lookup(query_codes: Tensor, segment: Segment, head: int, min_hits: int) -> Tensor:
+    """Positions (S,) int64, ascending, of the keys of one kv head that share >= min_hits of the (L,) uint16 codes."""
+    _require(
+        query_codes.dtype == torch.uint16 and query_codes.is_contiguous(),
+        "query codes must be contiguous uint16",
+    )
+    found = torch.empty(segment.count, dtype=torch.int32)
+    n = _native.lookup(
+        query_codes.data_ptr(),
+        segment.K,
+        segment.ids.shape[1],
+        segment.offsets[head].data_ptr(),
+        segment.ids[head].data_ptr(),
+        segment.first,
+        segment.count,
+        min_hits,
+        found.data_ptr(),
+    )
+    return found[:n].to(torch.int64)
+
+
+def _parts(segment: Segment) -> tuple[int, int, int]:
+    return segment.offsets.data_ptr(), segment.ids.data_ptr(), segment.count
+
+
+def _empty_segment(G: int, L: int, K: int, n: int, first: int) -> Segment:
+    return Segment(empty((G, L, 2**K + 1), torch.uint32), empty((G, L, n), torch.uint16), first)
+
+
+# --- attend -----------------------------------------------------------------------------------------------------------
+
+
+def interleave(keys: Tensor, values: Tensor) -> Tensor:
+    """Rows (n, 2 Dp) = [key | value], zero padded, from keys and values (n, D)."""
+    n, D = keys.shape
+    width = padded(D)
+    rows = torch.zeros(n, 2 * width, dtype=keys.dtype)
+    rows[:, :D] = keys
+    rows[:, width : width + D] = values
+    return rows
+
+
+def attend_rows(
+    query: Tensor, rows: Tensor, *, scale: float, offset: Tensor | None = None, softcap: float = 0.0
+) -> AttentionState:
+    """Exact attention of a group's queries (H, D) over rows (n, 2 Dp): output (H, D) and lse (H,), float32."""
+    lanes = _padded_queries(query, rows)
+    offset = torch.zeros(len(query)) if offset is None else offset.to(torch.float32).contiguous()
+    output, lse = torch.empty_like(lanes), torch.empty(len(query))
+    _native.attend_rows(
+        dtype_code(rows.dtype),
+        lanes.shape[1],
+        rows.data_ptr(),
+        len(rows),
+        len(query),
+        lanes.data_ptr(),
+        offset.data_ptr(),
+        scale,
+        softcap,
+        output.data_ptr(),
+        lse.data_ptr(),
+    )
+    return AttentionState(output[:, : query.shape[1]], lse)
+
+
+def attend(
+    query: Tensor,
+    blocks: Sequence[Tensor],
+    ids: Tensor,
+    log_u: Tensor,
+    *,
+    scale: float,
+    offset: float = 0.0,
+    softcap: float = 0.0,
+) -> AttentionState:
+    """Attention of one query (D,) over sampled rows, each weighted by 1 / u.
+
+    blocks: row blocks (4096, 2 Dp) of which the last may be shorter; ids: (S,) positions; log_u: (S,).
+    """
+    lanes = _padded_queries(query[None], blocks[0])
+    output, lse = torch.empty_like(lanes), torch.empty(1)
+    ids, log_u = ids.to(torch.uint32).contiguous(), log_u.to(torch.float32).contiguous()
+    _native.attend(
+        dtype_code(blocks[0].dtype),
+        lanes.shape[1],
+        [block.data_ptr() for block in blocks],
+        ids.data_ptr(),
+        len(ids),
+        log_u.data_ptr(),
+        lanes.data_ptr(),
+        offset,
+        scale,
+        softcap,
+        output.data_ptr(),
+        lse.data_ptr(),
+    )
+    return AttentionState(output[0, : len(query)], lse[0])
+
+
+def merge(states: Sequence[AttentionState]) -> AttentionState:
+    """Attention over the union of disjoint sets of keys, from float32 states (H, D), (H,) over each."""
+    heads, D = states[0].output.shape
+    width = padded(D)
+    outputs = torch.zeros(len(states), heads, width)
+    outputs[:, :, :D] = torch.stack([state.output for state in states])
+    lses = torch.stack([state.lse for state in states]).to(torch.float32).contiguous()
+    output, lse = torch.empty(heads, width), torch.empty(heads)
+    _native.merge(
+        len(states), heads, width, outputs.data_ptr(), lses.data_ptr(), output.data_ptr(), lse.data_ptr()
+    )
+    return AttentionState(output[:, :D], lse)
+
+
+def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another dtype, through the kernels' own widening and rounding."""
+    out = torch.empty_like(x, dtype=dtype)
+    _native.convert(
+        dtype_code(x.dtype), x.contiguous().data_ptr(), x.numel(), dtype_code(dtype), out.data_ptr()
+    )
+    return out
+
+
+def _padded_queries(query: Tensor, rows: Tensor) -> Tensor:
+    _require(rows.is_contiguous(), "rows must be contiguous")
+    _require(
+        rows.shape[-1] == 2 * padded(query.shape[-1]), "rows and queries disagree about the head dimension"
+    )
+    out = torch.zeros(len(query), padded(query.shape[-1]))
+    out[:, : query.shape[1]] = query
+    return out
+
+
+# --- the fused step ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """output (B, H, D) in the query's dtype, lse (B, H) float32; samples[b * H + h] = (ids, log_u) when asked for."""
+
+    output: Tensor
+    lse: Tensor
+    samples: list[tuple[Tensor, Tensor]]
+
+
+def decode_step(
+    views: list[StoreView],
+    sampler: LshSampler | None,
+    query: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    capture: bool = False,
+) -> StepResult:
+    """One step of one layer: append, hash, look up, attend, merge. Shapes as in decode.decode_step; all contiguous CPU."""
+    B, H, D = query.shape
+    output = torch.empty(B, H, D, dtype=query.dtype)
+    lse = torch.empty(B, H, dtype=torch.float32)
+    samples = _native.decode_step(
+        views,
+        sampler,
+        _CODES[query.dtype],
+        H,
+        query.data_ptr(),
+        0 if keys is None else keys.data_ptr(),
+        0 if values is None else values.data_ptr(),
+        scale,
+        softcap,
+        0 if sink_logits is None else sink_logits.data_ptr(),
+        output.data_ptr(),
+        lse.data_ptr(),
+        capture,
+    )
+    pairs = [
+        (torch.from_numpy(ids).view(torch.int32).to(torch.int64), torch.from_numpy(log_u).view(torch.float32))
+        for ids, log_u in samples
+    ]
+    return StepResult(output, lse, pairs)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

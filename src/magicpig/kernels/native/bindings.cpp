@@ -1,0 +1,310 @@
+// The only file that knows Python. Tensors arrive as addresses: kernels/native.py has checked them.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+
+#include "index.h"
+#include "kernels.h"
+#include "memory.h"
+#include "parallel.h"
+#include "step.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace magicpig;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dtype dtype_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  return static_cast<Dtype>(code);
+}
+
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate_array(size_t bytes) {
+  struct Owner {
+    void* memory;
+    size_t bytes;
+    ~Owner() { release(memory, bytes); }
+  };
+  auto* owner = new Owner{allocate(bytes), bytes};
+  nb::capsule capsule(owner, [](void* p) noexcept { delete static_cast<Owner*>(p); });
+  return {static_cast<uint8_t*>(owner->memory), {bytes}, capsule};
+}
+
+const char* pool_name() {
+  switch (pool()) {
+    case Pool::torch:
+      return "torch";
+    case Pool::std:
+      return "std";
+    case Pool::serial:
+      break;
+  }
+  return "serial";
+}
+
+void use_pool_named(const std::string& name) {
+  if (name == "torch") return use_pool(Pool::torch);
+  if (name == "std") return use_pool(Pool::std);
+  if (name == "serial") return use_pool(Pool::serial);
+  throw std::invalid_argument("pool '" + name + "' is not one of torch, std, serial");
+}
+
+std::vector<std::string> level_names(bool supported_only) {
+  const Level* all = nullptr;
+  std::vector<std::string> names;
+  for (int i = 0, n = levels(&all); i < n; ++i) {
+    if (!supported_only || all[i].supported()) names.emplace_back(all[i].kernels->name);
+  }
+  return names;
+}
+
+// One head's verbs, for tests and study; a decode step runs them fused.
+int64_t lookup(Address query_codes, int K, int L, Address offsets, Address ids, int64_t first, int64_t count,
+               int min_hits, Address found) {
+  std::vector<uint8_t> counters((count + 63) / 64 * 64, 0);
+  const Segment segment{at<const uint32_t>(offsets), at<const uint16_t>(ids), first, static_cast<int32_t>(count)};
+  kernels().count_hits(at<const uint16_t>(query_codes), K, L, segment, min_hits, counters.data());
+  return kernels().collect(counters.data(), count, min_hits, first, at<uint32_t>(found));
+}
+
+void attend(int dtype, int dim, const std::vector<Address>& blocks, Address ids, int64_t count, Address log_u,
+            Address query, float offset, float scale, float softcap, Address output, Address lse) {
+  std::vector<float> lanes(dim), values(dim, 0.0f);
+  const Dtype type = dtype_of(dtype);
+  State state{-std::numeric_limits<float>::infinity(), 0, values.data()};
+  kernels().to_lane_order(type, at<const float>(query), dim, lanes.data());
+  kernels().attend_sample(type, dim, reinterpret_cast<const char* const*>(blocks.data()), at<const uint32_t>(ids),
+                          count, lanes.data(), offset, {scale, softcap}, at<const float>(log_u), nullptr, nullptr,
+                          &state);
+  float* to = at<float>(output);
+  kernels().from_lane_order(type, values.data(), dim, to);
+  for (int d = 0; d < dim; ++d) to[d] = state.sum > 0 ? static_cast<float>(to[d] / state.sum) : 0.0f;
+  *at<float>(lse) = static_cast<float>(state.max + std::log(state.sum));
+}
+
+void attend_rows(int dtype, int dim, Address rows, int64_t count, int heads, Address queries, Address offsets,
+                 float scale, float softcap, Address output, Address lse) {
+  const Dtype type = dtype_of(dtype);
+  std::vector<float> lanes(static_cast<size_t>(heads) * dim), values(static_cast<size_t>(heads) * dim, 0.0f);
+  std::vector<const float*> each(heads);
+  std::vector<State> states(heads);
+  for (int h = 0; h < heads; ++h) {
+    kernels().to_lane_order(type, at<const float>(queries) + static_cast<int64_t>(h) * dim, dim,
+                            lanes.data() + static_cast<int64_t>(h) * dim);
+    each[h] = lanes.data() + static_cast<int64_t>(h) * dim;
+    states[h] = {-std::numeric_limits<float>::infinity(), 0, values.data() + static_cast<int64_t>(h) * dim};
+  }
+  kernels().attend_rows(type, dim, at<const char>(rows), count, heads, each.data(), at<const float>(offsets),
+                        {scale, softcap}, states.data());
+  for (int h = 0; h < heads; ++h) {
+    float* to = at<float>(output) + static_cast<int64_t>(h) * dim;
+    kernels().from_lane_order(type, states[h].values, dim, to);
+    for (int d = 0; d < dim; ++d) to[d] = states[h].sum > 0 ? static_cast<float>(to[d] / states[h].sum) : 0.0f;
+    at<float>(lse)[h] = static_cast<float>(states[h].max + std::log(states[h].sum));
+  }
+}
+
+// Merges (parts, heads, dim) outputs and (parts, heads) lse.
+void merge_states(int parts, int heads, int dim, Address outputs, Address lses, Address output, Address lse) {
+  std::vector<float> values(dim), piece(dim);
+  for (int h = 0; h < heads; ++h) {
+    State total{-std::numeric_limits<float>::infinity(), 0, values.data()};
+    std::fill(values.begin(), values.end(), 0.0f);
+    for (int p = 0; p < parts; ++p) {
+      const int64_t i = static_cast<int64_t>(p) * heads + h;
+      std::copy_n(at<const float>(outputs) + i * dim, dim, piece.begin());
+      kernels().merge(dim, {at<const float>(lses)[i], 1.0, piece.data()}, &total);
+    }
+    float* to = at<float>(output) + static_cast<int64_t>(h) * dim;
+    for (int d = 0; d < dim; ++d) to[d] = total.sum > 0 ? static_cast<float>(values[d] / total.sum) : 0.0f;
+    at<float>(lse)[h] = static_cast<float>(total.max + std::log(total.sum));
+  }
+}
+
+nb::list decode_step(const std::vector<StoreView*>& stores, const LshSampler* sampler, int dtype, int query_heads,
+                     Address query, Address key, Address value, float scale, float softcap, Address sink_logits,
+                     Address output, Address lse, bool capture) {
+  std::vector<HeadSample> samples;
+  Step step{.dtype = dtype_of(dtype),
+            .query_heads = query_heads,
+            .query = at<const void>(query),
+            .key = at<const void>(key),
+            .value = at<const void>(value),
+            .rule = {scale, softcap},
+            .sink_logits = at<const float>(sink_logits),
+            .output = at<void>(output),
+            .lse = at<float>(lse),
+            .capture = capture ? &samples : nullptr};
+  {
+    nb::gil_scoped_release release;
+    decode(stores, sampler, step);
+  }
+  nb::list out;
+  for (const HeadSample& sample : samples) {
+    auto ids = allocate_array(sample.ids.size() * 4), log_u = allocate_array(sample.log_u.size() * 4);
+    std::memcpy(ids.data(), sample.ids.data(), sample.ids.size() * 4);
+    std::memcpy(log_u.data(), sample.log_u.data(), sample.log_u.size() * 4);
+    out.append(nb::make_tuple(ids, log_u));
+  }
+  return out;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+  m.attr("LANE") = kLane;
+  m.attr("MAX_DIM") = kMaxDim;
+  m.attr("BLOCK_ROWS") = kBlockRows;
+  m.attr("SEGMENT_ROWS") = kSegmentRows;
+  m.attr("LAW_SIZE") = kLawSize;
+  m.attr("TILE") = kTileDirections;
+
+  m.def("isa", [] { return kernels().name; });
+  m.def("use_isa", [](const std::string& name) { use_level(name.c_str()); }, "name"_a);
+  m.def("isa_levels", &level_names, "supported_only"_a);
+  m.def("pool", &pool_name);
+  m.def("use_pool", &use_pool_named, "name"_a);
+  m.def("threads", &threads);
+  m.def("poison_scratch", &poison_scratch, "on"_a);
+  m.def("allocate", &allocate_array, "bytes"_a);
+  m.def("stream_read", [](Address memory, size_t bytes) { return stream_read(at<const void>(memory), bytes); },
+        "memory"_a, "bytes"_a, Unlocked());
+
+  m.def(
+      "hash",
+      [](int dtype, int dim, const std::vector<Address>& rows, int64_t count, int64_t row_bytes,
+         const LshSampler& sampler, Address codes, int64_t code_stride) {
+        hash_rows({.dtype = dtype_of(dtype),
+                   .dim = dim,
+                   .heads = static_cast<int>(rows.size()),
+                   .count = count,
+                   .row_bytes = row_bytes,
+                   .rows = reinterpret_cast<const char* const*>(rows.data()),
+                   .directions = sampler.directions(),
+                   .K = sampler.K,
+                   .L = sampler.L,
+                   .code_stride = code_stride},
+                  at<uint16_t>(codes));
+      },
+      "dtype"_a, "dim"_a, "rows"_a, "count"_a, "row_bytes"_a, "sampler"_a, "codes"_a, "code_stride"_a, Unlocked());
+  m.def(
+      "build",
+      [](Address codes, int64_t tables, int64_t count, int K, Address offsets, Address ids) {
+        build(at<const uint16_t>(codes), tables, count, K, at<uint32_t>(offsets), at<uint16_t>(ids));
+      },
+      "codes"_a, "tables"_a, "count"_a, "K"_a, "offsets"_a, "ids"_a, Unlocked());
+  m.def(
+      "extend",
+      [](Address a_offsets, Address a_ids, int64_t a_count, Address b_offsets, Address b_ids, int64_t b_count,
+         int64_t tables, int K, Address offsets, Address ids) {
+        extend({at<const uint32_t>(a_offsets), at<const uint16_t>(a_ids), a_count},
+               {at<const uint32_t>(b_offsets), at<const uint16_t>(b_ids), b_count}, tables, K, at<uint32_t>(offsets),
+               at<uint16_t>(ids));
+      },
+      "a_offsets"_a, "a_ids"_a, "a_count"_a, "b_offsets"_a, "b_ids"_a, "b_count"_a, "tables"_a, "K"_a, "offsets"_a,
+      "ids"_a, Unlocked());
+  m.def(
+      "shorten",
+      [](Address a_offsets, Address a_ids, int64_t a_count, int64_t count, int64_t tables, int K, Address offsets,
+         Address ids) {
+        shorten({at<const uint32_t>(a_offsets), at<const uint16_t>(a_ids), a_count}, count, tables, K,
+                at<uint32_t>(offsets), at<uint16_t>(ids));
+      },
+      "a_offsets"_a, "a_ids"_a, "a_count"_a, "count"_a, "tables"_a, "K"_a, "offsets"_a, "ids"_a, Unlocked());
+  m.def("lookup", &lookup, "query_codes"_a, "K"_a, "L"_a, "offsets"_a, "ids"_a, "first"_a, "count"_a, "min_hits"_a,
+        "found"_a, Unlocked());
+  m.def("attend", &attend, "dtype"_a, "dim"_a, "blocks"_a, "ids"_a, "count"_a, "log_u"_a, "query"_a, "offset"_a,
+        "scale"_a, "softcap"_a, "output"_a, "lse"_a, Unlocked());
+  m.def("attend_rows", &attend_rows, "dtype"_a, "dim"_a, "rows"_a, "count"_a, "heads"_a, "queries"_a, "offsets"_a,
+        "scale"_a, "softcap"_a, "output"_a, "lse"_a, Unlocked());
+  m.def("merge", &merge_states, "parts"_a, "heads"_a, "dim"_a, "outputs"_a, "lses"_a, "output"_a, "lse"_a, Unlocked());
+  m.def(
+      "convert",
+      [](int from_dtype, Address from, int64_t count, int to_dtype, Address to) {
+        std::vector<float> wide(count);
+        kernels().to_float(dtype_of(from_dtype), at<const void>(from), count, wide.data());
+        kernels().from_float(dtype_of(to_dtype), wide.data(), count, at<void>(to));
+      },
+      "from_dtype"_a, "from"_a, "count"_a, "to_dtype"_a, "to"_a, Unlocked());
+  m.def("decode_step", &decode_step, "stores"_a, "sampler"_a.none(), "dtype"_a, "query_heads"_a, "query"_a, "key"_a,
+        "value"_a, "scale"_a, "softcap"_a, "sink_logits"_a, "output"_a, "lse"_a, "capture"_a);
+
+  nb::class_<LshSampler>(m, "LshSampler")
+      .def(
+          "__init__",
+          [](LshSampler* self, int head_dim, int K, int L, int min_hits, Address directions, Address log_u) {
+            new (self) LshSampler{head_dim, K, L, min_hits, {}, {}};
+            const int64_t pairs = (head_dim + 1) / 2;
+            self->packed.resize(static_cast<size_t>(self->directions().tiles) * pairs * kTileDirections * 2);
+            pack_directions(at<const float>(directions), head_dim, K * L, self->packed.data());
+            self->log_u.assign(at<const float>(log_u), at<const float>(log_u) + kLawSize + 1);
+          },
+          "head_dim"_a, "K"_a, "L"_a, "min_hits"_a, "directions"_a, "log_u"_a);
+
+  nb::class_<StoreView>(m, "StoreView")
+      .def(
+          "__init__",
+          [](StoreView* self, int dtype, int heads, int head_dim, int64_t sinks) {
+            new (self) StoreView;
+            self->dtype = dtype_of(dtype);
+            self->heads = heads;
+            self->head_dim = head_dim;
+            self->dim = (head_dim + kLane - 1) / kLane * kLane;
+            self->sinks = self->indexed_to = sinks;
+            self->mean.assign(static_cast<size_t>(heads) * self->dim, 0.0f);
+          },
+          "dtype"_a, "heads"_a, "head_dim"_a, "sinks"_a)
+      .def_rw("length", &StoreView::length)
+      .def_rw("indexed_to", &StoreView::indexed_to)
+      .def_rw("capacity", &StoreView::capacity)
+      .def_ro("dim", &StoreView::dim)
+      .def_rw("steps", &StoreView::steps)
+      .def_rw("sampled_rows", &StoreView::sampled_rows)
+      .def_rw("body_rows", &StoreView::body_rows)
+      .def_rw("max_share", &StoreView::max_share)
+      .def(
+          "set_mean",
+          [](StoreView& self, Address mean) {
+            for (int g = 0; g < self.heads; ++g) {
+              std::copy_n(at<const float>(mean) + static_cast<int64_t>(g) * self.head_dim, self.head_dim,
+                          self.mean.begin() + static_cast<int64_t>(g) * self.dim);
+            }
+          },
+          "mean"_a)
+      .def(
+          "set_blocks",
+          [](StoreView& self, const std::vector<Address>& rows, const std::vector<int64_t>& head_strides) {
+            self.blocks.clear();
+            for (size_t i = 0; i < rows.size(); ++i) self.blocks.push_back({at<char>(rows[i]), head_strides[i]});
+            self.blocks_changed();
+          },
+          "rows"_a, "head_strides"_a)
+      .def(
+          "set_segments",
+          [](StoreView& self, const std::vector<Address>& offsets, const std::vector<Address>& ids,
+             const std::vector<int64_t>& firsts, const std::vector<int64_t>& counts) {
+            self.segments.clear();
+            for (size_t i = 0; i < offsets.size(); ++i) {
+              self.segments.push_back({at<const uint32_t>(offsets[i]), at<const uint16_t>(ids[i]), firsts[i], counts[i]});
+            }
+          },
+          "offsets"_a, "ids"_a, "firsts"_a, "counts"_a);
+}

@@ -1,0 +1,87 @@
+// Which instruction set runs: decided once, from the processor or from MAGICPIG_ISA.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace magicpig {
+
+extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16, kAvx512Bf16Emulated;
+
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#if defined(MAGICPIG_HAVE_AVX512BF16)
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#endif
+
+const Level kLevels[] = {
+#if defined(MAGICPIG_HAVE_AVX512BF16)
+    {&kAvx512Bf16, has_avx512bf16},
+#endif
+#if defined(MAGICPIG_HAVE_AVX512)
+    {&kAvx512, has_avx512},
+#endif
+#if defined(MAGICPIG_HAVE_AVX2)
+    {&kAvx2, has_avx2},
+#endif
+    {&kPortable, always},
+#if defined(MAGICPIG_HAVE_EMULATED_BF16)
+    {&kAvx512Bf16Emulated, has_avx512},  // last: only ever chosen by name
+#endif
+};
+
+const Kernels* find(const char* name) {
+  std::string supported;
+  for (const Level& level : kLevels) {
+    if (!level.supported()) continue;
+    if (std::strcmp(level.kernels->name, name) == 0) return level.kernels;
+    supported += (supported.empty() ? "" : ", ") + std::string(level.kernels->name);
+  }
+  throw std::invalid_argument("MAGICPIG_ISA=" + std::string(name) + " cannot run here; this machine and build have " +
+                              supported);
+}
+
+const Kernels* choose() {
+  const char* name = std::getenv("MAGICPIG_ISA");
+  if (name != nullptr && *name != '\0') return find(name);
+  for (const Level& level : kLevels) {
+    if (level.supported()) return level.kernels;
+  }
+  return &kPortable;
+}
+
+std::atomic<const Kernels*> active{nullptr};
+
+}  // namespace
+
+int levels(const Level** out) {
+  *out = kLevels;
+  return static_cast<int>(sizeof kLevels / sizeof *kLevels);
+}
+
+const Kernels& kernels() {
+  const Kernels* table = active.load(std::memory_order_acquire);
+  if (table == nullptr) {
+    table = choose();
+    active.store(table, std::memory_order_release);
+  }
+  return *table;
+}
+
+void use_level(const char* name) { active.store(find(name), std::memory_order_release); }
+
+}  // namespace magicpig

@@ -1,0 +1,102 @@
+// The verbs as plain C++ on raw pointers: no Python, no torch, no allocation. One `Kernels` table per instruction set.
+//
+// Axes: B sequences, H query heads, G key/value heads, R = H / G, N tokens, D head dim, K bits, L tables.
+// Rows: one token of one key/value head is [key | value], each padded with zeros to `dim` elements, a multiple of kLane.
+// Lane order: kernels hold a query or an accumulator of `dim` floats in the order in which they unpack a row of that
+// dtype; `to_lane_order` and `from_lane_order` convert. Nothing else may look inside.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace magicpig {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr size_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+constexpr int kLane = 32;            // row padding, in elements: one unpacked pair of AVX-512 registers
+constexpr int kMaxDim = 512;         // largest padded head dimension
+constexpr int kBlockRows = 4096;     // rows of one block of the store
+constexpr int kBlockShift = 12;      // log2(kBlockRows)
+constexpr int kSegmentRows = 65536;  // keys of one index segment: ids have 16 bits
+constexpr int kTileDirections = 64;  // hash directions of one packed tile: one 64-bit word of signs
+constexpr int kLawSize = 4096;       // intervals of the table of log inclusion probabilities
+constexpr int kMaxTables = 1024;
+
+// The hash directions, packed: [tile][pair of dims][64 directions][2] bfloat16.
+struct Directions {
+  const uint16_t* packed;
+  int dim;    // D
+  int tiles;  // ceil(K * L / 64)
+};
+
+// One head's part of an index segment: keys `first` .. `first + count`, sorted into buckets table by table.
+struct Segment {
+  const uint32_t* offsets;  // [L][2^K + 1]
+  const uint16_t* ids;      // [L][count], relative to `first`, ascending inside a bucket
+  int64_t first;
+  int32_t count;
+};
+
+// Logits are softcap(scale * q.k + offset) - log u.
+struct LogitRule {
+  float scale;
+  float softcap;  // 0: none
+};
+
+// An unnormalised attention state of one head: sum of exp(logit - max), and of exp(logit - max) * value in lane order.
+struct State {
+  float max;
+  double sum;
+  float* values;  // [dim]
+};
+
+// log u as a function of the cosine: kLawSize + 1 values on x = sign(c) * (1 - sqrt(1 - |c|)) in [-1, 1].
+struct InclusionLaw {
+  const float* log_u;
+  float query_norm;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Signs of n vectors (each `stride` floats apart, zero padded to an even dim) against every direction:
+  // bits[i * tiles + t], bit j set when x_i . direction_(64 t + j) > 0.
+  void (*hash)(const float* x, int64_t stride, int64_t n, const Directions& directions, int first_tile, int last_tile,
+               uint64_t* bits);
+
+  // Adds one to counts[id] for every collision in `segment`; counts has `segment.count` bytes, rounded up to 64.
+  void (*count_hits)(const uint16_t* query_codes, int bits, int tables, const Segment& segment, int min_hits,
+                     uint8_t* counts);
+  // Writes first + i for every i < count with counts[i] >= min_hits, ascending; clears counts; returns how many.
+  int64_t (*collect)(uint8_t* counts, int64_t count, int min_hits, int64_t first, uint32_t* ids);
+
+  void (*to_float)(Dtype dtype, const void* from, int64_t n, float* to);
+  void (*from_float)(Dtype dtype, const float* from, int64_t n, void* to);
+  void (*to_lane_order)(Dtype dtype, const float* from, int dim, float* to);
+  void (*from_lane_order)(Dtype dtype, const float* from, int dim, float* to);
+
+  // Exact attention of `heads` queries over `count` consecutive rows, added to `states`.
+  void (*attend_rows)(Dtype dtype, int dim, const char* rows, int64_t count, int heads, const float* const* queries,
+                      const float* offsets, LogitRule rule, State* states);
+  // Attention of one query over sampled rows. Row id is at blocks[id >> kBlockShift] + (id & mask) rows.
+  // log u comes from `log_u` when given, else from `law`; then it is also written to `log_u_out` unless null.
+  void (*attend_sample)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
+                        const float* query, float offset, LogitRule rule, const float* log_u, const InclusionLaw* law,
+                        float* log_u_out, State* state);
+  void (*merge)(int dim, const State& from, State* into);
+};
+
+// The levels this build holds, best first, and whether this machine can run each.
+struct Level {
+  const Kernels* kernels;
+  bool (*supported)();
+};
+int levels(const Level** out);
+
+// The table in use: the best supported one, or what MAGICPIG_ISA or `use_level` names. Throws std::invalid_argument.
+const Kernels& kernels();
+void use_level(const char* name);
+
+}  // namespace magicpig

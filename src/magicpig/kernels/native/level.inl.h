@@ -1,0 +1,54 @@
+// One instruction set: the loops of every verb, compiled with this file's flags, behind one table.
+// An isa_*.cpp file defines MAGICPIG_LEVEL (its name as a string) and includes this.
+#pragma once
+
+#include "kernels.h"
+
+// simd.h first: the verbs are written in its terms.
+#include "simd.h"
+
+namespace {
+using namespace magicpig;
+}
+
+#include "attend/attend.inl.h"
+#include "hash/hash.inl.h"
+#include "tables/lookup.inl.h"
+
+namespace {
+
+void to_float(Dtype dtype, const void* from, int64_t n, float* to) {
+  with_type(dtype, [&]<class T>(const T*) { to_float_of((const T*)from, n, to); });
+}
+
+void from_float(Dtype dtype, const float* from, int64_t n, void* to) {
+  with_type(dtype, [&]<class T>(const T*) { from_float_of(from, n, (T*)to); });
+}
+
+void to_lane_order(Dtype dtype, const float* from, int dim, float* to) {
+  with_type(dtype, [&]<class T>(const T*) { to_lane_order_of<T>(from, dim, to); });
+}
+
+void from_lane_order(Dtype dtype, const float* from, int dim, float* to) {
+  with_type(dtype, [&]<class T>(const T*) { from_lane_order_of<T>(from, dim, to); });
+}
+
+void attend_rows(Dtype dtype, int dim, const char* rows, int64_t count, int heads, const float* const* queries,
+                 const float* offsets, LogitRule rule, State* states) {
+  with_type(dtype, [&]<class T>(const T*) {
+    attend_rows_of(dim, (const T*)rows, count, heads, queries, offsets, rule, states);
+  });
+}
+
+void attend_sample(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
+                   const float* query, float offset, LogitRule rule, const float* log_u, const InclusionLaw* law,
+                   float* log_u_out, State* state) {
+  with_type(dtype, [&]<class T>(const T*) {
+    attend_sample_of<T>(dim, blocks, ids, count, query, offset, rule, log_u, law, log_u_out, state);
+  });
+}
+
+constexpr Kernels kTable{MAGICPIG_LEVEL,  hash,          count_hits,      collect,     to_float,      from_float,
+                         to_lane_order, from_lane_order, attend_rows, attend_sample, merge};
+
+}  // namespace

@@ -1,0 +1,189 @@
+// A vector of W floats that reads like arithmetic. Included by the isa_*.cpp files only, inside their own anonymous
+// namespace and without any STL, so that no function compiled with wide instructions is shared with other files.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+
+typedef float F __attribute__((vector_size(W * 4)));
+typedef int32_t I __attribute__((vector_size(W * 4)));
+typedef uint32_t U __attribute__((vector_size(W * 4)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+inline F load(const float* p) {
+  F v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, F v) { memcpy(p, &v, sizeof v); }
+inline F splat(float x) { return x - F{}; }
+inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
+
+inline float sum(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s[W];
+  store(s, v);
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+#endif
+}
+
+inline float largest(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float best = v[0];
+  for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+#endif
+}
+
+inline F sqrt(F v) {
+#if defined(__AVX512F__)
+  return (F)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (F)_mm256_sqrt_ps((__m256)v);
+#else
+  F r;
+  for (int i = 0; i < W; ++i) r[i] = __builtin_sqrtf(v[i]);
+  return r;
+#endif
+}
+
+inline F gather(const float* table, I at) {
+#if defined(__AVX512F__)
+  return (F)_mm512_i32gather_ps((__m512i)at, table, 4);
+#elif defined(__AVX2__)
+  return (F)_mm256_i32gather_ps(table, (__m256i)at, 4);
+#else
+  F r;
+  for (int i = 0; i < W; ++i) r[i] = table[at[i]];
+  return r;
+#endif
+}
+
+inline F to_f(I v) { return __builtin_convertvector(v, F); }
+inline I truncate(F v) { return __builtin_convertvector(v, I); }
+
+// e^x for x <= 88; 0 below -87; NaN stays NaN. Cephes' expf: argument reduction and a degree-5 polynomial, about 1 ulp.
+inline F exp(F x) {
+  const F tiny = splat(-87.0f);
+  const F y = min(max(x, tiny), splat(88.0f));
+  const F shifted = y * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23 leaves the rounded integer in the low bits
+  const F n = shifted - 12582912.0f;
+  const F r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const F e = (F)((I)p + (truncate(n) << 23));
+  return x < tiny ? F{} : (x == x ? e : x);
+}
+
+// tanh through exp: absolute error about 1e-7, which is what a capped logit needs.
+inline F tanh(F x) { return 1.0f - 2.0f / (exp(min(x + x, splat(80.0f))) + 1.0f); }
+
+// Unpacks 2 W consecutive elements. This order is the "lane order" of the dtype.
+inline void load_pair(const float* p, F& a, F& b) {
+  a = load(p);
+  b = load(p + W);
+}
+inline void load_pair(const bf16* p, F& a, F& b) {  // even elements, odd elements: a shift and a mask
+  U bits;
+  memcpy(&bits, p, sizeof bits);
+  a = (F)(bits << 16);
+  b = (F)(bits & 0xffff0000u);
+}
+inline F widen(const f16* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  U h;
+  for (int i = 0; i < W; ++i) h[i] = p[i].bits;
+  const U sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
+  // Multiplying by 2^112 corrects the exponent bias, denormals included; infinity and NaN keep a full exponent.
+  const F value = (F)magnitude * 5.192296858534828e33f;
+  const U special = (U)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (F)((U)value | special | sign);
+#endif
+}
+inline void load_pair(const f16* p, F& a, F& b) {
+  a = widen(p);
+  b = widen(p + W);
+}
+
+// Where element i of a 2 W chunk of a row lands in lane order.
+inline int lane_of(const float*, int i) { return i; }
+inline int lane_of(const f16*, int i) { return i; }
+inline int lane_of(const bf16*, int i) { return (i >> 1) + (i & 1) * W; }
+
+inline float widen_one(float x) { return x; }
+inline float widen_one(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float r;
+  memcpy(&r, &bits, 4);
+  return r;
+}
+inline float widen_one(f16 x) {
+  f16 lanes[W] = {x};
+  return widen(lanes)[0];
+}
+
+// Round to nearest, ties to even.
+inline void narrow_one(float x, float* to) { *to = x; }
+inline void narrow_one(float x, bf16* to) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    to->bits = (uint16_t)((bits >> 16) | 0x40);
+  } else {
+    to->bits = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  }
+}
+inline void narrow_one(float x, f16* to) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude >= 0x7f800000u) {  // infinity or NaN
+    to->bits = (uint16_t)(sign | 0x7c00u | (magnitude > 0x7f800000u ? 0x200u : 0));
+  } else if (magnitude >= 0x477ff000u) {  // rounds past the largest half
+    to->bits = (uint16_t)(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // denormal half: let the float adder round at 2^-24
+    float m;
+    memcpy(&m, &magnitude, 4);
+    m += 0.5f;
+    uint32_t r;
+    memcpy(&r, &m, 4);
+    to->bits = (uint16_t)(sign | (r - 0x3f000000u));
+  } else {
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1);
+    to->bits = (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
+  }
+}
+
+}  // namespace

@@ -1,0 +1,78 @@
+// Buckets -> the keys that collide with the query in at least min_hits tables: one byte counter per key of a segment,
+// then one vector scan that collects and clears. 16-bit ids halve the bucket reads; 64K counters stay in the L2 cache.
+#pragma once
+
+namespace {
+
+constexpr int kPrefetchOffsets = 16;  // tables ahead
+constexpr int kPrefetchIds = 6;
+
+inline void saturate(uint8_t* counts, int64_t count, int min_hits) {
+  for (int64_t i = 0; i < count; ++i) counts[i] = counts[i] < min_hits ? counts[i] : (uint8_t)min_hits;
+}
+
+void count_hits(const uint16_t* query_codes, int bits, int tables, const Segment& segment, int min_hits,
+                uint8_t* counts) {
+  const int64_t buckets = ((int64_t)1 << bits) + 1;
+  uint32_t begin[kMaxTables], end[kMaxTables];
+  for (int t = 0; t < tables; ++t) {
+    if (t + kPrefetchOffsets < tables) {
+      __builtin_prefetch(segment.offsets + (t + kPrefetchOffsets) * buckets + query_codes[t + kPrefetchOffsets]);
+    }
+    const uint32_t* bucket = segment.offsets + t * buckets + query_codes[t];
+    begin[t] = bucket[0];
+    end[t] = bucket[1];
+  }
+  // A byte holds 255: with more tables the counters are capped at min_hits often enough never to wrap.
+  const int stretch = 255 - min_hits;
+  for (int t = 0; t < tables; ++t) {
+    if (t > 0 && t % stretch == 0) saturate(counts, segment.count, min_hits);
+    if (t + kPrefetchIds < tables) {
+      const uint16_t* ahead = segment.ids + (int64_t)(t + kPrefetchIds) * segment.count;
+      for (uint32_t i = begin[t + kPrefetchIds]; i < end[t + kPrefetchIds]; i += 32) __builtin_prefetch(ahead + i);
+    }
+    const uint16_t* ids = segment.ids + (int64_t)t * segment.count;
+    for (uint32_t i = begin[t]; i < end[t]; ++i) ++counts[ids[i]];
+  }
+}
+
+// Bit i of the result: counts[i] >= min_hits, for 64 counters, which are cleared.
+inline uint64_t take_hits(uint8_t* counts, int min_hits) {
+#if defined(__AVX512BW__)
+  const __m512i v = _mm512_loadu_si512(counts);
+  _mm512_storeu_si512(counts, _mm512_setzero_si512());
+  return _mm512_cmpge_epu8_mask(v, _mm512_set1_epi8((char)min_hits));
+#elif defined(__AVX2__)
+  uint64_t mask = 0;
+  for (int half = 0; half < 2; ++half) {
+    __m256i* p = (__m256i*)(counts + 32 * half);
+    const __m256i v = _mm256_loadu_si256(p);
+    _mm256_storeu_si256(p, _mm256_setzero_si256());
+    const __m256i enough = _mm256_cmpeq_epi8(_mm256_max_epu8(v, _mm256_set1_epi8((char)min_hits)), v);
+    mask |= (uint64_t)(uint32_t)_mm256_movemask_epi8(enough) << (32 * half);
+  }
+  return mask;
+#else
+  uint64_t mask = 0;
+  for (int word = 0; word < 8; ++word) {
+    uint64_t any;
+    memcpy(&any, counts + 8 * word, 8);
+    if (any == 0) continue;
+    for (int i = 8 * word; i < 8 * word + 8; ++i) mask |= (uint64_t)(counts[i] >= min_hits) << i;
+  }
+  memset(counts, 0, 64);
+  return mask;
+#endif
+}
+
+int64_t collect(uint8_t* counts, int64_t count, int min_hits, int64_t first, uint32_t* ids) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += 64) {
+    for (uint64_t mask = take_hits(counts + i, min_hits); mask != 0; mask &= mask - 1) {
+      ids[found++] = (uint32_t)(first + i + __builtin_ctzll(mask));
+    }
+  }
+  return found;
+}
+
+}  // namespace

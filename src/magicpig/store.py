@@ -1,0 +1,338 @@
+"""One request, one layer: its keys and values, and the index that finds the keys a query should look at.
+
+Rows are addressed by position. They lie in blocks of 4096, `[G, capacity, key | value]`; only the last block is ever
+moved, while it is small. A store begins exact and uncentred. `settle` freezes the mean of the body keys, subtracts it
+from every key (attention does not change: softmax is shift invariant) and indexes the body. From then on
+
+    [0, sinks)             exact
+    [sinks, indexed_to)    sampled
+    [indexed_to, length)   exact: the recent window, which grows by `block` tokens before they are indexed in one go.
+
+Index segments are never changed: an append builds a new last segment, so forks share everything and copy rows only
+where they write. Knows nothing of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from magicpig.config import Config
+from magicpig.kernels import native
+from magicpig.kernels._native import LshSampler, StoreView
+from magicpig.types import MemoryUse
+
+SMALLEST_BLOCK = 256  # rows; doubles up to native.BLOCK_ROWS
+YOUNG = 4096  # keys: segments below this are merged on every append, larger ones only with equals
+_NEVER = 1 << 62
+
+
+@lru_cache(maxsize=8)
+def shared_sampler(head_dim: int, K: int, L: int, min_hits: int, seed: int) -> LshSampler:
+    """The hash directions, shared by every layer, head and request with the same setting."""
+    return native.make_sampler(head_dim, K, L, min_hits, seed)
+
+
+@dataclass
+class StepStats:
+    """What decoding read, since the store was made; counted per query head.
+
+    sampled_rows of body_rows were read in `steps` steps; max_share is the largest share in any step and head.
+    """
+
+    steps: int
+    sampled_rows: int
+    body_rows: int
+    max_share: float
+
+    @property
+    def mean_share(self) -> float:
+        return self.sampled_rows / self.body_rows if self.body_rows else 0.0
+
+
+class _Block:
+    """Rows `[G, capacity, 2 Dp]`. `shared`: some other store may read them, so they must be copied before a write."""
+
+    __slots__ = ("rows", "shared")
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.shared = False
+
+    @property
+    def capacity(self) -> int:
+        return self.rows.shape[1]
+
+
+class KVStore:
+    """Keys and values of one request in one layer.
+
+    kv_heads: G; head_dim: D (1 to 512); dtype: float32, bfloat16 or float16, in which rows are kept.
+    sampled: False keeps every row exact forever (dense layers).
+    """
+
+    def __init__(
+        self, kv_heads: int, head_dim: int, dtype: torch.dtype, config: Config, *, sampled: bool
+    ) -> None:
+        if kv_heads < 1:
+            raise ValueError(f"kv_heads={kv_heads} must be at least 1")
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.config = config
+        self.sampled = sampled and config.sampler != "full"
+        self.settled = False
+        self.mean = torch.zeros(kv_heads, head_dim)
+        self.view = StoreView(native.dtype_code(dtype), kv_heads, head_dim, config.sinks)
+        self._width = native.padded(head_dim)
+        self._blocks: list[_Block] = []
+        self._segments: tuple[native.Segment, ...] = ()
+        self._drift_sum = torch.zeros(kv_heads, head_dim)
+        self._drift_keys = 0
+        self._spread = 0.0
+        self._schedule()
+
+    # --- what is there ---------------------------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """Tokens stored."""
+        return int(self.view.length)
+
+    @property
+    def indexed_to(self) -> int:
+        """Positions [sinks, indexed_to) are sampled; all others are exact."""
+        return int(self.view.indexed_to)
+
+    @property
+    def sampler(self) -> LshSampler | None:
+        """What the kernels need to sample, or None while everything is exact."""
+        if not self.settled:
+            return None
+        config = self.config
+        return shared_sampler(self.head_dim, config.K, config.L, config.min_hits, config.seed)
+
+    @property
+    def segments(self) -> tuple[native.Segment, ...]:
+        return self._segments
+
+    @property
+    def stats(self) -> StepStats:
+        view = self.view
+        return StepStats(view.steps, view.sampled_rows, view.body_rows, view.max_share)
+
+    @property
+    def drift(self) -> float:
+        """How far the keys indexed after settling have moved from the frozen mean, in units of a body key's length.
+
+        The largest over kv heads. Results stay right at any drift; near 1 and above sampling becomes inefficient.
+        """
+        if self._drift_keys == 0 or self._spread == 0.0:
+            return 0.0
+        return float((self._drift_sum / self._drift_keys).norm(dim=1).max()) / self._spread
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views (keys (G, n, D), values (G, n, D)) in position order. Keys have `mean` subtracted once settled."""
+        for first, rows in self._pieces(0, self.length):
+            del first
+            yield rows[:, :, : self.head_dim], rows[:, :, self._width : self._width + self.head_dim]
+
+    def nbytes(self) -> MemoryUse:
+        """Bytes of memory held, shared parts included."""
+        rows = sum(block.rows.nbytes for block in self._blocks)
+        return MemoryUse(rows, sum(segment.nbytes for segment in self._segments))
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Stores T >= 1 more tokens: keys and values (G, T, D), finite, of any float dtype. Indexes nothing yet."""
+        T = self._check(keys, values)
+        keys, values = keys.to("cpu"), values.to("cpu")
+        if not bool(torch.isfinite(keys).all()) or not bool(torch.isfinite(values).all()):
+            name = "values" if bool(torch.isfinite(keys).all()) else "keys"
+            raise ValueError(f"{name} has entries that are not finite (NaN or inf)")
+        done = 0
+        while done < T:
+            self.make_room(T - done)
+            block, row = divmod(self.length, native.BLOCK_ROWS)
+            n = min(T - done, self._blocks[block].capacity - row)
+            rows = self._blocks[block].rows[:, row : row + n]
+            new = keys[:, done : done + n]
+            rows[:, :, : self.head_dim] = (new.float() - self.mean[:, None]) if self.settled else new
+            rows[:, :, self._width : self._width + self.head_dim] = values[:, done : done + n]
+            self.view.length += n
+            done += n
+
+    def make_room(self, tokens: int = 1) -> None:
+        """Makes the row at `length` writable (`writable_to`), allocating or copying a shared block if need be."""
+        block, row = divmod(self.length, native.BLOCK_ROWS)
+        if block == len(self._blocks):
+            wanted = _block_capacity(tokens if block == 0 else native.BLOCK_ROWS)
+            self._blocks.append(_Block(native.empty((self.kv_heads, wanted, 2 * self._width), self.dtype)))
+            self._blocks_changed()
+        elif self._blocks[block].shared or row == self._blocks[block].capacity:
+            old = self._blocks[block]
+            capacity = old.capacity if row < old.capacity else _block_capacity(row + max(tokens, row))
+            self._replace(block, capacity, row)
+        self.writable_to = block * native.BLOCK_ROWS + self._blocks[block].capacity
+
+    def settle(self) -> None:
+        """Centres the keys and indexes the body. Does nothing in a dense layer, when short, or when done before."""
+        begin, end = self.config.sinks, self.length - self.config.recent
+        if self.settled or not self.sampled or end <= begin or self.length < self.config.exact_below:
+            return
+        total, squares = torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float64), 0.0
+        for _, rows in self._pieces(begin, end):
+            total += rows[:, :, : self.head_dim].float().sum(1)
+        mean = (total / (end - begin)).float()
+        for block in range(len(self._blocks)):
+            if self._blocks[block].shared:
+                self._replace(block, self._blocks[block].capacity, self._blocks[block].capacity)
+        for _, rows in self._pieces(0, self.length):
+            keys = rows[:, :, : self.head_dim]
+            centred = keys.float() - mean[:, None]
+            squares += float(centred.square().sum())
+            keys.copy_(centred)
+        self.mean = mean
+        self.view.set_mean(self.mean.contiguous().data_ptr())
+        self.settled = True
+        self._spread = (squares / (self.length * self.kv_heads)) ** 0.5
+        self._index(end)
+
+    def index_due(self) -> None:
+        """Settles, or indexes the tokens that have left the recent window. Call when `length` reaches `due`."""
+        if not self.settled:
+            self.settle()
+        elif self.length - self.config.recent > self.indexed_to:
+            end = self.length - self.config.recent
+            for _, rows in self._pieces(self.indexed_to, end):
+                self._drift_sum += rows[:, :, : self.head_dim].float().sum(1)
+            self._drift_keys += end - self.indexed_to
+            self._index(end)
+        self._schedule()
+
+    def crop(self, length: int) -> None:
+        """Forgets every token from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length={length} is out of range; allowed: 0 to {self.length}")
+        self.view.length = length
+        del self._blocks[-(-length // native.BLOCK_ROWS) :]
+        if self.settled and length < self.indexed_to:
+            # The newest rows become exact again: a store keeps a recent window whenever it has the tokens.
+            end = max(self.config.sinks, length - self.config.recent)
+            kept = [segment for segment in self._segments if segment.first < end]
+            if kept and kept[-1].first + kept[-1].count > end:
+                kept[-1] = native.shorten(kept[-1], end - kept[-1].first)
+            self._set_segments(kept, end)
+        self._blocks_changed()
+        self._schedule()
+
+    def fork(self) -> KVStore:
+        """A store that starts with the same tokens and goes its own way. Copies nothing until one of the two writes."""
+        other = KVStore(self.kv_heads, self.head_dim, self.dtype, self.config, sampled=self.sampled)
+        for block in self._blocks:
+            block.shared = True
+        other._blocks = list(self._blocks)
+        other.settled, other.mean = self.settled, self.mean
+        other._drift_sum, other._drift_keys, other._spread = (
+            self._drift_sum.clone(),
+            self._drift_keys,
+            self._spread,
+        )
+        other.view.set_mean(self.mean.contiguous().data_ptr())
+        other.view.length = self.length
+        other._set_segments(self._segments, self.indexed_to)
+        other._blocks_changed()
+        self.writable_to = 0
+        other._schedule()
+        return other
+
+    # --- private ----------------------------------------------------------------------------------------------------
+
+    def _check(self, keys: Tensor, values: Tensor) -> int:
+        for name, x in (("keys", keys), ("values", values)):
+            if (
+                x.ndim != 3
+                or x.shape[0] != self.kv_heads
+                or x.shape[2] != self.head_dim
+                or x.shape != keys.shape
+            ):
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; expected ({self.kv_heads}, T, {self.head_dim}) as keys and values"
+                )
+            if not x.dtype.is_floating_point:
+                raise ValueError(f"{name} has dtype {x.dtype}; expected a floating point type")
+        return keys.shape[1]
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+        """(position, rows (G, n, 2 Dp)) of [begin, end), block by block."""
+        while begin < end:
+            block, row = divmod(begin, native.BLOCK_ROWS)
+            n = min(end - begin, native.BLOCK_ROWS - row)
+            yield begin, self._blocks[block].rows[:, row : row + n]
+            begin += n
+
+    def _replace(self, block: int, capacity: int, rows_kept: int) -> None:
+        """Moves a block's first rows to memory of this store alone."""
+        rows = native.empty((self.kv_heads, capacity, 2 * self._width), self.dtype)
+        rows[:, :rows_kept] = self._blocks[block].rows[:, :rows_kept]
+        self._blocks[block] = _Block(rows)
+        self._blocks_changed()
+
+    def _blocks_changed(self) -> None:
+        self.writable_to = 0
+        self.view.set_blocks(
+            [block.rows.data_ptr() for block in self._blocks],
+            [block.rows.stride(0) * block.rows.element_size() for block in self._blocks],
+        )
+
+    def _index(self, end: int) -> None:
+        """Indexes [indexed_to, end), and merges small segments so that a look-up touches few of them."""
+        sampler, config = self.sampler, self.config
+        assert sampler is not None
+        segments, begin = list(self._segments), self.indexed_to
+        while begin < end:
+            n = min(end - begin, native.SEGMENT_ROWS)
+            codes = native.hash_rows([rows for _, rows in self._pieces(begin, begin + n)], sampler, config.L)
+            segments.append(native.build(codes, config.K, begin))
+            begin += n
+            while len(segments) > 1 and _should_merge(segments[-2].count, segments[-1].count):
+                newest = segments.pop()
+                segments[-1] = native.extend(segments[-1], newest)
+        self._set_segments(segments, end)
+
+    def _set_segments(
+        self, segments: list[native.Segment] | tuple[native.Segment, ...], indexed_to: int
+    ) -> None:
+        self._segments = tuple(segments)
+        self.view.set_segments(
+            [segment.offsets.data_ptr() for segment in segments],
+            [segment.ids.data_ptr() for segment in segments],
+            [segment.first for segment in segments],
+            [segment.count for segment in segments],
+        )
+        self.view.indexed_to = indexed_to
+
+    def _schedule(self) -> None:
+        """`due`: the length at which there is something to index; `writable_to`: the end of the writable rows."""
+        config = self.config
+        self.writable_to = 0
+        if not self.sampled:
+            self.due = _NEVER
+        elif self.settled:
+            self.due = self.indexed_to + config.recent + config.block
+        else:
+            self.due = max(config.exact_below, config.sinks + config.recent + 1)
+
+
+def _should_merge(older: int, newer: int) -> bool:
+    return older + newer <= native.SEGMENT_ROWS and (older < YOUNG or newer >= YOUNG)
+
+
+def _block_capacity(rows: int) -> int:
+    """The smallest allowed capacity for `rows` rows: powers of two from SMALLEST_BLOCK to a full block."""
+    return min(native.BLOCK_ROWS, max(SMALLEST_BLOCK, 1 << (rows - 1).bit_length()))
