@@ -1,0 +1,35 @@
+"""SimHash in plain PyTorch: the sign pattern of a vector under random hyperplanes (Charikar 2002).
+
+Knows vectors and planes; does not know which vectors are keys, if they were centred, or what codes are for.
+"""
+
+import torch
+from torch import Tensor
+
+
+def make_planes(head_dim: int, K: int, L: int, seed: int) -> Tensor:
+    """Draw the normals of ``L * K`` random hyperplanes: float32 of shape (head_dim, L * K).
+
+    Column ``t * K + k`` decides bit ``k`` of the code in table ``t``. Entries are standard normal, rounded to
+    bfloat16 values so that every instruction set multiplies the very same numbers. The draw depends on
+    ``seed`` alone and leaves PyTorch's global generator untouched.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # Drawn in float64: PyTorch's float32 sampler takes another path on machines with AVX2.
+    normals = torch.randn(head_dim, L * K, generator=generator, dtype=torch.float64)
+    return normals.to(torch.bfloat16).to(torch.float32)
+
+
+def hash_vectors(vectors: Tensor, planes: Tensor, K: int) -> Tensor:
+    """Hash ``vectors`` (..., n, D) with ``planes`` (D, L * K) to codes (..., n, L), int64 in [0, 2**K).
+
+    Bit ``k`` of a code is set where the vector lies strictly on the positive side of its plane: a zero vector
+    has code 0. Computed in float64 for float64 vectors and in float32 otherwise.
+    Raises ValueError if the planes do not make a whole number of tables.
+    """
+    if planes.shape[-1] % K:
+        raise ValueError(f"planes must have a multiple of K = {K} columns, got {planes.shape[-1]}")
+    working = torch.promote_types(vectors.dtype, torch.float32)
+    bits = vectors.to(working) @ planes.to(working) > 0
+    powers = 2 ** torch.arange(K)
+    return (bits.unflatten(-1, (-1, K)) * powers).sum(-1)

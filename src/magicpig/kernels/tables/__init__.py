@@ -1,0 +1,1 @@
+"""tables: codes -> buckets -> sampled ids."""
