@@ -1,0 +1,110 @@
+"""MagicPIG's Algorithm 1 (arXiv 2410.16179) in plain PyTorch: the specification of every faster version.
+
+Read `attend_lsh` from top to bottom; its verbs are the folders beside this file. It handles one query token
+of one request, keeps no state between calls, and computes in float64 if it is given float64.
+"""
+
+import torch
+from torch import Tensor
+
+from magicpig.collision import log_inclusion
+from magicpig.kernels.attend.reference import attend, merge
+from magicpig.kernels.hash.reference import hash_vectors, make_planes
+from magicpig.kernels.tables.reference import build, lookup
+from magicpig.types import AttentionState, Sample
+
+
+def attend_lsh(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    K: int,
+    L: int,
+    min_hits: int,
+    sinks: int,
+    recent: int,
+    scale: float,
+    softcap: float | None = None,
+    seed: int = 0,
+    planes: Tensor | None = None,
+) -> tuple[AttentionState, list[Sample]]:
+    """Estimate attention from the keys that hashing samples and the first ``sinks`` and last ``recent`` ones.
+
+    query   (H, D), the H = G * R query heads of one token; head h reads key/value head h // R
+    keys    (G, N, D)
+    values  (G, N, Dv)
+    planes  (D, L * K) as from `make_planes`, which is otherwise called with ``seed``
+
+    Returns output (H, Dv) with lse (H,), and for every query head its sample: ascending positions among the N
+    tokens, and their natural-log inclusion probabilities. With N <= sinks + recent attention is exact and the
+    samples are empty. Raises ValueError if G does not divide H.
+    """
+    kv_heads, tokens, head_dim = keys.shape
+    if tokens <= sinks + recent:
+        nothing = Sample(ids=torch.empty(0, dtype=torch.int64), log_u=torch.empty(0, dtype=torch.float64))
+        return attend_full(query, keys, values, scale=scale, softcap=softcap), [nothing] * len(query)
+    working = torch.promote_types(query.dtype, torch.float32)
+    query, keys, values = query.to(working), keys.to(working), values.to(working)
+    if planes is None:
+        planes = make_planes(head_dim, K, L, seed)
+
+    states, samples = [], []
+    position = torch.arange(tokens)
+    static = (position < sinks) | (position >= tokens - recent)
+    for group, key, value in zip(_grouped(query, kv_heads), keys, values, strict=True):
+        # Keys live in a narrow cone opposite to the queries and would hardly ever collide with them.
+        # Softmax does not notice when all keys move together; hashing does.
+        body = key[~static]
+        centred = body - body.mean(0)
+        tables = build(hash_vectors(centred, planes, K), K)
+
+        for head in group.unsqueeze(1):
+            found = lookup(hash_vectors(head, planes, K)[0], *tables, min_hits)
+            log_u = log_inclusion(cosine(head, centred[found]), K, L, min_hits)
+            sample = Sample(ids=sinks + found, log_u=log_u)
+
+            exact = attend(head, key[static], value[static], scale=scale, softcap=softcap)
+            sampled = attend(
+                head, key[sample.ids], value[sample.ids], scale=scale, log_u=sample.log_u, softcap=softcap
+            )
+            states.append(merge([exact, sampled]))
+            samples.append(sample)
+
+    output = torch.cat([state.output for state in states])
+    lse = torch.cat([state.lse for state in states])
+    return AttentionState(output=output, lse=lse), samples
+
+
+def attend_full(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float | None = None
+) -> AttentionState:
+    """Exact attention: query (H, D), keys (G, N, D), values (G, N, Dv) to output (H, Dv) and lse (H,)."""
+    groups = _grouped(query, len(keys))
+    states = [
+        attend(group, key, value, scale=scale, softcap=softcap)
+        for group, key, value in zip(groups, keys, values, strict=True)
+    ]
+    return AttentionState(
+        output=torch.cat([state.output for state in states]),
+        lse=torch.cat([state.lse for state in states]),
+    )
+
+
+def cosine(query: Tensor, keys: Tensor) -> Tensor:
+    """Cosine between ``query`` (1, D) and each of ``keys`` (n, D); 0 where either is zero.
+
+    The code of a zero vector is 0, which others share with probability 2**-K, as if at right angles to it.
+    """
+    return _unit(keys) @ _unit(query)[0]
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    lengths = vectors.norm(dim=-1, keepdim=True)
+    return vectors / torch.where(lengths > 0, lengths, 1.0)
+
+
+def _grouped(query: Tensor, kv_heads: int) -> Tensor:
+    if len(query) % kv_heads:
+        raise ValueError(f"query must have a multiple of the {kv_heads} key/value heads, got {len(query)}")
+    return query.reshape(kv_heads, -1, query.shape[-1])
