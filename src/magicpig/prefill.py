@@ -1,0 +1,238 @@
+"""Exact attention of many new tokens: over a store that already holds them, and over plain tensors.
+
+One request at a time, H query heads over G = H / R key/value heads. No matrix of T x N logits is ever built: the keys
+come in blocks, each block gives an `AttentionState`, and the states are merged by their log-sum-exps. Knows nothing
+of sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magicpig.kernels.attend.reference import merge, with_sink_logits
+from magicpig.store import KVStore
+from magicpig.types import AttentionState
+
+KEYS_AT_ONCE = 4096  # as the store's blocks
+WINDOW_QUERIES = 512  # queries that share one range of keys under a sliding window
+LOGITS_AT_ONCE = 1 << 24  # of the plain path, all heads together: 64 MiB in float32
+
+# Private in torch, but the only attention on the CPU that returns the log-sum-exp; `_plain` stands in without it.
+_flash_op: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def attend_store(
+    query: Tensor,
+    store: KVStore,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> AttentionState:
+    """Exact causal attention of the T newest tokens of `store`, which must have been appended before.
+
+    query: (H, T, D) on the CPU, of any float dtype the store keeps.
+    softcap: logits s become softcap * tanh(s / softcap). sink_logits: (H,) join the denominator with value zero.
+    Returns output (H, T, D) in the query's dtype and lse (H, T) float32, natural log, of the uncentred logits.
+    Raises ValueError if the shapes do not fit the store.
+    """
+    _check(query, store.kv_heads, store.length, store.head_dim)
+    # A settled store keeps its keys minus their mean, so each of its logits lacks the same q.mean.
+    offset = scale * _dot_mean(query, store.mean) if store.settled else None
+    new_from = store.length - query.shape[1]
+    past: list[tuple[Tensor, Tensor]] = []
+    new: list[tuple[Tensor, Tensor]] = []
+    position = 0
+    for keys, values in store.blocks():
+        n = min(max(new_from - position, 0), keys.shape[1])
+        if n > 0:
+            past.append((keys[:, :n], values[:, :n]))
+        if n < keys.shape[1]:
+            new.append((keys[:, n:], values[:, n:]))
+        position += keys.shape[1]
+    return _finish(query, _attend_blocks(query, past, new, scale, softcap, offset), sink_logits)
+
+
+def causal_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    positions: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> AttentionState:
+    """Exact causal attention over plain tensors, differentiable. The T queries belong to the last T of the N keys.
+
+    query: (H, T, D); keys, values: (G, N, D); any device and float dtype.
+    positions: (N,) int64 ascending, where the keys stand in the sequence if tokens between them were left out;
+    window: a query at p sees the keys at (p - window, p], None means all up to p.
+    softcap, sink_logits and the result are those of `attend_store`.
+    Raises ValueError if the shapes do not fit.
+    """
+    G, N, D = keys.shape
+    _check(query, G, N, D)
+    if values.shape != keys.shape:
+        raise ValueError(f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape)} as the keys")
+    T = query.shape[1]
+    if window is not None and _span(positions, N) > window:
+        state = _attend_window(query, keys, values, scale, positions, window, softcap)
+    else:
+        past, new = (
+            list(zip(k.split(KEYS_AT_ONCE, 1), v.split(KEYS_AT_ONCE, 1), strict=True)) if k.shape[1] else []
+            for k, v in ((keys[:, : N - T], values[:, : N - T]), (keys[:, N - T :], values[:, N - T :]))
+        )
+        state = _attend_blocks(query, past, new, scale, softcap, None)
+    return _finish(query, state, sink_logits)
+
+
+def _attend_blocks(
+    query: Tensor,
+    past: list[tuple[Tensor, Tensor]],
+    new: list[tuple[Tensor, Tensor]],
+    scale: float,
+    softcap: float | None,
+    offset: Tensor | None,
+) -> AttentionState:
+    """Queries cut as the new keys are: each piece sees the blocks before its own fully and its own causally."""
+    pieces, first = [], 0
+    for i, (keys, values) in enumerate(new):
+        at = slice(first, first + keys.shape[1])
+        q, o = query[:, at], None if offset is None else offset[:, at]
+        state = _attend(q, keys, values, scale, softcap, o, causal=True)
+        for k, v in past + new[:i]:
+            state = merge([state, _attend(q, k, v, scale, softcap, o)])
+        pieces.append(state)
+        first = at.stop
+    return _join(pieces)
+
+
+def _attend_window(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    positions: Tensor | None,
+    window: int,
+    softcap: float | None,
+) -> AttentionState:
+    T, N = query.shape[1], keys.shape[1]
+    if positions is None:
+        positions = torch.arange(N, device=keys.device)
+    pieces = []
+    for first in range(0, T, WINDOW_QUERIES):
+        last = min(first + WINDOW_QUERIES, T)
+        at = positions[N - T + first : N - T + last, None]
+        oldest = int(torch.searchsorted(positions, at[0] - window + 1))
+        seen = slice(oldest, N - T + last)
+        mask = (positions[seen] <= at) & (positions[seen] > at - window)
+        q, k, v = query[:, first:last], keys[:, seen], values[:, seen]
+        pieces.append(_attend(q, k, v, scale, softcap, None, mask=mask))
+    return _join(pieces)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+    offset: Tensor | None,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> AttentionState:
+    """Attention of (H, T, D) over (G, n, D); every query must see a key. mask: (T, n), True where visible.
+
+    offset: (H, T), added to the logits of each query. The state is in float32, or float64 for float64 queries.
+    """
+    if softcap is None and _flash_op is not None and _suits_flash(query, keys, values):
+        state = _flash(query, keys, values, scale, causal, mask)
+        return state if offset is None else AttentionState(state.output, state.lse + offset)
+    return _plain(query, keys, values, scale, softcap, offset, causal, mask)
+
+
+def _suits_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
+    return (
+        query.device.type == "cpu"
+        and query.dtype == keys.dtype == values.dtype
+        and query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        and not differentiated  # the gradient of the log-sum-exp is not defined there
+    )
+
+
+def _flash(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> AttentionState:
+    bias = None if mask is None else torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    output, lse = _flash_op(query[None], keys[None], values[None], 0.0, causal, attn_mask=bias, scale=scale)
+    return AttentionState(output[0].to(lse.dtype), lse[0])
+
+
+def _plain(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+    offset: Tensor | None,
+    causal: bool,
+    mask: Tensor | None,
+) -> AttentionState:
+    (H, T, D), (G, n, _) = query.shape, keys.shape
+    working = torch.promote_types(query.dtype, torch.float32)
+    keys, values = keys.to(working), values.to(working)
+    if causal:
+        mask = torch.ones(T, n, dtype=torch.bool, device=keys.device).tril()
+    pieces = []
+    step = max(1, LOGITS_AT_ONCE // (H * n))
+    for first in range(0, T, step):
+        at = slice(first, min(first + step, T))
+        q = query[:, at].to(working)
+        t = q.shape[1]
+        logits = (scale * (q.reshape(G, -1, D) @ keys.mT)).view(H, t, n)
+        if offset is not None:
+            logits = logits + offset[:, at, None]
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask[at], -torch.inf)
+        output = (logits.softmax(-1).view(G, -1, n) @ values).view(H, t, D)
+        pieces.append(AttentionState(output, logits.logsumexp(-1)))
+    return _join(pieces)
+
+
+def _join(pieces: list[AttentionState]) -> AttentionState:
+    """States of consecutive queries as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return AttentionState(torch.cat([p.output for p in pieces], 1), torch.cat([p.lse for p in pieces], 1))
+
+
+def _finish(query: Tensor, state: AttentionState, sink_logits: Tensor | None) -> AttentionState:
+    if sink_logits is not None:
+        state = with_sink_logits(state, sink_logits[:, None].expand_as(state.lse))
+    return AttentionState(state.output.to(query.dtype), state.lse)
+
+
+def _dot_mean(query: Tensor, mean: Tensor) -> Tensor:
+    """(H, T): each query's product with its head's mean key, (G, D) float32."""
+    (H, T, D), G = query.shape, mean.shape[0]
+    return (query.float().reshape(G, -1, D) @ mean[:, :, None]).view(H, T)
+
+
+def _span(positions: Tensor | None, N: int) -> int:
+    return N if positions is None else int(positions[-1] - positions[0]) + 1
+
+
+def _check(query: Tensor, G: int, N: int, D: int) -> None:
+    if query.ndim != 3 or query.shape[0] % G or query.shape[2] != D or not 1 <= query.shape[1] <= N:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}; expected (H, T, {D}) with H a multiple of {G} and 1 <= T <= {N}"
+        )
