@@ -1,4 +1,4 @@
-# make demo | test | lint | format | test-lowest | wheel | clean
+# make demo | test | test-lowest | lint | format | stub | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-lowest lint format wheel clean
+.PHONY: setup demo test test-lowest lint format stub wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMPS)/install
@@ -34,6 +34,11 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(filter-out CMakeLists.txt,$(NATIVE))
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Python's view of the compiled module, for mypy.
+stub: setup
+	$(BIN)/python -m nanobind.stubgen -q -m magicpig.kernels._native -O src/magicpig/kernels
+	$(BIN)/ruff format -q src/magicpig/kernels/_native.pyi
 
 format: setup
 	$(BIN)/ruff check --fix-only

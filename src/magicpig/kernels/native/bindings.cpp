@@ -35,7 +35,10 @@ Dtype dtype_of(int code) {
   return static_cast<Dtype>(code);
 }
 
-nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate_array(size_t bytes) {
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
+using Samples = nb::typed<nb::list, nb::typed<nb::tuple, Bytes, Bytes>>;
+
+Bytes allocate_array(size_t bytes) {
   struct Owner {
     void* memory;
     size_t bytes;
@@ -137,7 +140,7 @@ void merge_states(int parts, int heads, int dim, Address outputs, Address lses, 
   }
 }
 
-nb::list decode_step(const std::vector<StoreView*>& stores, const LshSampler* sampler, int dtype, int query_heads,
+Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* sampler, int dtype, int query_heads,
                      Address query, Address key, Address value, float scale, float softcap, Address sink_logits,
                      Address output, Address lse, bool capture) {
   std::vector<HeadSample> samples;
@@ -238,12 +241,12 @@ NB_MODULE(_native, m) {
   m.def("merge", &merge_states, "parts"_a, "heads"_a, "dim"_a, "outputs"_a, "lses"_a, "output"_a, "lse"_a, Unlocked());
   m.def(
       "convert",
-      [](int from_dtype, Address from, int64_t count, int to_dtype, Address to) {
+      [](int from_dtype, Address source, int64_t count, int to_dtype, Address to) {
         std::vector<float> wide(count);
-        kernels().to_float(dtype_of(from_dtype), at<const void>(from), count, wide.data());
+        kernels().to_float(dtype_of(from_dtype), at<const void>(source), count, wide.data());
         kernels().from_float(dtype_of(to_dtype), wide.data(), count, at<void>(to));
       },
-      "from_dtype"_a, "from"_a, "count"_a, "to_dtype"_a, "to"_a, Unlocked());
+      "from_dtype"_a, "source"_a, "count"_a, "to_dtype"_a, "to"_a, Unlocked());
   m.def("decode_step", &decode_step, "stores"_a, "sampler"_a.none(), "dtype"_a, "query_heads"_a, "query"_a, "key"_a,
         "value"_a, "scale"_a, "softcap"_a, "sink_logits"_a, "output"_a, "lse"_a, "capture"_a);
 

@@ -1,0 +1,143 @@
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+LANE: int = 32
+
+MAX_DIM: int = 512
+
+BLOCK_ROWS: int = 4096
+
+SEGMENT_ROWS: int = 65536
+
+LAW_SIZE: int = 4096
+
+TILE: int = 64
+
+def isa() -> str: ...
+def use_isa(name: str) -> None: ...
+def isa_levels(supported_only: bool) -> list[str]: ...
+def pool() -> str: ...
+def use_pool(name: str) -> None: ...
+def threads() -> int: ...
+def poison_scratch(on: bool) -> None: ...
+def allocate(bytes: int) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,))]: ...
+def stream_read(memory: int, bytes: int) -> int: ...
+def hash(
+    dtype: int,
+    dim: int,
+    rows: Sequence[int],
+    count: int,
+    row_bytes: int,
+    sampler: LshSampler,
+    codes: int,
+    code_stride: int,
+) -> None: ...
+def build(codes: int, tables: int, count: int, K: int, offsets: int, ids: int) -> None: ...
+def extend(
+    a_offsets: int,
+    a_ids: int,
+    a_count: int,
+    b_offsets: int,
+    b_ids: int,
+    b_count: int,
+    tables: int,
+    K: int,
+    offsets: int,
+    ids: int,
+) -> None: ...
+def shorten(
+    a_offsets: int, a_ids: int, a_count: int, count: int, tables: int, K: int, offsets: int, ids: int
+) -> None: ...
+def lookup(
+    query_codes: int, K: int, L: int, offsets: int, ids: int, first: int, count: int, min_hits: int, found: int
+) -> int: ...
+def attend(
+    dtype: int,
+    dim: int,
+    blocks: Sequence[int],
+    ids: int,
+    count: int,
+    log_u: int,
+    query: int,
+    offset: float,
+    scale: float,
+    softcap: float,
+    output: int,
+    lse: int,
+) -> None: ...
+def attend_rows(
+    dtype: int,
+    dim: int,
+    rows: int,
+    count: int,
+    heads: int,
+    queries: int,
+    offsets: int,
+    scale: float,
+    softcap: float,
+    output: int,
+    lse: int,
+) -> None: ...
+def merge(parts: int, heads: int, dim: int, outputs: int, lses: int, output: int, lse: int) -> None: ...
+def convert(from_dtype: int, source: int, count: int, to_dtype: int, to: int) -> None: ...
+def decode_step(
+    stores: Sequence[StoreView],
+    sampler: LshSampler | None,
+    dtype: int,
+    query_heads: int,
+    query: int,
+    key: int,
+    value: int,
+    scale: float,
+    softcap: float,
+    sink_logits: int,
+    output: int,
+    lse: int,
+    capture: bool,
+) -> list[
+    tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None,))], Annotated[NDArray[numpy.uint8], dict(shape=(None,))]]
+]: ...
+
+class LshSampler:
+    def __init__(self, head_dim: int, K: int, L: int, min_hits: int, directions: int, log_u: int) -> None: ...
+
+class StoreView:
+    def __init__(self, dtype: int, heads: int, head_dim: int, sinks: int) -> None: ...
+    @property
+    def length(self) -> int: ...
+    @length.setter
+    def length(self, arg: int, /) -> None: ...
+    @property
+    def indexed_to(self) -> int: ...
+    @indexed_to.setter
+    def indexed_to(self, arg: int, /) -> None: ...
+    @property
+    def capacity(self) -> int: ...
+    @capacity.setter
+    def capacity(self, arg: int, /) -> None: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @steps.setter
+    def steps(self, arg: int, /) -> None: ...
+    @property
+    def sampled_rows(self) -> int: ...
+    @sampled_rows.setter
+    def sampled_rows(self, arg: int, /) -> None: ...
+    @property
+    def body_rows(self) -> int: ...
+    @body_rows.setter
+    def body_rows(self, arg: int, /) -> None: ...
+    @property
+    def max_share(self) -> float: ...
+    @max_share.setter
+    def max_share(self, arg: float, /) -> None: ...
+    def set_mean(self, mean: int) -> None: ...
+    def set_blocks(self, rows: Sequence[int], head_strides: Sequence[int]) -> None: ...
+    def set_segments(
+        self, offsets: Sequence[int], ids: Sequence[int], firsts: Sequence[int], counts: Sequence[int]
+    ) -> None: ...
