@@ -1,0 +1,1 @@
+"""Front ends for other libraries, one package each."""

@@ -1,0 +1,8 @@
+"""transformers models with sampled attention: `attach(model)`, then `model.generate` as ever."""
+
+from magicpig.integrations.transformers.attach import attach, detach
+from magicpig.integrations.transformers.attention import NAME
+from magicpig.integrations.transformers.cache import CacheReport, LayerReport, MagicPigCache
+from magicpig.integrations.transformers.errors import UnsupportedModelError
+
+__all__ = ["NAME", "CacheReport", "LayerReport", "MagicPigCache", "UnsupportedModelError", "attach", "detach"]

@@ -1,0 +1,414 @@
+"""A transformers cache whose full-attention layers live in `KVStore`s, one per sequence.
+
+`update` cannot store anything yet: which of the new tokens are padding is known only where the attention mask is. So it
+hands the new keys and values on as `PendingTokens`, and the attention function (attention.py) calls
+`MagicPigLayer.attend` with them. Positions count padding, as everywhere in transformers; stores hold real tokens only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from magicpig.config import Config
+from magicpig.decode import decode_step
+from magicpig.integrations.transformers.errors import UnsupportedModelError
+from magicpig.prefill import attend_store
+from magicpig.store import KVStore
+
+SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
+
+
+class MagicPigCache(Cache):  # type: ignore[misc]
+    """What `model.generate(past_key_values=...)` and `model(past_key_values=...)` take to attend by sampling.
+
+    model_config: the model's; config: ours. Layers of sliding attention keep the stock cache of transformers.
+    Every sequence of the batch has a store of its own per layer, so its result does not depend on the others.
+    Raises UnsupportedModelError for models with layers of any other kind.
+    """
+
+    def __init__(self, model_config: PreTrainedConfig, config: Config | None = None) -> None:
+        self.config = Config() if config is None else config
+        decoder = model_config.get_text_config(decoder=True)
+        types, settings = get_layer_types_and_kwargs(decoder)
+        if unsupported := sorted(set(types) - set(SUPPORTED_LAYERS)):
+            raise UnsupportedModelError(decoder.model_type, f"it has layers of type {', '.join(unsupported)}")
+        layers = [
+            MagicPigLayer(self.config, index) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
+            for index, (kind, kw) in enumerate(zip(types, settings, strict=True))
+        ]
+        super().__init__(layers=layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.layers[layer_idx].get_seq_length() != self.layers[0].get_seq_length():
+            raise RuntimeError(
+                f"layers 0 and {layer_idx} have not seen the same tokens: a forward pass was interrupted; "
+                "use a new MagicPigCache"
+            )
+        return states
+
+    def report(self) -> CacheReport:
+        """What the cache holds, and what decoding has read so far."""
+        return CacheReport(tuple(_report(index, layer) for index, layer in enumerate(self.layers)))
+
+
+class PendingTokens:
+    """Keys and values (B, G, T, D) on their way from `update` to the attention function; stands in for both tensors."""
+
+    __slots__ = ("keys", "layer", "values")
+
+    def __init__(self, layer: MagicPigLayer, keys: Tensor, values: Tensor) -> None:
+        self.layer = layer
+        self.keys = keys
+        self.values = values
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"MagicPigCache holds the keys, there is no {name} of them: the model must hand them to "
+            "attn_implementation='magicpig' unchanged (see magicpig.attach)"
+        )
+
+
+class MagicPigLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The keys and values of one full-attention layer, for B sequences."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        # Set while an assistant proposes tokens: several new tokens are then decoding, and `crop` will follow.
+        self.record_past = False
+        self.query_heads = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.stores: list[KVStore] = []
+        self.positions = 0
+        self.is_initialized = False
+        # (B, positions) on the CPU, False for padding; None while there was none.
+        self._real: Tensor | None = None
+        self._pending: PendingTokens | None = None
+        self._undo: dict[int, _Checkpoint] = {}
+        self._work = _Work()
+
+    # --- what models and masks ask ------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        B, G, _, D = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        sampled = not self.config.is_dense(self.index)
+        self.stores = [KVStore(G, D, self.dtype, self.config, sampled=sampled) for _ in range(B)]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[PendingTokens, PendingTokens]:
+        if key_states.shape != value_states.shape:
+            raise UnsupportedModelError(
+                None, f"its keys have shape {tuple(key_states.shape)} and its values {tuple(value_states.shape)}"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != len(self.stores):
+            raise ValueError(
+                f"a batch of {key_states.shape[0]} does not fit this cache, which holds {len(self.stores)} sequences; "
+                "use a new MagicPigCache"
+            )
+        if self._pending is not None:
+            raise RuntimeError(
+                f"layer {self.index} never attended to the last tokens it was given: a forward pass was interrupted; "
+                "use a new MagicPigCache"
+            )
+        self._pending = PendingTokens(self, key_states, value_states)
+        self._undo.clear()
+        self.positions += key_states.shape[2]
+        return self._pending, self._pending
+
+    def get_seq_length(self) -> int:
+        return self.positions
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.positions + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.stores)
+
+    # --- attention ----------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query: Tensor,
+        pending: PendingTokens,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Stores the pending tokens and attends over everything stored. A padded token attends to nothing: zeros.
+
+        query: (B, H, T, D); mask: (B, positions) with zeros for padding, None if there is none.
+        Returns (B, T, H, D) on the query's device, in its dtype.
+        """
+        if pending is not self._pending:
+            raise UnsupportedModelError(None, "several of its layers attend to the same keys")
+        B, H, T, D = query.shape
+        real = self._new_tokens(mask, T)
+        self._pending = None
+        self.query_heads = H
+        keys, values = (x.detach().to("cpu", self.dtype) for x in (pending.keys, pending.values))
+        queries = query.detach().to("cpu", self.dtype)
+        rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": _on_cpu(sink_logits)}
+        if T == 1 and real is None:
+            state = decode_step(queries[:, :, 0], keys[:, :, 0], values[:, :, 0], self.stores, **rule)
+            output = state.output[:, None]
+        else:
+            output = torch.zeros(B, T, H, D, dtype=self.dtype)
+            for row in range(B):
+                chosen = slice(None) if real is None else real[row].nonzero()[:, 0]
+                q, k, v = queries[row][:, chosen], keys[row][:, chosen], values[row][:, chosen]
+                if q.shape[1] > 0:
+                    output[row, chosen] = self._attend_row(row, q, k, v, decode=T == 1, rule=rule).transpose(0, 1)
+        return output.to(query.device, query.dtype)
+
+    def _attend_row(self, row: int, q: Tensor, k: Tensor, v: Tensor, *, decode: bool, rule: dict[str, Any]) -> Tensor:
+        """The new real tokens of one sequence: q (H, n, D), k and v (G, n, D). Returns (H, n, D)."""
+        store, n = self.stores[row], q.shape[1]
+        if n <= self.config.decode_tokens and (store.settled or (self.record_past and store.length >= store.due)):
+            decode = True
+        if not decode:
+            store.append(k, v)
+            return attend_store(q, store, **rule).output
+        if self.record_past and store.length < store.due < store.length + n:
+            # Indexing happens on the way. If `crop` then goes back before it, it must not have happened.
+            self._undo[row] = _Checkpoint(store.fork(), k, v)
+        steps = [decode_step(q[None, :, t], k[None, :, t], v[None, :, t], [store], **rule).output for t in range(n)]
+        return torch.cat(steps).transpose(0, 1)
+
+    def _new_tokens(self, mask: Tensor | None, T: int) -> Tensor | None:
+        """Remembers the padding. Returns which of the T newest positions hold tokens, (B, T), or None if all do."""
+        shape = (len(self.stores), self.positions)
+        if mask is not None and mask.shape != shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {shape} with this cache")
+        real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.to("cpu", torch.bool)
+        past = self.positions - T
+        stored = True if self._real is None else self._real
+        if mask is None and self._real is None:
+            return None
+        if not bool((real[:, :past] == stored).all()):
+            row, position = (real[:, :past] != stored).nonzero()[0].tolist()
+            raise ValueError(
+                f"attention_mask has changed for a token that is already in the cache (sequence {row}, position "
+                f"{position}); pass attention_mask explicitly, as in the calls before and with a 1 for each new token "
+                "(without it generate() masks every token that equals pad_token_id)"
+            )
+        self._real = real
+        new = real[:, past:]
+        return None if bool(new.all()) else new
+
+    # --- beams, several answers, rollback -----------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self._forget()
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([row for row in range(len(self.stores)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select((indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist())
+
+    def _select(self, rows: list[int]) -> None:
+        if not self.is_initialized:
+            return
+        before, taken = self.stores, set()
+        self.stores = []
+        for row in rows:
+            self.stores.append(before[row].fork() if row in taken else before[row])
+            taken.add(row)
+        for row in set(range(len(before))) - taken:
+            self._work.add(before[row])
+        if self._real is not None:
+            self._real = self._real[rows]
+        self._undo.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` positions, padded ones included; a negative number or 0."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: minus the tokens to remove")
+        positions = max(0, self.positions + tokens_to_remove)
+        for row, store in enumerate(self.stores):
+            removed = self.positions - positions
+            if self._real is not None:
+                removed = int(self._real[row, positions:].sum())
+            length = store.length - removed
+            if removed and row in self._undo:
+                self._work.add(store)
+                self.stores[row] = self._undo[row].replay(length)
+            else:
+                store.crop(length)
+        self._undo.clear()
+        self.positions = positions
+        if self._real is not None:
+            self._real = self._real[:, :positions]
+
+    def offload(self) -> None: ...
+    def prefetch(self) -> None: ...
+
+    def work(self) -> _Work:
+        """What all decode steps so far have read, those of sequences that are gone included."""
+        total = _Work(self._work.sampled, self._work.body, self._work.largest)
+        for store in self.stores:
+            total.add(store)
+        return total
+
+
+@dataclass
+class _Checkpoint:
+    """A store before several tokens were decoded at once, and those tokens (G, n, D)."""
+
+    store: KVStore
+    keys: Tensor
+    values: Tensor
+
+    def replay(self, length: int) -> KVStore:
+        """The store after the first tokens only, as if they had been decoded one by one."""
+        for t in range(length - self.store.length):
+            if self.store.length >= self.store.due:
+                self.store.index_due()
+            self.store.append(self.keys[:, t : t + 1], self.values[:, t : t + 1])
+        return self.store
+
+
+@dataclass
+class _Work:
+    """Sums over query heads and steps: keys sampled, of how many; and the largest share of one step and head."""
+
+    sampled: int = 0
+    body: int = 0
+    largest: float = 0.0
+
+    def add(self, store: KVStore) -> None:
+        stats = store.stats
+        self.sampled += stats.sampled_rows
+        self.body += stats.body_rows
+        self.largest = max(self.largest, stats.max_share)
+
+
+def _on_cpu(sink_logits: Tensor | None) -> Tensor | None:
+    return None if sink_logits is None else sink_logits.detach().to("cpu", torch.float32)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, all sequences of the batch together.
+
+    kind: "sampled", "dense" (full attention that stays exact) or "sliding" (the stock cache of transformers).
+    tokens: tokens held. indexed: of these, the ones that are sampled; the others are read by every step.
+    sampled_share_mean, sampled_share_max: of the indexed keys, the share that a query head read in a decode step;
+    None before the first sampled step.
+    kv_bytes: memory of keys and values. index_bytes: memory of the hash tables. What beams share is counted for each.
+    full_step_bytes: keys and values that one step of full attention over `tokens` reads.
+    read_step_bytes: keys and values that one step reads now, at the mean share; query heads that share a key/value
+    head are counted as if no two of them drew the same row.
+    """
+
+    layer: int
+    kind: str
+    tokens: int
+    indexed: int
+    sampled_share_mean: float | None
+    sampled_share_max: float | None
+    kv_bytes: int
+    index_bytes: int
+    full_step_bytes: int
+    read_step_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Layer by layer; the totals, under the same names, are properties."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest layer, all sequences together."""
+        return max((layer.tokens for layer in self.layers), default=0)
+
+    @property
+    def sampled_share_mean(self) -> float | None:
+        """Mean over the layers that sample, None if none has yet."""
+        shares = [layer.sampled_share_mean for layer in self.layers if layer.sampled_share_mean is not None]
+        return sum(shares) / len(shares) if shares else None
+
+    @property
+    def sampled_share_max(self) -> float | None:
+        """Largest of any layer, step and head; None if no layer has sampled yet."""
+        return max((x.sampled_share_max for x in self.layers if x.sampled_share_max is not None), default=None)
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(layer.kv_bytes for layer in self.layers)
+
+    @property
+    def index_bytes(self) -> int:
+        return sum(layer.index_bytes for layer in self.layers)
+
+    @property
+    def full_step_bytes(self) -> int:
+        return sum(layer.full_step_bytes for layer in self.layers)
+
+    @property
+    def read_step_bytes(self) -> int:
+        return sum(layer.read_step_bytes for layer in self.layers)
+
+
+def _report(index: int, layer: Any) -> LayerReport:
+    if not isinstance(layer, MagicPigLayer):
+        held = 0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
+        tokens = 0 if layer.keys is None or held == 0 else layer.keys.shape[0] * layer.keys.shape[2]
+        return LayerReport(index, "sliding", tokens, 0, None, None, held, 0, held, held)
+    work = layer.work()
+    share = work.sampled / work.body if work.body else None
+    kind = "dense" if layer.config.is_dense(index) else "sampled"
+    tokens = indexed = kv_bytes = index_bytes = full = read = 0
+    for store in layer.stores:
+        use = store.nbytes()
+        kv_bytes, index_bytes = kv_bytes + use.rows, index_bytes + use.index
+        row = 2 * store.head_dim * store.dtype.itemsize
+        body = max(0, store.indexed_to - store.config.sinks) if store.settled else 0
+        drawn = min(store.kv_heads, layer.query_heads * (share or 0.0)) * body
+        tokens, indexed = tokens + store.length, indexed + body
+        full += store.length * store.kv_heads * row
+        read += round(((store.length - body) * store.kv_heads + drawn) * row)
+    largest = work.largest if work.body else None
+    return LayerReport(index, kind, tokens, indexed, share, largest, kv_bytes, index_bytes, full, read)
