@@ -22,9 +22,7 @@ COSINES = torch.cat(
 ).sort()[0]
 
 laws = st.integers(1, 16).flatmap(
-    lambda K: st.integers(1, 1024).flatmap(
-        lambda L: st.integers(1, min(L, 127)).map(lambda min_hits: (K, L, min_hits))
-    )
+    lambda K: st.integers(1, 1024).flatmap(lambda L: st.integers(1, min(L, 127)).map(lambda min_hits: (K, L, min_hits)))
 )
 
 

@@ -85,9 +85,7 @@ def test_softcap_bounds_logits_before_they_are_weighted():
 def test_a_huge_softcap_changes_nothing():
     query, keys, values = rows(15)
     # tanh(x) = x - x**3 / 3: logits below 20 move by less than 20**3 / (3 * 1e8**2) = 3e-13.
-    assert_states_equal(
-        attend(query, keys, values, scale=0.25, softcap=1e8), attend(query, keys, values, scale=0.25)
-    )
+    assert_states_equal(attend(query, keys, values, scale=0.25, softcap=1e8), attend(query, keys, values, scale=0.25))
 
 
 @pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])

@@ -65,9 +65,7 @@ def attend_lsh(
             sample = Sample(ids=sinks + found, log_u=log_u)
 
             exact = attend(head, key[static], value[static], scale=scale, softcap=softcap)
-            sampled = attend(
-                head, key[sample.ids], value[sample.ids], scale=scale, log_u=sample.log_u, softcap=softcap
-            )
+            sampled = attend(head, key[sample.ids], value[sample.ids], scale=scale, log_u=sample.log_u, softcap=softcap)
             states.append(merge([exact, sampled]))
             samples.append(sample)
 
