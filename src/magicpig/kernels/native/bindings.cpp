@@ -173,6 +173,9 @@ Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* sam
 NB_MODULE(_native, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
+  // store.py caches samplers for the life of the process; at exit nanobind would report them as leaks.
+  nb::set_leak_warnings(false);
+
   m.attr("LANE") = kLane;
   m.attr("MAX_DIM") = kMaxDim;
   m.attr("BLOCK_ROWS") = kBlockRows;
