@@ -1,0 +1,56 @@
+"""The command `magicpig`. Commands only parse, call and print; torch is imported when a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version as package_version
+from typing import Annotated
+
+import typer
+
+from magicpig.cli.bench import attention, pin_threads
+from magicpig.cli.demo import demo
+from magicpig.cli.doctor import doctor
+from magicpig.cli.errors import OneLineErrors
+from magicpig.cli.generate import generate
+
+app = typer.Typer(
+    name="magicpig",
+    cls=OneLineErrors,
+    help="Long-context attention on the CPU by sampling: reads the few keys that matter instead of all of them.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(demo)
+app.command()(doctor)
+
+measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)
+measure.command("attention")(attention)
+app.add_typer(measure, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"magicpig {package_version('magicpig')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Entry point of the `magicpig` command."""
+    if sys.argv[1:3] == ["bench", "attention"]:
+        pin_threads()
+    app(prog_name="magicpig")

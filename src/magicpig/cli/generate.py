@@ -1,0 +1,233 @@
+"""`magicpig generate`: a local model reads a prompt and answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from magicpig.cli.errors import InputError
+from magicpig.cli.files import OutputFile, read_text
+from magicpig.cli.options import Dtype, Sampler, checked
+from magicpig.cli.report import cache_as_dict, prefill_progress
+from magicpig.config import Config
+
+if TYPE_CHECKING:
+    from magicpig.generation import Generation
+
+DEFAULTS = Config()
+
+
+PROMPT = "Prompt"
+METHOD = "Sampling of keys"
+ANSWER = "Answer"
+RESULT = "Output"
+
+
+def generate(
+    model: Annotated[
+        Path, typer.Option(help="Directory of a transformers model: config.json, safetensors weights, tokenizer.")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="The prompt itself.", rich_help_panel=PROMPT)] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="A UTF-8 text file with the prompt; - is standard input.", rich_help_panel=PROMPT),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option(help="Wrap the prompt as a user's message for a chat model.", rich_help_panel=PROMPT)
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Stop after this many tokens.", rich_help_panel=ANSWER)
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 always takes the likeliest token.", rich_help_panel=ANSWER)
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this mass.", rich_help_panel=ANSWER),
+    ] = 1.0,
+    sampler: Annotated[
+        Sampler,
+        typer.Option(help="lsh reads the keys that hashing picks, full reads them all.", rich_help_panel=METHOD),
+    ] = Sampler.lsh,
+    K: Annotated[
+        int, typer.Option("-K", help="Bits per hash table: more samples fewer keys.", rich_help_panel=METHOD)
+    ] = DEFAULTS.K,
+    L: Annotated[
+        int, typer.Option("-L", help="Hash tables: more samples more keys.", rich_help_panel=METHOD)
+    ] = DEFAULTS.L,
+    min_hits: Annotated[
+        int, typer.Option(help="Tables in which a key must meet the query.", rich_help_panel=METHOD)
+    ] = DEFAULTS.min_hits,
+    sinks: Annotated[
+        int, typer.Option(help="First tokens that are always read.", rich_help_panel=METHOD)
+    ] = DEFAULTS.sinks,
+    recent: Annotated[
+        int, typer.Option(help="Newest tokens that are always read.", rich_help_panel=METHOD)
+    ] = DEFAULTS.recent,
+    exact_below: Annotated[
+        int, typer.Option(help="Contexts with fewer tokens are read in full.", rich_help_panel=METHOD)
+    ] = DEFAULTS.exact_below,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the hashing and of --temperature.", rich_help_panel=METHOD)
+    ] = DEFAULTS.seed,
+    dtype: Annotated[
+        Dtype, typer.Option(help="What the model computes in; auto is what its weights are stored in.")
+    ] = Dtype.auto,
+    prefill_chunk: Annotated[int, typer.Option(min=64, help="Read the prompt this many tokens at a time.")] = 4096,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object; all else goes to stderr.", rich_help_panel=RESULT),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Also write the text, or with --json the object, to a file.", rich_help_panel=RESULT),
+    ] = None,
+) -> None:
+    """Let a local model read a long prompt and answer it.
+
+    The prompt is read exactly. While answering, every step attends to the first tokens, the newest tokens and a
+    sample of those between, weighted so that the estimate is right on average.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise InputError("pass either --prompt or --prompt-file")
+    text = prompt if prompt is not None else read_text(prompt_file or Path())
+    if not text:
+        raise InputError("the prompt is empty")
+    config = checked(
+        Config,
+        sampler=sampler.value,
+        K=K,
+        L=L,
+        min_hits=min_hits,
+        seed=seed,
+        sinks=sinks,
+        recent=recent,
+        exact_below=exact_below,
+    )
+
+    notes = Console(stderr=True)
+    with OutputFile(output) as file:
+        with notes.status("Loading the model"):
+            from transformers import logging
+
+            from magicpig import generation
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            loaded = generation.load(model, dtype=dtype.value, trust_remote_code=trust_remote_code)
+            ids = generation.encode(loaded, text, chat=chat, new_tokens=max_new_tokens)
+
+        stream = _Stream(sys.stderr if as_json else sys.stdout)
+        progress = prefill_progress(notes)
+        reading = progress.add_task("Reading the prompt", total=len(ids))
+
+        def on_prefill(tokens: int) -> None:
+            progress.advance(reading, tokens)
+            if progress.finished:
+                progress.stop()
+
+        with progress, stream:
+            result = generation.generate(
+                loaded,
+                ids,
+                config,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                chunk=prefill_chunk,
+                on_prefill=on_prefill,
+                on_text=stream.write,
+            )
+        settings = config.model_dump(mode="json") | {
+            "dtype": str(loaded.network.dtype).removeprefix("torch."),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "prefill_chunk": prefill_chunk,
+            "chat": chat,
+        }
+        answer = json.dumps(_as_dict(result, settings), indent=2)
+        if as_json:
+            print(answer)
+        file.write(answer + "\n" if as_json else result.text)
+    notes.print(_summary(result))
+
+
+class _Stream:
+    """Text as it comes, on a line of its own even if the work is interrupted."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.mid_line = False
+
+    def write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+        self.mid_line = not text.endswith("\n")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.mid_line:
+            self.write("\n")
+
+
+def _as_dict(result: Generation, settings: dict[str, Any]) -> dict[str, Any]:
+    from magicpig.kernels import native
+    from magicpig.machine import versions
+
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": len(result.token_ids),
+        "prefill_s": result.prefill_s,
+        "prefill_tokens_per_s": result.prefill_tokens_per_s,
+        "first_step_s": result.first_step_s,
+        "decode_s": result.decode_s,
+        "decode_steps": result.decode_steps,
+        "decode_tokens_per_s": result.decode_tokens_per_s,
+        "cache": cache_as_dict(result.cache),
+        "settings": settings,
+        "isa": native.isa(),
+        "threads": native.threads(),
+        "versions": versions(),
+    }
+
+
+def _summary(result: Generation) -> Table:
+    cache, mib = result.cache, 2**20
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row(
+        "prompt",
+        f"{result.prompt_tokens:,} tokens in {result.prefill_s:.2f} s, {result.prefill_tokens_per_s:,.1f} tokens/s",
+    )
+    answer = f"{len(result.token_ids):,} tokens"
+    if result.first_step_s is not None:
+        answer += f", first step {result.first_step_s:.2f} s (builds the index)"
+    if result.decode_tokens_per_s is not None:
+        answer += f", then {result.decode_tokens_per_s:,.1f} tokens/s"
+    table.add_row("answer", answer)
+    mean, largest = cache.sampled_share_mean, cache.sampled_share_max
+    if mean is None or largest is None:
+        table.add_row("keys sampled", "none: every key was read")
+    else:
+        table.add_row("keys sampled", f"{mean:.2%} on average, at most {largest:.2%}")
+    table.add_row(
+        "memory", f"{cache.kv_bytes / mib:,.1f} MiB of keys and values, {cache.index_bytes / mib:,.1f} MiB of index"
+    )
+    table.add_row(
+        "read per step",
+        f"{cache.read_step_bytes / mib:,.1f} MiB, full attention reads {cache.full_step_bytes / mib:,.1f} MiB",
+    )
+    return table

@@ -1,0 +1,35 @@
+"""What the commands' options have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, TypeVar
+
+from magicpig.cli.errors import InputError
+
+T = TypeVar("T")
+
+
+class Sampler(str, Enum):
+    """How body keys are picked."""
+
+    lsh = "lsh"
+    full = "full"
+
+
+class Dtype(str, Enum):
+    """Floating point types; auto is what a model's weights are stored in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def checked(make: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+    """Call a constructor or check whose ValueErrors are about what the user typed."""
+    try:
+        return make(*arguments, **settings)
+    except ValueError as error:
+        raise InputError(str(error)) from None

@@ -1,0 +1,246 @@
+"""A local model directory and a prompt become text, measured. Knows nothing about terminals.
+
+`load` -> `encode` -> `generate`. Everything that can be wrong with the directory or the prompt is a `ModelError`
+of one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import TextStreamer
+
+from magicpig.config import Config
+from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
+
+GREEDY = ("temperature", "top_p", "top_k")  # means nothing to it
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ModelError(ValueError):
+    """A model directory that cannot be used, or a prompt the model cannot take. One line, naming the cause."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model in evaluation mode, and its tokenizer."""
+
+    network: Any
+    tokenizer: Any
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens, prompt and answer together, that the model was made for; None if it does not say."""
+        limit = getattr(self.network.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out, and what it took.
+
+    first_step_s: seconds of the first decode step, which also builds the index; None with fewer than two new tokens.
+    decode_s, decode_steps: the steps after that one.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    prefill_s: float
+    first_step_s: float | None
+    decode_s: float
+    decode_steps: int
+    cache: CacheReport
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """None with fewer than three new tokens."""
+        return self.decode_steps / self.decode_s if self.decode_steps else None
+
+
+def load(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Model:
+    """Load the model and the tokenizer of a local ``directory``; nothing is ever downloaded.
+
+    dtype: one of `DTYPES`; "auto" is what the weights are stored in.
+    Weights must be safetensors and complete. Raises ModelError if anything about the directory is wrong.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    _check_directory(directory)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    _read(directory, "configuration", AutoConfig.from_pretrained, **local)
+    tokenizer = _read(directory, "tokenizer", AutoTokenizer.from_pretrained, **local)
+    network, report = _read(
+        directory,
+        "weights",
+        AutoModelForCausalLM.from_pretrained,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        **local,
+    )
+    # transformers would fill them with random numbers and only log it
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"{directory}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return Model(network.eval(), tokenizer)
+
+
+def encode(model: Model, text: str, *, chat: bool = False, new_tokens: int = 0) -> list[int]:
+    """Token ids of ``text``, or with ``chat`` of a user's message with that text, in the model's own template.
+
+    Raises ModelError if nothing is left to read, or if the prompt and ``new_tokens`` do not fit the model.
+    """
+    tokenizer = model.tokenizer
+    if chat and not tokenizer.chat_template:
+        raise ModelError("the tokenizer has no chat template; leave out --chat")
+    if chat:
+        message = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        # A prompt may be longer than the tokenizer's own idea of a limit; the model's is checked below.
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    if not ids or not text:
+        raise ModelError("the prompt is empty")
+    if model.limit is not None and len(ids) + new_tokens > model.limit:
+        raise ModelError(
+            f"the prompt has {len(ids)} tokens and {new_tokens} are to be generated, "
+            f"but the model's limit is {model.limit} tokens"
+        )
+    return list(ids)
+
+
+def generate(
+    model: Model,
+    ids: list[int],
+    config: Config,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    chunk: int = 4096,
+    on_prefill: Callable[[int], None] = lambda tokens: None,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Generate from the prompt ``ids``; temperature 0 is greedy.
+
+    chunk: the prompt is read this many tokens at a time.
+    on_prefill is called with the number of prompt tokens read by each chunk, on_text with every piece of new text.
+    """
+    attach(model.network, config)
+    cache = MagicPigCache(model.network.config, config)
+    watch = _Watch(model.tokenizer, on_text)
+    torch.manual_seed(config.seed)
+    # None switches off what the model's own generation settings may say.
+    sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else dict.fromkeys(GREEDY)
+    hook = model.network.register_forward_hook(
+        lambda _, __, kwargs, ___: on_prefill(kwargs["input_ids"].shape[1]) if not watch.times else None,
+        with_kwargs=True,
+    )
+    prompt = torch.tensor([ids], device=model.network.device)
+    try:
+        start = time.perf_counter()
+        output = model.network.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            prefill_chunk_size=even_chunk(len(ids), chunk),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            pad_token_id=_pad_token(model),
+            streamer=watch,
+            **sampling,
+        )
+    finally:
+        hook.remove()
+    times = watch.times
+    return Generation(
+        text=watch.text,
+        token_ids=output[0, len(ids) :].tolist(),
+        prompt_tokens=len(ids),
+        prefill_s=times[0] - start,
+        first_step_s=times[1] - times[0] if len(times) > 1 else None,
+        decode_s=times[-1] - times[1] if len(times) > 1 else 0.0,
+        decode_steps=max(len(times) - 2, 0),
+        cache=cache.report(),
+    )
+
+
+def even_chunk(tokens: int, chunk: int) -> int:
+    """A chunk size near ``chunk`` that leaves no small rest: a few tokens alone would be taken for decoding."""
+    return math.ceil(tokens / math.ceil(tokens / chunk))
+
+
+class _Watch(TextStreamer):
+    """Notes when each new token arrived and hands its text on."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+        self.times: list[float] = []
+        self.text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.text += text
+            self.on_text(text)
+
+
+def _pad_token(model: Model) -> int:
+    # Nothing is ever padded here, but without one transformers warns.
+    pad = model.network.generation_config.pad_token_id
+    return 0 if pad is None else pad
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.exists():
+        raise ModelError(f"{directory}: no such directory")
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: not a directory")
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{directory}: not a model directory, it has no config.json")
+    try:
+        settings = json.loads(config.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config}: {_one_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{config}: not a JSON object")
+    if not any(directory.glob("*.safetensors")):
+        raise ModelError(f"{directory}: has no weights in safetensors format")
+    if not any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in directory.iterdir()):
+        raise ModelError(f"{directory}: has no tokenizer")
+
+
+def _read(directory: Path, what: str, reader: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return reader(directory, **options)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{directory}: brings Python code of its own, which runs only if you trust it") from None
+        # Broken files surface as many types, down to plain Exception; whatever it is, it is about this directory.
+        raise ModelError(f"{directory}: cannot read the {what}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    return message if len(message) <= 200 else message[:197] + "..."

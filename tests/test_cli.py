@@ -1,0 +1,698 @@
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from magicpig import doctor, generation
+from magicpig.bench import attention
+from magicpig.cli import app, main
+from magicpig.cli import bench as pinning
+from magicpig.cli.files import OutputFile
+from magicpig.kernels import native
+
+WORDS = 62
+LIMIT = 20_000
+PROMPT = " ".join(f"w{7 * i % 31}" for i in range(300))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """A tiny Llama with random weights and a tokenizer of 62 words."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    words = ["<unk>", "<eos>", *(f"w{i}" for i in range(WORDS))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=LIMIT,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def broken(model_dir, tmp_path) -> Path:
+    """A copy of the model, to be spoilt."""
+    return shutil.copytree(model_dir, tmp_path / "broken")
+
+
+def run(*arguments, input=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input, prog_name="magicpig")
+
+
+def generate(model, *arguments, prompt=PROMPT, new=5, input=None):
+    prompt = ("--prompt", prompt) if prompt is not None else ()
+    return run("generate", "--model", model, *prompt, "--max-new-tokens", new, *arguments, input=input)
+
+
+def assert_refused(result, *causes):
+    """One line on stderr that names the cause, exit code 2, nothing else anywhere."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("magicpig: error: ")
+    for cause in causes:
+        assert str(cause) in line
+
+
+def edit_config(model, **changes):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["doctor"], ["demo"], ["bench"], ["bench", "attention"]], ids=" ".join
+)
+def test_every_command_has_help(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: magicpig" in result.stdout
+
+
+def test_no_command_shows_help():
+    assert run().stdout == run("--help").stdout
+
+
+def test_version():
+    assert re.fullmatch(r"magicpig \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_text_on_stdout_and_summary_on_stderr(model_dir):
+    result = generate(model_dir)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"(w\d+ ?){5}\n", result.stdout)
+    assert "300 tokens in" in result.stderr
+    assert "none: every key was read" in result.stderr  # short contexts stay exact
+
+
+def test_the_summary_says_what_was_sampled(model_dir):
+    result = generate(model_dir, "--exact-below", 0, "-K", 4, "-L", 20)
+    assert re.search(r"keys sampled +[\d.]+% on average, at most [\d.]+%", result.stderr)
+    assert re.search(r"memory +[\d.]+ MiB of keys and values, [\d.]+ MiB of index", result.stderr)
+    assert re.search(r"read per step +[\d.]+ MiB, full attention reads [\d.]+ MiB", result.stderr)
+
+
+def test_json_is_all_there_is_on_stdout(model_dir):
+    result = generate(model_dir, "--json", "--exact-below", 0, "-K", 4, "-L", 20, "--seed", 3)
+    answer = json.loads(result.stdout)
+    assert answer["text"].split() == [f"w{i - 2}" for i in answer["token_ids"]]
+    assert (answer["prompt_tokens"], answer["new_tokens"]) == (300, 5)
+    assert answer["decode_steps"] == 3
+    assert answer["prefill_tokens_per_s"] == pytest.approx(300 / answer["prefill_s"])
+    assert 0 < answer["cache"]["sampled_share_mean"] <= answer["cache"]["sampled_share_max"] <= 1
+    assert answer["cache"]["read_step_bytes"] < answer["cache"]["full_step_bytes"]
+    assert answer["cache"]["index_bytes"] > 0
+    assert answer["settings"]["K"] == 4
+    assert answer["settings"]["seed"] == 3
+    assert answer["settings"]["dtype"] == "float32"
+    assert answer["versions"]["torch"] == torch.__version__
+
+
+def test_text_equals_that_of_transformers_alone(model_dir):
+    model = LlamaForCausalLM.from_pretrained(model_dir, local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, 300:].tolist()
+    for arguments in ([], ["--sampler", "full"], ["--prefill-chunk", 64]):
+        assert json.loads(generate(model_dir, "--json", *arguments, new=12).stdout)["token_ids"] == expected
+
+
+@pytest.mark.parametrize("chunk", [64, 100, 299, 300, 301])
+def test_every_prompt_token_is_read_once(chunk, model_dir, monkeypatch):
+    seen = []
+    inner = generation.generate
+
+    def watched(*arguments, on_prefill, **options):
+        def spy(tokens):
+            seen.append(tokens)
+            on_prefill(tokens)
+
+        return inner(*arguments, on_prefill=spy, **options)
+
+    monkeypatch.setattr(generation, "generate", watched)
+    assert generate(model_dir, "--prefill-chunk", chunk).exit_code == 0
+    assert sum(seen) == 300
+    assert max(seen) <= chunk
+    assert min(seen) > chunk // 2 or len(seen) == 1  # no small rest, which would be taken for decoding
+
+
+def test_sampling_follows_the_seed(model_dir):
+    def draw(seed):
+        return json.loads(generate(model_dir, "--json", "--temperature", 2, "--seed", seed, new=20).stdout)["token_ids"]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_nucleus_of_one_is_greedy(model_dir):
+    greedy, nucleus = (
+        json.loads(generate(model_dir, "--json", *arguments).stdout)["token_ids"]
+        for arguments in ([], ["--temperature", 3, "--top-p", 0.0001])
+    )
+    assert greedy == nucleus
+
+
+def test_one_new_token(model_dir):
+    answer = json.loads(generate(model_dir, "--json", new=1).stdout)
+    assert answer["new_tokens"] == 1
+    assert answer["first_step_s"] is None
+    assert answer["decode_tokens_per_s"] is None
+
+
+def test_dtype(model_dir):
+    assert json.loads(generate(model_dir, "--json", "--dtype", "bfloat16").stdout)["settings"]["dtype"] == "bfloat16"
+
+
+def test_prompt_from_a_file_and_from_standard_input(model_dir, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT)
+    expected = generate(model_dir).stdout
+    assert generate(model_dir, "--prompt-file", path, prompt=None).stdout == expected
+    assert generate(model_dir, "--prompt-file", "-", prompt=None, input=PROMPT).stdout == expected
+
+
+def test_chat_uses_the_template(broken):
+    (broken / "chat_template.jinja").write_text("w1 {% for message in messages %}{{ message.content }}{% endfor %} w2")
+    assert json.loads(generate(broken, "--json", "--chat").stdout)["prompt_tokens"] == 302
+    assert json.loads(generate(broken, "--json").stdout)["prompt_tokens"] == 300
+
+
+def test_output_file_gets_what_is_printed(model_dir, tmp_path):
+    text, answer = tmp_path / "answer.txt", tmp_path / "answer.json"
+    printed = generate(model_dir, "--output", text).stdout
+    assert text.read_text() == printed.removesuffix("\n")
+    printed = generate(model_dir, "--json", "--output", answer).stdout
+    assert answer.read_text() == printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.json", "answer.txt"]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["-K", "0"], "K=0"),
+        (["-K", "17"], "K=17"),
+        (["-K", "many"], "'-K'"),
+        (["-L", "0"], "L=0"),
+        (["-L", "1025"], "L=1025"),
+        (["-L", "1"], "min_hits=2 is larger than L=1"),
+        (["--min-hits", "0"], "min_hits=0"),
+        (["--sinks", "-1"], "sinks=-1"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--sampler", "topk"], "topk"),
+        (["--dtype", "int8"], "int8"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-p", "2"], "--top-p"),
+        (["--prefill-chunk", "1"], "--prefill-chunk"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--prompt-file", "also.txt"], "either --prompt or --prompt-file"),
+        (["--chat"], "no chat template"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options(arguments, cause, model_dir):
+    assert_refused(generate(model_dir, *arguments), cause)
+
+
+def test_no_prompt(model_dir):
+    assert_refused(generate(model_dir, prompt=None), "either --prompt or --prompt-file")
+
+
+def test_no_model():
+    assert_refused(run("generate", "--prompt", "w1"), "--model")
+
+
+def test_unknown_command():
+    assert_refused(run("frobnicate"), "frobnicate")
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"], ids=["nothing", "only blanks"])
+def test_empty_prompt(prompt, model_dir, tmp_path):
+    assert_refused(generate(model_dir, prompt=prompt), "the prompt is empty")
+    path = tmp_path / "empty.txt"
+    path.write_text(prompt)
+    assert_refused(generate(model_dir, "--prompt-file", path, prompt=None), "the prompt is empty")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [(None, "No such file"), (b"w1 \xff w2", "not UTF-8 text (byte 3)"), (b"w1 \x00", "binary, not text")],
+    ids=["missing", "latin-1", "binary"],
+)
+def test_unreadable_prompt_file(content, cause, model_dir, tmp_path):
+    path = tmp_path / "prompt.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert_refused(generate(model_dir, "--prompt-file", path, prompt=None), path, cause)
+
+
+def test_prompt_file_is_a_directory(model_dir, tmp_path):
+    assert_refused(generate(model_dir, "--prompt-file", tmp_path, prompt=None), tmp_path, "directory")
+
+
+def test_prompt_longer_than_the_model_can_read(model_dir):
+    result = generate(model_dir, prompt="w1 " * (LIMIT - 4))
+    assert_refused(result, f"the prompt has {LIMIT - 4} tokens and 5", f"limit is {LIMIT}")
+
+
+def test_prompt_of_just_the_limit_is_read(broken):
+    edit_config(broken, max_position_embeddings=305)
+    assert generate(broken).exit_code == 0
+
+
+def spoil_nothing(model):
+    shutil.rmtree(model)
+
+
+def spoil_file(model):
+    shutil.rmtree(model)
+    model.write_text("")
+
+
+def spoil_no_config(model):
+    (model / "config.json").unlink()
+
+
+def spoil_broken_json(model):
+    (model / "config.json").write_text('{"model_type": ')
+
+
+def spoil_list_json(model):
+    (model / "config.json").write_text("[]")
+
+
+def spoil_wrong_type(model):
+    edit_config(model, hidden_size="wide")
+
+
+def spoil_other_shape(model):
+    edit_config(model, hidden_size=32)
+
+
+def spoil_more_layers(model):
+    edit_config(model, num_hidden_layers=3)
+
+
+def spoil_unknown_architecture(model):
+    edit_config(model, model_type="frobnicator")
+
+
+def spoil_not_a_language_model(model):
+    edit_config(model, model_type="vit")
+
+
+def spoil_code(model):
+    edit_config(model, model_type="custom", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+
+
+def spoil_no_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def spoil_only_pickled_weights(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def spoil_garbage_weights(model):
+    (model / "model.safetensors").write_bytes(b"garbage " * 10)
+
+
+def spoil_truncated_weights(model):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def spoil_no_tokenizer(model):
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+
+
+def spoil_broken_tokenizer(model):
+    (model / "tokenizer.json").write_text("{")
+
+
+def spoil_strange_tokenizer(model):
+    (model / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (spoil_nothing, "no such directory"),
+        (spoil_file, "not a directory"),
+        (spoil_no_config, "no config.json"),
+        (spoil_broken_json, "config.json: Expecting value"),
+        (spoil_list_json, "config.json: not a JSON object"),
+        (spoil_wrong_type, "hidden_size"),
+        (spoil_other_shape, "cannot read the weights"),
+        (spoil_more_layers, "weights are missing, the first is model.layers.2."),
+        (spoil_unknown_architecture, "frobnicator"),
+        (spoil_not_a_language_model, "ViTConfig"),
+        (spoil_code, "brings Python code of its own"),
+        (spoil_no_weights, "no weights"),
+        (spoil_only_pickled_weights, "no weights in safetensors format"),
+        (spoil_garbage_weights, "header too large"),
+        (spoil_truncated_weights, "incomplete metadata"),
+        (spoil_no_tokenizer, "no tokenizer"),
+        (spoil_broken_tokenizer, "cannot read the tokenizer"),
+        (spoil_strange_tokenizer, "cannot read the tokenizer"),
+    ],
+    ids=lambda value: value.__name__.removeprefix("spoil_") if callable(value) else "",
+)
+def test_unusable_model_directory(spoil, cause, broken):
+    spoil(broken)
+    assert_refused(generate(broken), broken, cause)
+
+
+def test_architecture_without_attention_to_sample(tmp_path, model_dir):
+    path = tmp_path / "bloom"
+    shutil.copytree(model_dir, path)
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(path)
+    assert_refused(generate(path), "'bloom' is not supported")
+
+
+@pytest.mark.parametrize("where", ["missing/answer.txt", "file/answer.txt", "folder"])
+def test_impossible_output_is_refused_before_the_work(where, model_dir, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(generation, "load", lambda *_, **__: pytest.fail("loaded the model first"))
+    assert_refused(generate(model_dir, "--output", tmp_path / where), "cannot write", tmp_path / where)
+
+
+def test_read_only_output_directory(model_dir, tmp_path, monkeypatch):
+    # Whoever runs the tests may be root, for whom nothing is read-only.
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert_refused(generate(model_dir, "--output", tmp_path / "answer.txt"), "cannot write", "Read-only file system")
+
+
+def test_read_only_output_file(model_dir, tmp_path, monkeypatch):
+    path = tmp_path / "answer.txt"
+    path.write_text("precious")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert_refused(generate(model_dir, "--output", path), "cannot write", "read-only")
+    assert path.read_text() == "precious"
+
+
+def test_device_file_is_no_output(model_dir):
+    assert_refused(generate(model_dir, "--output", os.devnull), "not a regular file")
+
+
+@pytest.mark.parametrize("variable", ["MAGICPIG_ISA", "MAGICPIG_POOL"])
+def test_bad_environment(variable):
+    done = subprocess.run(
+        command("doctor"), env=os.environ | {variable: "bad"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"magicpig: error: {variable}=bad" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("the cache needs 99 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["ours", "torch's"],
+)
+def test_not_enough_memory(error, model_dir, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(generation, "generate", fail)
+    assert_refused(generate(model_dir), str(error))
+
+
+def test_bugs_keep_their_traceback(model_dir, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(generation, "generate", fail)
+    result = generate(model_dir)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RuntimeError)
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_says_ok():
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert native.isa() in result.stdout
+    assert re.search(r"^OK +\d+ self-checks", result.stdout, re.MULTILINE)
+
+
+def test_doctor_as_json():
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["healthy"] is True
+    assert report["isa"] == native.isa()
+    assert report["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
+def test_doctor_reports_wrong_kernels(form, monkeypatch):
+    wrong = dataclasses.replace(doctor.self_check(["portable"])[0], error=0.5)
+    monkeypatch.setattr(doctor, "self_check", lambda: [wrong])
+    result = run("doctor", *form)
+    assert result.exit_code == 1
+    assert ('"healthy": false' if form else "relative error 5.0e-01") in result.stdout
+    assert "OK " not in result.stdout
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_as_tables(tmp_path):
+    path = tmp_path / "[short].txt"
+    path.write_text("A short text. ")
+    result = run("demo", "--file", path, "--tokens", 200, "--new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    plain = " ".join(result.stdout.split())
+    assert "Read 200 bytes of" in plain
+    assert "repeated because it is too short" in plain
+    assert "tokens per second" in plain
+    assert "of 2 steps" in plain
+
+
+def test_demo_as_json():
+    result = run("demo", "--tokens", 2100, "--new-tokens", 3, "--json")
+    answer = json.loads(result.stdout)
+    assert answer["tokens"] == 2100
+    assert [layer["kind"] for layer in answer["errors"]] == ["dense", "sampled", "sampled", "sampled"]
+    assert answer["report"]["sampled_share_mean"] > 0
+
+
+def test_demo_of_nothing(tmp_path):
+    path = tmp_path / "empty.txt"
+    path.write_text("")
+    assert_refused(run("demo", "--file", path), path, "is empty")
+    assert_refused(run("demo", "--file", tmp_path / "missing.txt"), "No such file")
+    assert_refused(run("demo", "--tokens", 0), "--tokens")
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+SMALL = ["--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--repeats", 1, "--steps", 2, "--dtype", "float32"]
+
+
+def bench(*arguments):
+    return run("bench", "attention", "--context", "500,700", "--setting", "4,20", *SMALL, *arguments)
+
+
+@pytest.fixture
+def small_evictor(monkeypatch):
+    monkeypatch.setattr(attention, "EVICTION_BYTES", 1 << 16)
+
+
+@pytest.mark.usefixtures("small_evictor")
+def test_bench_writes_a_file_and_shows_a_table(tmp_path):
+    path = tmp_path / "bench.json"
+    result = bench("--setting", "6,20", "--json", path)
+    assert result.exit_code == 0, result.output
+    assert "vs exact" in result.stdout
+    written = json.loads(path.read_text())
+    assert [(each["context"], each["K"]) for each in written["results"]] == [(500, 4), (500, 6), (700, 4), (700, 6)]
+    assert written["dtype"] == "float32"
+
+
+@pytest.mark.usefixtures("small_evictor")
+def test_bench_on_standard_output():
+    result = bench("--json", "-")
+    assert len(json.loads(result.stdout)["results"]) == 2
+    assert "vs exact" in result.stderr
+
+
+@pytest.mark.usefixtures("small_evictor")
+def test_bench_sets_threads():
+    before = torch.get_num_threads()
+    try:
+        assert json.loads(bench("--json", "-", "--threads", 1).stdout)["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bench_does_not_time_wrong_kernels(monkeypatch, tmp_path):
+    def wrong(shape):
+        raise attention.WrongResultError("self-check failed")
+
+    monkeypatch.setattr(attention, "verify_kernels", wrong)
+    result = bench("--json", tmp_path / "bench.json")
+    assert result.exit_code == 1
+    assert result.stderr == "magicpig: no timing, the results are wrong: self-check failed\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--context", "many"], "--context: 'many' is not a whole number"),
+        (["--context", "10"], "context=10 has nothing to sample"),
+        (["--context", "1000000000000"], "GiB of memory"),
+        (["--setting", "10"], "--setting '10' is not two numbers K,L"),
+        (["--setting", "10,many"], "'many' is not a whole number"),
+        (["--setting", "20,10"], "K=20"),
+        (["--sampler", "full"], "--sampler full has no step to measure"),
+        (["--dtype", "auto"], "--dtype auto"),
+        (["--heads", "3"], "heads=3 is not a multiple of kv_heads=2"),
+        (["--head-dim", "1000"], "head_dim=1000 is out of range"),
+        (["--json", "/missing/bench.json"], "cannot write /missing/bench.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_bench_options(arguments, cause):
+    assert_refused(bench(*arguments), cause)
+
+
+@pytest.fixture
+def execs(monkeypatch):
+    """The commands the process would have become."""
+    started = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
+    for name in pinning.PINNED:
+        monkeypatch.setenv(name, "unset")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    return started
+
+
+def test_bench_starts_over_with_threads_pinned(execs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["magicpig", "bench", "attention", "--context", "500"])
+    pinning.pin_threads()
+    assert execs == [[sys.executable, "-m", "magicpig", "bench", "attention", "--context", "500"]]
+    assert os.environ["OMP_PROC_BIND"] == "true"
+
+
+def test_bench_leaves_pinning_to_the_user(execs, monkeypatch):
+    monkeypatch.setenv("OMP_PLACES", "threads")
+    pinning.pin_threads()
+    assert execs == []
+    assert "OMP_PROC_BIND" not in os.environ
+
+
+def test_only_the_benchmark_pins(execs, monkeypatch, capsys):
+    for arguments in (["--version"], ["bench", "attention", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["magicpig", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+    assert len(execs) == 1
+
+
+# --- output files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_run_leaves_the_old_file(tmp_path):
+    path = tmp_path / "answer"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), OutputFile(path):
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    with OutputFile(link) as file:
+        file.write("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_a_full_disk_is_reported(tmp_path, model_dir, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = generate(model_dir, "--output", tmp_path / "answer")
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "magicpig", *map(str, arguments)]
+
+
+def test_ctrl_c_keeps_the_text_and_says_so(model_dir):
+    arguments = ("--model", model_dir, "--prompt", "w1 w2", "--max-new-tokens", LIMIT - 2)
+    with subprocess.Popen(
+        command("generate", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        first = process.stdout.read(10)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert first.startswith("w")
+    assert stdout.endswith("\n")
+    assert stderr.splitlines()[0] == "magicpig: interrupted"
+    assert "Traceback" not in stderr
+
+
+def test_a_closed_pipe_is_no_error(model_dir):
+    arguments = ("--model", model_dir, "--prompt", "w1 w2", "--max-new-tokens", 2000)
+    with subprocess.Popen(
+        command("generate", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        stderr = process.stderr.read()
+        assert process.wait(timeout=60) == 1
+    assert "Traceback" not in stderr
+    assert "Exception ignored" not in stderr
