@@ -1,0 +1,76 @@
+"""What the repository says about itself has to be true: version, stub, documents."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import magicpig
+from magicpig.kernels import _native
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+SOURCES = sorted(path for path in (ROOT / "src").rglob("*") if path.suffix in {".py", ".cpp", ".h"})
+
+
+def test_version_is_that_of_the_package():
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert magicpig.__version__ == declared[1]
+    assert f"## [{declared[1]}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_stub_describes_the_compiled_module(tmp_path):
+    module = Path(_native.__file__)
+    generate = [sys.executable, "-m", "nanobind.stubgen", "-q", "-i", module.parent, "-m", "_native", "-O", tmp_path]
+    subprocess.run(generate, check=True)
+    ruff = [Path(sys.executable).parent / "ruff", "format", "-q", "--config", ROOT / "pyproject.toml"]
+    subprocess.run([*ruff, tmp_path / "_native.pyi"], check=True)
+    assert (tmp_path / "_native.pyi").read_text() == (ROOT / "src/magicpig/kernels/_native.pyi").read_text(), (
+        "the bindings changed: run `make stub`"
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_environment_variables_are_documented():
+    used = {name for path in SOURCES for name in re.findall(r'getenv\("(MAGICPIG_\w+)"', path.read_text())}
+    documented = set(re.findall(r"^\| `(MAGICPIG_\w+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE))
+    assert used == documented
+    assert "MAGICPIG_ISA" in used
+
+
+def test_symbol_table_names_what_exists():
+    rows = re.findall(r"^\|(.+)\|(.+)\|(.+)\|(.+)\|$", (ROOT / "docs/algorithm.md").read_text(), re.MULTILINE)
+    checked = 0
+    for _, _, identifiers, places in rows:
+        files = [path for place in re.findall(r"`(.+?)`", places) for path in _files(ROOT / "src/magicpig" / place)]
+        text = "".join(path.read_text() for path in files)
+        for identifier in re.findall(r"`(.+?)`", identifiers):
+            for part in identifier.split("."):
+                assert not files or re.search(rf"\b{part}\b", text), f"{part} is not in {places}"
+                checked += bool(files)
+    assert checked > 20
+
+
+def test_readme_file_tree_names_what_exists():
+    tree = re.search(r"```text\n(src/magicpig/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree is not None
+    folders: list[str] = []
+    for line in tree[1].splitlines():
+        names = line.strip().split("   ")[0].split()
+        folders = folders[: (len(line) - len(line.lstrip())) // 2]
+        for name in names:
+            assert Path(ROOT, *folders, name).exists(), "/".join([*folders, name])
+        folders.append(names[0])
+
+
+def _files(place: Path) -> list[Path]:
+    assert place.exists(), place
+    return [path for path in place.rglob("*") if path in SOURCES] if place.is_dir() else [place]
