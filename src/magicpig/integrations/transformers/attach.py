@@ -18,7 +18,6 @@ from magicpig.integrations.transformers.errors import UnsupportedModelError
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 _ATTACHED = "_magicpig"
-_DEFAULT_NEW_TOKENS = 20  # what transformers generates when nobody says how many
 
 
 @dataclass
@@ -38,6 +37,8 @@ def attach(model: Model, config: Config | None = None, **settings: Any) -> Model
     if config is not None and settings:
         raise ValueError(f"give either config or settings by name, not both (got {', '.join(settings)})")
     config = Config(**settings) if config is None else config
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise TypeError(f"model must be a transformers model that generates text, got {type(model).__name__}")
     attached = _attachment(model)
     if attached is not None:
         attached.config = config
@@ -49,7 +50,7 @@ def attach(model: Model, config: Config | None = None, **settings: Any) -> Model
         raise UnsupportedModelError(model.config.model_type, "it computes attention without transformers' interface")
     # On the instance, in front of the methods of the class.
     model.__dict__[_ATTACHED] = _Attachment(config, before)
-    model.__dict__["generate"] = _sampling_generate(model, model.generate)
+    model.__dict__["generate"] = _sampling_generate(model)
     return model
 
 
@@ -67,7 +68,9 @@ def _attachment(model: PreTrainedModel) -> _Attachment | None:
     return attachment
 
 
-def _sampling_generate(model: PreTrainedModel, generate: Callable[..., Any]) -> Callable[..., Any]:
+def _sampling_generate(model: Any) -> Callable[..., Any]:
+    generate = model.generate
+
     @functools.wraps(generate)
     def wrapper(inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         attached = _attachment(model)
@@ -83,8 +86,9 @@ def _sampling_generate(model: PreTrainedModel, generate: Callable[..., Any]) -> 
                     return value
             return default
 
-        _check_request(asked, kwargs.get("past_key_values"))
-        prompt = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        _check_request(asked, kwargs.get("past_key_values"), assisted=kwargs.get("assistant_model") is not None)
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((x for x in given if x is not None), None)
         if prompt is not None:
             _check_length(model, prompt, asked)
         if asked("use_cache", True) and kwargs.get("past_key_values") is None:
@@ -94,7 +98,7 @@ def _sampling_generate(model: PreTrainedModel, generate: Callable[..., Any]) -> 
     return wrapper
 
 
-def _check_request(asked: Callable[..., Any], cache: Any) -> None:
+def _check_request(asked: Callable[..., Any], cache: Any, *, assisted: bool) -> None:
     # "hybrid" is the old default in the files of Gemma models; transformers ignores it, too.
     if asked("cache_implementation") not in (None, "hybrid"):
         raise ValueError(
@@ -103,6 +107,10 @@ def _check_request(asked: Callable[..., Any], cache: Any) -> None:
         )
     if isinstance(cache, StaticCache):
         raise ValueError("past_key_values is a StaticCache, which is not supported; pass a MagicPigCache or nothing")
+    assisted = assisted or any(asked(name) is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
+    if assisted and cache is not None and cache.get_seq_length() > 0:
+        # It would feed the part of the prompt that is in the cache a second time, whatever the cache is.
+        raise ValueError("transformers cannot continue a filled cache in assisted generation; use a new MagicPigCache")
     if asked("output_attentions"):
         raise ValueError("output_attentions=True: attention weights are never computed; detach(model) first")
 
@@ -125,12 +133,10 @@ def _new_tokens(prompt_tokens: int, asked: Callable[..., Any]) -> int:
         return int(new)
     if (total := asked("max_length")) is not None:
         return max(0, int(total) - prompt_tokens)
-    return _DEFAULT_NEW_TOKENS
+    return 1  # transformers then stops at the limit by itself
 
 
-def _check_model(model: PreTrainedModel, config: Config) -> None:
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise TypeError(f"model must be a transformers model that generates text, got {type(model).__name__}")
+def _check_model(model: Any, config: Config) -> None:
     text = model.config.get_text_config(decoder=True)
     kind = model.config.model_type
     if model.config.is_encoder_decoder:
@@ -141,6 +147,6 @@ def _check_model(model: PreTrainedModel, config: Config) -> None:
         raise UnsupportedModelError(kind, "its attention is multi-head latent attention (MLA)")
     if not model._can_set_attn_implementation():
         raise UnsupportedModelError(kind, "it computes attention without transformers' interface")
+    MagicPigCache(model.config, config)  # knows which layers work
     if not model._supports_default_dynamic_cache():
         raise UnsupportedModelError(kind, "it does not take a cache of keys and values")
-    MagicPigCache(model.config, config)  # knows the layers

@@ -43,13 +43,13 @@ def magicpig_attention(
     Returns ((B, T, H, D), None). Raises ValueError for what cannot be had: attention weights, dropout, other masks.
     """
     if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions=True: attention weights are never computed; use attn_implementation='eager'")
+        raise ValueError("output_attentions=True: attention weights are never computed; detach(model) first")
     if dropout:
         raise ValueError(f"dropout={dropout} of attention is not supported; call model.eval() or set it to 0")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise UnsupportedModelError(None, f"{type(module).__name__} is not causal")
     if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; only (batch, positions) is supported")
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, positions)")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, PendingTokens):
         rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
@@ -77,7 +77,7 @@ def magicpig_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """None, or the two-dimensional padding mask of the last kv_length positions. Refuses what is not plainly causal."""
-    if int(q_offset) + q_length != int(kv_offset) + kv_length:
+    if int(q_offset) + q_length != kv_offset + kv_length:
         raise ValueError(
             f"a cache of fixed size ({kv_length} positions) is not supported; use a MagicPigCache "
             "and leave cache_implementation unset"
@@ -88,7 +88,7 @@ def magicpig_mask(
             "for torch.compile), which is not supported"
         )
     mask: Tensor | None = flash_attention_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask
+        batch_size, q_length, kv_length, int(q_offset), kv_offset, attention_mask=attention_mask
     )
     if mask is not None and mask.shape[1] != kv_length:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns; expected {kv_length}, one per token seen so far")

@@ -29,7 +29,7 @@ from magicpig.store import KVStore
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 
 
-class MagicPigCache(Cache):  # type: ignore[misc]
+class MagicPigCache(Cache):
     """What `model.generate(past_key_values=...)` and `model(past_key_values=...)` take to attend by sampling.
 
     model_config: the model's; config: ours. Layers of sliding attention keep the stock cache of transformers.
@@ -43,7 +43,7 @@ class MagicPigCache(Cache):  # type: ignore[misc]
         types, settings = get_layer_types_and_kwargs(decoder)
         if unsupported := sorted(set(types) - set(SUPPORTED_LAYERS)):
             raise UnsupportedModelError(decoder.model_type, f"it has layers of type {', '.join(unsupported)}")
-        layers = [
+        layers: list[Any] = [
             MagicPigLayer(self.config, index) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
             for index, (kind, kw) in enumerate(zip(types, settings, strict=True))
         ]
@@ -51,7 +51,7 @@ class MagicPigCache(Cache):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.layers[layer_idx].get_seq_length() != self.layers[0].get_seq_length():
+        if self.get_seq_length(layer_idx) != self.get_seq_length(0):
             raise RuntimeError(
                 f"layers 0 and {layer_idx} have not seen the same tokens: a forward pass was interrupted; "
                 "use a new MagicPigCache"
@@ -80,7 +80,7 @@ class PendingTokens:
         )
 
 
-class MagicPigLayer(CacheLayerMixin):  # type: ignore[misc]
+class MagicPigLayer(CacheLayerMixin):
     """The keys and values of one full-attention layer, for B sequences."""
 
     is_sliding = False
@@ -89,7 +89,7 @@ class MagicPigLayer(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
 
     def __init__(self, config: Config, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.config = config
         self.index = index
         # Set while an assistant proposes tokens: several new tokens are then decoding, and `crop` will follow.
@@ -116,9 +116,8 @@ class MagicPigLayer(CacheLayerMixin):  # type: ignore[misc]
         self.stores = [KVStore(G, D, self.dtype, self.config, sampled=sampled) for _ in range(B)]
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[PendingTokens, PendingTokens]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Returns the new tokens twice, as `PendingTokens`, where other caches return all keys and all values."""
         if key_states.shape != value_states.shape:
             raise UnsupportedModelError(
                 None, f"its keys have shape {tuple(key_states.shape)} and its values {tuple(value_states.shape)}"
