@@ -7,6 +7,7 @@ of sampling.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,21 @@ LOGITS_AT_ONCE = 1 << 24  # of the plain path, all heads together: 64 MiB in flo
 
 # Private in torch, but the only attention on the CPU that returns the log-sum-exp; `_plain` stands in without it.
 _flash_op: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What becomes of the logits; see `attend_store`."""
+
+    scale: float
+    softcap: float | None
+    sink_logits: Tensor | None
+
+    def finish(self, state: AttentionState, dtype: torch.dtype) -> AttentionState:
+        """After the last key: the sinks join in."""
+        if self.sink_logits is not None:
+            state = with_sink_logits(state, self.sink_logits[:, None].expand_as(state.lse))
+        return AttentionState(state.output.to(dtype), state.lse)
 
 
 def attend_store(
@@ -53,7 +69,7 @@ def attend_store(
         if n < keys.shape[1]:
             new.append((keys[:, n:], values[:, n:]))
         position += keys.shape[1]
-    return _finish(query, _attend_blocks(query, past, new, scale, softcap, offset), sink_logits)
+    return _attend_blocks(query, past, new, _Rule(scale, softcap, sink_logits), offset)
 
 
 def causal_attention(
@@ -79,24 +95,24 @@ def causal_attention(
     _check(query, G, N, D)
     if values.shape != keys.shape:
         raise ValueError(f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape)} as the keys")
-    T = query.shape[1]
+    rule, new_from = _Rule(scale, softcap, sink_logits), N - query.shape[1]
     if window is not None and _span(positions, N) > window:
-        state = _attend_window(query, keys, values, scale, positions, window, softcap)
-    else:
-        past, new = (
-            list(zip(k.split(KEYS_AT_ONCE, 1), v.split(KEYS_AT_ONCE, 1), strict=True)) if k.shape[1] else []
-            for k, v in ((keys[:, : N - T], values[:, : N - T]), (keys[:, N - T :], values[:, N - T :]))
+        return _attend_window(query, keys, values, rule, positions, window)
+    past, new = (
+        list(zip(k.split(KEYS_AT_ONCE, 1), v.split(KEYS_AT_ONCE, 1), strict=True)) if k.shape[1] else []
+        for k, v in (
+            (keys[:, :new_from], values[:, :new_from]),
+            (keys[:, new_from:], values[:, new_from:]),
         )
-        state = _attend_blocks(query, past, new, scale, softcap, None)
-    return _finish(query, state, sink_logits)
+    )
+    return _attend_blocks(query, past, new, rule, None)
 
 
 def _attend_blocks(
     query: Tensor,
     past: list[tuple[Tensor, Tensor]],
     new: list[tuple[Tensor, Tensor]],
-    scale: float,
-    softcap: float | None,
+    rule: _Rule,
     offset: Tensor | None,
 ) -> AttentionState:
     """Queries cut as the new keys are: each piece sees the blocks before its own fully and its own causally."""
@@ -104,10 +120,10 @@ def _attend_blocks(
     for i, (keys, values) in enumerate(new):
         at = slice(first, first + keys.shape[1])
         q, o = query[:, at], None if offset is None else offset[:, at]
-        state = _attend(q, keys, values, scale, softcap, o, causal=True)
+        state = _attend(q, keys, values, rule, o, causal=True)
         for k, v in past + new[:i]:
-            state = merge([state, _attend(q, k, v, scale, softcap, o)])
-        pieces.append(state)
+            state = merge([state, _attend(q, k, v, rule, o)])
+        pieces.append(rule.finish(state, query.dtype))
         first = at.stop
     return _join(pieces)
 
@@ -116,10 +132,9 @@ def _attend_window(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scale: float,
+    rule: _Rule,
     positions: Tensor | None,
     window: int,
-    softcap: float | None,
 ) -> AttentionState:
     T, N = query.shape[1], keys.shape[1]
     if positions is None:
@@ -132,7 +147,7 @@ def _attend_window(
         seen = slice(oldest, N - T + last)
         mask = (positions[seen] <= at) & (positions[seen] > at - window)
         q, k, v = query[:, first:last], keys[:, seen], values[:, seen]
-        pieces.append(_attend(q, k, v, scale, softcap, None, mask=mask))
+        pieces.append(rule.finish(_attend(q, k, v, rule, None, mask=mask), query.dtype))
     return _join(pieces)
 
 
@@ -140,21 +155,21 @@ def _attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scale: float,
-    softcap: float | None,
+    rule: _Rule,
     offset: Tensor | None,
     *,
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> AttentionState:
-    """Attention of (H, T, D) over (G, n, D); every query must see a key. mask: (T, n), True where visible.
+    """Attention of (H, T, D) over (G, n, D), without sinks; every query must see a key.
 
-    offset: (H, T), added to the logits of each query. The state is in float32, or float64 for float64 queries.
+    mask: (T, n), True where visible. offset: (H, T), added to the logits of each query.
+    The state is in float32, or float64 for float64 queries.
     """
-    if softcap is None and _flash_op is not None and _suits_flash(query, keys, values):
-        state = _flash(query, keys, values, scale, causal, mask)
+    if rule.softcap is None and _flash_op is not None and _suits_flash(query, keys, values):
+        state = _flash(query, keys, values, rule.scale, causal, mask)
         return state if offset is None else AttentionState(state.output, state.lse + offset)
-    return _plain(query, keys, values, scale, softcap, offset, causal, mask)
+    return _plain(query, keys, values, rule, offset, causal, mask)
 
 
 def _suits_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -179,8 +194,7 @@ def _plain(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scale: float,
-    softcap: float | None,
+    rule: _Rule,
     offset: Tensor | None,
     causal: bool,
     mask: Tensor | None,
@@ -196,11 +210,11 @@ def _plain(
         at = slice(first, min(first + step, T))
         q = query[:, at].to(working)
         t = q.shape[1]
-        logits = (scale * (q.reshape(G, -1, D) @ keys.mT)).view(H, t, n)
+        logits = (rule.scale * (q.reshape(G, -1, D) @ keys.mT)).view(H, t, n)
         if offset is not None:
             logits = logits + offset[:, at, None]
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        if rule.softcap is not None:
+            logits = rule.softcap * torch.tanh(logits / rule.softcap)
         if mask is not None:
             logits = logits.masked_fill(~mask[at], -torch.inf)
         output = (logits.softmax(-1).view(G, -1, n) @ values).view(H, t, D)
@@ -213,12 +227,6 @@ def _join(pieces: list[AttentionState]) -> AttentionState:
     if len(pieces) == 1:
         return pieces[0]
     return AttentionState(torch.cat([p.output for p in pieces], 1), torch.cat([p.lse for p in pieces], 1))
-
-
-def _finish(query: Tensor, state: AttentionState, sink_logits: Tensor | None) -> AttentionState:
-    if sink_logits is not None:
-        state = with_sink_logits(state, sink_logits[:, None].expand_as(state.lse))
-    return AttentionState(state.output.to(query.dtype), state.lse)
 
 
 def _dot_mean(query: Tensor, mean: Tensor) -> Tensor:

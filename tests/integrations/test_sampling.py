@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -227,8 +228,6 @@ def test_dense_layers_and_short_contexts_sample_nothing(tiny: Tiny, tokens: Toke
 
 
 def test_half_precision(tiny: Tiny, tokens: Tokens, generate: Generate) -> None:
-    import copy
-
     ids = tokens(2, 60)
     for dtype in (torch.bfloat16, torch.float16):
         model = copy.deepcopy(tiny("llama")).to(dtype)
