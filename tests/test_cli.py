@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from magicpig import doctor, generation
+import magicpig.cli.bench as pinning
+from magicpig import doctor, generation, machine
 from magicpig.bench import attention
 from magicpig.cli import app, main
-from magicpig.cli import bench as pinning
 from magicpig.cli.files import OutputFile
 from magicpig.kernels import native
 
@@ -443,6 +443,12 @@ def test_bad_environment(variable):
     assert "Traceback" not in done.stderr
 
 
+def test_weights_larger_than_memory(model_dir, monkeypatch):
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
+    monkeypatch.setattr(generation.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert_refused(generate(model_dir), model_dir, "the weights take", "0.0 GiB")
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError("the cache needs 99 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
@@ -597,37 +603,49 @@ def test_bad_bench_options(arguments, cause):
     assert_refused(bench(*arguments), cause)
 
 
-@pytest.fixture
-def execs(monkeypatch):
-    """The commands the process would have become."""
-    started = []
-    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
-    for name in pinning.PINNED:
-        monkeypatch.setenv(name, "unset")  # so that it is put back afterwards
-        monkeypatch.delenv(name)
-    return started
+PRINT_BINDINGS = """
+import sys
+from magicpig.cli.bench import pin_threads
+pin_threads()
+import torch
+torch.ones(1 << 20).sin()
+from pathlib import Path
+for status in Path("/proc/self/task").glob("*/status"):
+    print(*[line.split()[1] for line in status.read_text().splitlines() if line.startswith("Cpus_allowed_list")])
+"""
 
 
-def test_bench_starts_over_with_threads_pinned(execs, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["magicpig", "bench", "attention", "--context", "500"])
-    pinning.pin_threads()
-    assert execs == [[sys.executable, "-m", "magicpig", "bench", "attention", "--context", "500"]]
-    assert os.environ["OMP_PROC_BIND"] == "true"
+def cpus_of_threads(**variables):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_BINDINGS], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
 
 
-def test_bench_leaves_pinning_to_the_user(execs, monkeypatch):
-    monkeypatch.setenv("OMP_PLACES", "threads")
-    pinning.pin_threads()
-    assert execs == []
-    assert "OMP_PROC_BIND" not in os.environ
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_bench_pins_each_thread_to_a_core():
+    if machine.usable_cpus() < 2:
+        pytest.skip("one processor: every thread is pinned to it")
+    pinned = cpus_of_threads(OMP_NUM_THREADS="2")
+    assert len(set(pinned)) == 2
+    assert len(set(cpus_of_threads(OMP_NUM_THREADS="2", OMP_PROC_BIND="false"))) == 1
 
 
-def test_only_the_benchmark_pins(execs, monkeypatch, capsys):
+def test_only_the_benchmark_pins(monkeypatch):
+    pinned = []
+    monkeypatch.setattr("magicpig.cli.pin_threads", lambda: pinned.append(sys.argv))
     for arguments in (["--version"], ["bench", "attention", "--help"]):
         monkeypatch.setattr(sys, "argv", ["magicpig", *arguments])
         with pytest.raises(SystemExit):
             main()
-    assert len(execs) == 1
+    assert len(pinned) == 1
+
+
+def test_too_late_to_pin(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    pinning.pin_threads()  # torch has been imported by this file
+    assert os.environ == {}
 
 
 # --- output files -----------------------------------------------------------------------------------------------------

@@ -3,8 +3,35 @@
 The method is MagicPIG (arXiv 2410.16179). `attend` works on tensors, `attach` on transformers models.
 """
 
-from magicpig.config import Config
-from magicpig.functional import attend
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from magicpig.config import Config
+    from magicpig.functional import attend
+    from magicpig.integrations.transformers import MagicPigCache, UnsupportedModelError, attach, detach
 
 __version__ = "0.1.0"
-__all__ = ["Config", "attend"]
+__all__ = ["Config", "MagicPigCache", "UnsupportedModelError", "attach", "attend", "detach"]
+
+# Imported when first asked for: torch and transformers take seconds, and `magicpig --help` needs neither.
+_HOMES = {
+    "Config": "magicpig.config",
+    "MagicPigCache": "magicpig.integrations.transformers",
+    "UnsupportedModelError": "magicpig.integrations.transformers",
+    "attach": "magicpig.integrations.transformers",
+    "attend": "magicpig.functional",
+    "detach": "magicpig.integrations.transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import TextStreamer
 
+from magicpig import machine
 from magicpig.config import Config
 from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
 
@@ -74,7 +75,8 @@ def load(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = Fals
     """Load the model and the tokenizer of a local ``directory``; nothing is ever downloaded.
 
     dtype: one of `DTYPES`; "auto" is what the weights are stored in.
-    Weights must be safetensors and complete. Raises ModelError if anything about the directory is wrong.
+    Weights must be safetensors and complete. Raises ModelError if anything about the directory is wrong, MemoryError
+    if the weights do not fit.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -82,6 +84,15 @@ def load(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = Fals
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     _read(directory, "configuration", AutoConfig.from_pretrained, **local)
     tokenizer = _read(directory, "tokenizer", AutoTokenizer.from_pretrained, **local)
+    weights, available = (
+        sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        machine.available_memory(),
+    )
+    if weights > available:
+        raise MemoryError(
+            f"{directory}: the weights take {weights / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are available"
+        )
     network, report = _read(
         directory,
         "weights",

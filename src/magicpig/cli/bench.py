@@ -29,15 +29,10 @@ PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 def pin_threads() -> None:
     """Bind each thread to a core: with two roaming threads, medians were four times worse than with one.
 
-    OpenMP reads these variables when torch is imported, so a process that has it already starts over.
-    What the user has set stays.
+    OpenMP reads these variables when torch is imported, so it must not have been yet. What the user has set stays.
     """
-    if any(name in os.environ for name in PINNED):
-        return
-    os.environ.update(PINNED)
-    if "torch" in sys.modules:
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "magicpig", *sys.argv[1:]])
+    if "torch" not in sys.modules and not any(name in os.environ for name in PINNED):
+        os.environ.update(PINNED)
 
 
 def attention(
