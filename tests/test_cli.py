@@ -610,6 +610,8 @@ pin_threads()
 import torch
 torch.ones(1 << 20).sin()
 from pathlib import Path
+from magicpig.machine import usable_cpus
+print(usable_cpus())
 for status in Path("/proc/self/task").glob("*/status"):
     print(*[line.split()[1] for line in status.read_text().splitlines() if line.startswith("Cpus_allowed_list")])
 """
@@ -620,7 +622,9 @@ def cpus_of_threads(**variables):
     done = subprocess.run(
         [sys.executable, "-c", PRINT_BINDINGS], env=environment, capture_output=True, text=True, check=True
     )
-    return done.stdout.split()
+    usable, *cpus = done.stdout.split()
+    assert int(usable) == machine.usable_cpus()
+    return cpus
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")

@@ -44,7 +44,7 @@ def cpu_flags() -> frozenset[str]:
 
 def usable_cpus() -> int:
     """Logical processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(_affinity() | _AFFINITY_AT_START) or os.cpu_count() or 1
 
 
 def physical_cores() -> int | None:
@@ -122,6 +122,14 @@ def commit() -> str | None:
 def environment() -> dict[str, str]:
     """Those of `VARIABLES` that are set."""
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def _affinity() -> set[int]:
+    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set()
+
+
+# OMP_PROC_BIND narrows the main thread to one processor as soon as torch is imported.
+_AFFINITY_AT_START = _affinity()
 
 
 def _git(tree: Path, *arguments: str) -> str:

@@ -16,6 +16,7 @@ from magicpig.cli.files import OutputFile, read_text
 from magicpig.cli.options import Dtype, Sampler, checked
 from magicpig.cli.report import cache_as_dict, prefill_progress
 from magicpig.config import Config
+from magicpig.machine import versions
 
 if TYPE_CHECKING:
     from magicpig.generation import Generation
@@ -184,7 +185,6 @@ class _Stream:
 
 def _as_dict(result: Generation, settings: dict[str, Any]) -> dict[str, Any]:
     from magicpig.kernels import native
-    from magicpig.machine import versions
 
     return {
         "text": result.text,
