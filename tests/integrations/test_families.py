@@ -122,6 +122,12 @@ def test_two_turns_on_one_cache(family: str, tiny: Tiny, tokens: Tokens, generat
     assert_same(generate(detach(model), ids), second)
 
 
+def test_an_assistant_model(tiny: Tiny, tokens: Tokens, generate: Callable[..., Any]) -> None:
+    model, assistant, ids = tiny("llama"), attach(tiny("gemma2")), tokens(1, 30)
+    expected = generate(model, ids)
+    assert_same(expected, generate(attach(model), ids, assistant_model=assistant))
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gpt_oss"])
 def test_holes_in_the_mask(family: str, tiny: Tiny, tokens: Tokens, both: Both) -> None:
     """generate() without attention_mask= makes them wherever a token of the prompt equals pad_token_id."""

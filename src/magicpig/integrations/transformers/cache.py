@@ -92,7 +92,8 @@ class MagicPigLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.config = config
         self.index = index
-        # Set while an assistant proposes tokens: several new tokens are then decoding, and `crop` will follow.
+        # Set while an assistant proposes tokens: several new tokens are then decoding, and `crop` will follow. Only the
+        # first proposals come together with the prompt and are judged by exact attention, as the prompt is.
         self.record_past = False
         self.query_heads = 0
         self._forget()
