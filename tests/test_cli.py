@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import io
 import json
 import os
 import re
@@ -101,6 +102,14 @@ def test_no_command_shows_help():
 
 def test_version():
     assert re.fullmatch(r"magicpig \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+def test_a_terminal_that_cannot_show_all_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(sys, "argv", ["magicpig", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    sys.stdout.write("ü")  # would raise
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -281,7 +290,8 @@ def test_prompt_file_is_a_directory(model_dir, tmp_path):
     assert_refused(generate(model_dir, "--prompt-file", tmp_path, prompt=None), tmp_path, "directory")
 
 
-def test_prompt_longer_than_the_model_can_read(model_dir):
+def test_prompt_longer_than_the_model_can_read(model_dir, monkeypatch):
+    monkeypatch.setattr(generation, "load", lambda *_, **__: pytest.fail("loaded the weights first"))
     result = generate(model_dir, prompt="w1 " * (LIMIT - 4))
     assert_refused(result, f"the prompt has {LIMIT - 4} tokens and 5", f"limit is {LIMIT}")
 
@@ -395,6 +405,27 @@ def test_unusable_model_directory(spoil, cause, broken):
     assert_refused(generate(broken), broken, cause)
 
 
+def test_tokenizer_of_another_model(broken):
+    edit_config(broken, vocab_size=20)
+    assert_refused(generate(broken), broken, "the tokenizer makes token 32, but the model knows 20 tokens")
+
+
+def test_broken_chat_template(broken):
+    (broken / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    assert_refused(generate(broken, "--chat"), broken, "the chat template fails: no such role")
+
+
+def test_weights_that_are_not_numbers(broken):
+    model = LlamaForCausalLM.from_pretrained(broken, local_files_only=True)
+    model.model.layers[0].self_attn.v_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(broken)
+    assert_refused(generate(broken), "the model computes values", "not finite")
+
+
+def test_prompt_of_broken_bytes(model_dir):
+    assert_refused(generate(model_dir, prompt="w1 \udcff"), "--prompt is not valid UTF-8")
+
+
 def test_architecture_without_attention_to_sample(tmp_path, model_dir):
     path = tmp_path / "bloom"
     shutil.copytree(model_dir, path)
@@ -408,7 +439,7 @@ def test_architecture_without_attention_to_sample(tmp_path, model_dir):
 def test_impossible_output_is_refused_before_the_work(where, model_dir, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(generation, "load", lambda *_, **__: pytest.fail("loaded the model first"))
+    monkeypatch.setattr(generation, "open_model", lambda *_, **__: pytest.fail("read the model first"))
     assert_refused(generate(model_dir, "--output", tmp_path / where), "cannot write", tmp_path / where)
 
 

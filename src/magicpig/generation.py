@@ -1,7 +1,7 @@
 """A local model directory and a prompt become text, measured. Knows nothing about terminals.
 
-`load` -> `encode` -> `generate`. Everything that can be wrong with the directory or the prompt is a `ModelError`
-of one line.
+`open_model` -> `encode` -> `load` -> `generate`. Everything that can be wrong with the directory or the prompt is a
+`ModelError` of one line.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import TextStreamer
 
@@ -32,15 +33,17 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """A causal language model in evaluation mode, and its tokenizer."""
+    """A local model directory, looked into: everything but the weights."""
 
-    network: Any
+    directory: Path
+    config: Any
     tokenizer: Any
+    trust_remote_code: bool
 
     @property
     def limit(self) -> int | None:
         """The most tokens, prompt and answer together, that the model was made for; None if it does not say."""
-        limit = getattr(self.network.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
 
@@ -71,42 +74,16 @@ class Generation:
         return self.decode_steps / self.decode_s if self.decode_steps else None
 
 
-def load(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Model:
-    """Load the model and the tokenizer of a local ``directory``; nothing is ever downloaded.
+def open_model(directory: Path, *, trust_remote_code: bool = False) -> Model:
+    """Read configuration and tokenizer of a local ``directory``; nothing is ever downloaded.
 
-    dtype: one of `DTYPES`; "auto" is what the weights are stored in.
-    Weights must be safetensors and complete. Raises ModelError if anything about the directory is wrong, MemoryError
-    if the weights do not fit.
+    Raises ModelError if anything about the directory is wrong.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     _check_directory(directory)
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    _read(directory, "configuration", AutoConfig.from_pretrained, **local)
+    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = _read(directory, "configuration", AutoConfig.from_pretrained, **local)
     tokenizer = _read(directory, "tokenizer", AutoTokenizer.from_pretrained, **local)
-    weights, available = (
-        sum(path.stat().st_size for path in directory.glob("*.safetensors")),
-        machine.available_memory(),
-    )
-    if weights > available:
-        raise MemoryError(
-            f"{directory}: the weights take {weights / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are available"
-        )
-    network, report = _read(
-        directory,
-        "weights",
-        AutoModelForCausalLM.from_pretrained,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        use_safetensors=True,
-        output_loading_info=True,
-        **local,
-    )
-    # transformers would fill them with random numbers and only log it
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"{directory}: {len(missing)} weights are missing, the first is {missing[0]}")
-    return Model(network.eval(), tokenizer)
+    return Model(directory, config, tokenizer, trust_remote_code)
 
 
 def encode(model: Model, text: str, *, chat: bool = False, new_tokens: int = 0) -> list[int]:
@@ -119,7 +96,10 @@ def encode(model: Model, text: str, *, chat: bool = False, new_tokens: int = 0) 
         raise ModelError("the tokenizer has no chat template; leave out --chat")
     if chat:
         message = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except TemplateError as error:
+            raise ModelError(f"{model.directory}: the chat template fails: {_one_line(error)}") from error
     else:
         # A prompt may be longer than the tokenizer's own idea of a limit; the model's is checked below.
         ids = tokenizer(text, verbose=False)["input_ids"]
@@ -130,18 +110,56 @@ def encode(model: Model, text: str, *, chat: bool = False, new_tokens: int = 0) 
             f"the prompt has {len(ids)} tokens and {new_tokens} are to be generated, "
             f"but the model's limit is {model.limit} tokens"
         )
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if max(ids) >= vocabulary:
+        raise ModelError(
+            f"{model.directory}: the tokenizer makes token {max(ids)}, but the model knows {vocabulary} tokens"
+        )
     return list(ids)
 
 
+def load(model: Model, *, dtype: str = "auto") -> Any:
+    """The network in evaluation mode, its weights read from safetensors files.
+
+    dtype: one of `DTYPES`; "auto" is what the weights are stored in.
+    Raises ModelError if weights are damaged or missing, MemoryError if they do not fit.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    size = sum(path.stat().st_size for path in model.directory.glob("*.safetensors"))
+    available = machine.available_memory()
+    if size > available:
+        raise MemoryError(
+            f"{model.directory}: the weights take {size / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are available"
+        )
+    network, report = _read(
+        model.directory,
+        "weights",
+        AutoModelForCausalLM.from_pretrained,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=model.trust_remote_code,
+    )
+    # transformers would fill them with random numbers and only log it
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"{model.directory}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return network.eval()
+
+
 def generate(
-    model: Model,
+    network: Any,
+    tokenizer: Any,
     ids: list[int],
     config: Config,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    chunk: int = 4096,
+    chunk: int = 1024,
     on_prefill: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
@@ -150,30 +168,36 @@ def generate(
     chunk: the prompt is read this many tokens at a time.
     on_prefill is called with the number of prompt tokens read by each chunk, on_text with every piece of new text.
     """
-    attach(model.network, config)
-    cache = MagicPigCache(model.network.config, config)
-    watch = _Watch(model.tokenizer, on_text)
+    attach(network, config)
+    cache = MagicPigCache(network.config, config)
+    watch = _Watch(tokenizer, on_text)
     torch.manual_seed(config.seed)
     # None switches off what the model's own generation settings may say.
     sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else dict.fromkeys(GREEDY)
-    hook = model.network.register_forward_hook(
+    hook = network.register_forward_hook(
         lambda _, __, kwargs, ___: on_prefill(kwargs["input_ids"].shape[1]) if not watch.times else None,
         with_kwargs=True,
     )
-    prompt = torch.tensor([ids], device=model.network.device)
+    prompt = torch.tensor([ids], device=network.device)
     try:
         start = time.perf_counter()
-        output = model.network.generate(
+        output = network.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
             prefill_chunk_size=even_chunk(len(ids), chunk),
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
-            pad_token_id=_pad_token(model),
+            pad_token_id=_pad_token(network),
             streamer=watch,
             **sampling,
         )
+    except ValueError as error:
+        if "not finite" not in str(error):
+            raise
+        raise ModelError(
+            f"the model computes {error}; its weights or its dtype {network.dtype} may be at fault"
+        ) from error
     finally:
         hook.remove()
     times = watch.times
@@ -214,9 +238,9 @@ class _Watch(TextStreamer):
             self.on_text(text)
 
 
-def _pad_token(model: Model) -> int:
+def _pad_token(network: Any) -> int:
     # Nothing is ever padded here, but without one transformers warns.
-    pad = model.network.generation_config.pad_token_id
+    pad = network.generation_config.pad_token_id
     return 0 if pad is None else pad
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version as package_version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -51,6 +52,9 @@ def _options(
 
 def main() -> None:
     """Entry point of the `magicpig` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     if sys.argv[1:3] == ["bench", "attention"]:
         pin_threads()
     app(prog_name="magicpig")

@@ -80,7 +80,7 @@ def generate(
     dtype: Annotated[
         Dtype, typer.Option(help="What the model computes in; auto is what its weights are stored in.")
     ] = Dtype.auto,
-    prefill_chunk: Annotated[int, typer.Option(min=64, help="Read the prompt this many tokens at a time.")] = 4096,
+    prefill_chunk: Annotated[int, typer.Option(min=64, help="Read the prompt this many tokens at a time.")] = 1024,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
     ] = False,
@@ -100,9 +100,11 @@ def generate(
     """
     if (prompt is None) == (prompt_file is None):
         raise InputError("pass either --prompt or --prompt-file")
-    text = prompt if prompt is not None else read_text(prompt_file or Path())
+    text = read_text(prompt_file) if prompt_file is not None else prompt
     if not text:
         raise InputError("the prompt is empty")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python keeps bytes it cannot decode
+        raise InputError("--prompt is not valid UTF-8")
     config = checked(
         Config,
         sampler=sampler.value,
@@ -124,8 +126,9 @@ def generate(
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
-            loaded = generation.load(model, dtype=dtype.value, trust_remote_code=trust_remote_code)
-            ids = generation.encode(loaded, text, chat=chat, new_tokens=max_new_tokens)
+            opened = generation.open_model(model, trust_remote_code=trust_remote_code)
+            ids = generation.encode(opened, text, chat=chat, new_tokens=max_new_tokens)
+            network = generation.load(opened, dtype=dtype.value)
 
         stream = _Stream(sys.stderr if as_json else sys.stdout)
         progress = prefill_progress(notes)
@@ -138,7 +141,8 @@ def generate(
 
         with progress, stream:
             result = generation.generate(
-                loaded,
+                network,
+                opened.tokenizer,
                 ids,
                 config,
                 max_new_tokens=max_new_tokens,
@@ -149,7 +153,7 @@ def generate(
                 on_text=stream.write,
             )
         settings = config.model_dump(mode="json") | {
-            "dtype": str(loaded.network.dtype).removeprefix("torch."),
+            "dtype": str(network.dtype).removeprefix("torch."),
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p,
