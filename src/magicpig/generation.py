@@ -21,7 +21,7 @@ from transformers.generation.streamers import TextStreamer
 
 from magicpig import machine
 from magicpig.config import Config
-from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
+from magicpig.integrations.transformers import CacheReport, attach
 
 GREEDY = ("temperature", "top_p", "top_k")  # means nothing to it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -169,7 +169,6 @@ def generate(
     on_prefill is called with the number of prompt tokens read by each chunk, on_text with every piece of new text.
     """
     attach(network, config)
-    cache = MagicPigCache(network.config, config)
     watch = _Watch(tokenizer, on_text)
     torch.manual_seed(config.seed)
     # None switches off what the model's own generation settings may say.
@@ -184,12 +183,12 @@ def generate(
         output = network.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
             prefill_chunk_size=even_chunk(len(ids), chunk),
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             pad_token_id=_pad_token(network),
             streamer=watch,
+            return_dict_in_generate=True,  # with the cache that `attach` made
             **sampling,
         )
     except ValueError as error:
@@ -203,13 +202,13 @@ def generate(
     times = watch.times
     return Generation(
         text=watch.text,
-        token_ids=output[0, len(ids) :].tolist(),
+        token_ids=output.sequences[0, len(ids) :].tolist(),
         prompt_tokens=len(ids),
         prefill_s=times[0] - start,
         first_step_s=times[1] - times[0] if len(times) > 1 else None,
         decode_s=times[-1] - times[1] if len(times) > 1 else 0.0,
         decode_steps=max(len(times) - 2, 0),
-        cache=cache.report(),
+        cache=output.past_key_values.report(),
     )
 
 
