@@ -92,7 +92,9 @@ def _sampling_generate(model: Any) -> Callable[..., Any]:
         if prompt is not None:
             _check_length(model, prompt, asked)
         if asked("use_cache", True) and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = MagicPigCache(model.config, attached.config)
+            cache = kwargs["past_key_values"] = MagicPigCache(model.config, attached.config)
+            if asked("is_assistant", False):
+                cache.activate_past_recording()  # its proposals will be taken back
         return generate(inputs, generation_config, *args, **kwargs)
 
     return wrapper
