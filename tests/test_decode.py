@@ -1,0 +1,508 @@
+"""The fused decode step: batches of ragged, mixed stores against float64, against itself, and against misuse."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from magicpig.config import Config
+from magicpig.decode import attend_stores, decode_step
+from magicpig.kernels import native
+from magicpig.kernels.attend.reference import attend, with_sink_logits
+from magicpig.kernels.reference import attend_full, attend_lsh
+from magicpig.store import KVStore
+from magicpig.types import AttentionState
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+G, R, D = 2, 3, 64
+H = G * R
+SCALE = D**-0.5
+
+SAMPLED = Config(K=4, L=20, exact_below=0)
+# With K = 1 a key collides in a table with probability p, and u = 1 - (1 - p)^1024 is one up to 1e-9 for every
+# p > 0.02, that is for all keys not opposite to the query: the sample is the whole body, every weight is one.
+EVERYTHING = Config(K=1, L=1024, min_hits=1, exact_below=0)
+
+# Relative error of float32 accumulation, as in the kernels' own tests.
+RELATIVE_ERROR = 1e-5
+# Rounding of an entry of the output: relative, and absolute where float16 gets denormal.
+OUTPUT_ROUNDING = {torch.float32: (0.0, 0.0), torch.bfloat16: (2.0**-8, 0.0), torch.float16: (2.0**-11, 2.0**-25)}
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def make_store(
+    tokens: int,
+    config: Config = SAMPLED,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sampled: bool = True,
+    shift: float = 0.0,
+) -> KVStore:
+    store = KVStore(G, D, dtype, config, sampled=sampled)
+    if tokens:
+        keys = torch.randn(G, tokens, D) + shift * torch.randn(G, 1, D)
+        store.append(keys.to(dtype), torch.randn(G, tokens, D).to(dtype))
+    return store
+
+
+def new_token(B: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (B, H, D), key and value (B, G, D)."""
+    return torch.randn(B, H, D).to(dtype), torch.randn(B, G, D).to(dtype), torch.randn(B, G, D).to(dtype)
+
+
+def rows_of(store: KVStore) -> tuple[Tensor, Tensor]:
+    """Keys as stored (centred once settled) and values, (G, N, D) float64."""
+    pieces = list(store.blocks())
+    if not pieces:
+        return torch.empty(G, 0, D).double(), torch.empty(G, 0, D).double()
+    return torch.cat([k for k, _ in pieces], 1).double(), torch.cat([v for _, v in pieces], 1).double()
+
+
+def exact(query: Tensor, store: KVStore, softcap: float | None = None) -> AttentionState:
+    """Attention of one request's query (H, D) over all of its stored rows, in float64."""
+    keys, values = rows_of(store)
+    states = []
+    for g, group in enumerate(query.double().unflatten(0, (G, R))):
+        offset = SCALE * (group @ store.mean[g].double())
+        states.append(attend(group, keys[g], values[g], scale=SCALE, offset=offset, softcap=softcap))
+    return AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states]))
+
+
+def assert_close(state: AttentionState, right: AttentionState, tolerance: float = RELATIVE_ERROR) -> None:
+    output = state.output.double()
+    assert output.isfinite().all()
+    relative, absolute = OUTPUT_ROUNDING[state.output.dtype]
+    allowed = (tolerance + relative) * right.output.norm(dim=-1) + absolute * output.shape[-1] ** 0.5
+    assert ((output - right.output).norm(dim=-1) <= allowed).all()
+    assert float((state.lse - right.lse).abs().max()) <= tolerance * max(1.0, float(right.lse.abs().max()))
+
+
+def of_request(state: AttentionState, b: int) -> AttentionState:
+    return AttentionState(state.output[b], state.lse[b])
+
+
+def assert_same_bits(a: AttentionState, b: AttentionState) -> None:
+    assert torch.equal(a.output, b.output)
+    assert torch.equal(a.lse, b.lse)
+
+
+# --- right ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[0], [1], [3000], [5, 0, 100], [0, 1, 5, 100, 3000, 64, 4097]],
+    ids=lambda lengths: f"B{len(lengths)}-{lengths}",
+)
+def test_ragged_exact_stores_are_exact_attention(lengths, dtype, isa):
+    stores = [make_store(n, dtype=dtype, sampled=False) for n in lengths]
+    query, keys, values = new_token(len(lengths), dtype)
+    state = decode_step(query, keys, values, stores, scale=SCALE)
+    assert state.output.shape == query.shape
+    assert state.output.dtype == dtype
+    assert state.lse.shape == query.shape[:2]
+    assert state.lse.dtype == torch.float32
+    for b, store in enumerate(stores):
+        assert store.length == lengths[b] + 1
+        assert_close(of_request(state, b), exact(query[b], store))
+
+
+def test_the_first_token_attends_to_itself_alone():
+    store = make_store(0)
+    query, keys, values = new_token(1)
+    state = decode_step(query, keys, values, [store], scale=SCALE)
+    torch.testing.assert_close(state.output[0], values[0].repeat_interleave(R, 0), rtol=1e-6, atol=1e-6)
+    logits = SCALE * (query[0] * keys[0].repeat_interleave(R, 0)).sum(-1)
+    torch.testing.assert_close(state.lse[0], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_store_attended_without_a_new_token_is_empty():
+    state, info = attend_stores(torch.randn(1, H, D), [make_store(0)], scale=SCALE)
+    assert state.output.eq(0).all()
+    assert state.lse.eq(-math.inf).all()
+    assert info.rows.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("tokens", [69, 70, 500, 4200])
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_a_sample_of_everything_is_exact_attention(shift, tokens, dtype, isa):
+    # `shift` moves all keys together, as trained keys are: centring must not change the result.
+    store = make_store(tokens, EVERYTHING, dtype, shift=shift)
+    query, keys, values = new_token(1, dtype)
+    state = decode_step(query, keys, values, [store], scale=SCALE)
+    assert store.settled
+    assert store.stats.sampled_rows == store.stats.body_rows == H * (tokens - 68)
+    assert_close(of_request(state, 0), exact(query[0], store))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SAMPLED, Config(K=8, L=75, exact_below=0), Config(K=10, L=150, exact_below=0)],
+    ids=lambda c: f"K{c.K}-L{c.L}",
+)
+def test_the_step_is_the_reference_algorithm(config, isa):
+    tokens = 1500
+    keys, values = torch.randn(G, tokens, D) + torch.randn(G, 1, D), torch.randn(G, tokens, D)
+    store = KVStore(G, D, torch.float32, config, sampled=True)
+    store.append(keys, values)
+    store.settle()
+    query = torch.randn(1, H, D) + torch.randn(1, 1, D)
+    state, info = attend_stores(query, [store], scale=SCALE)
+    right, samples = attend_lsh(
+        query[0].double(), keys.double(), values.double(), K=config.K, L=config.L, min_hits=config.min_hits,
+        seed=config.seed, sinks=config.sinks, recent=config.recent, scale=SCALE,
+    )  # fmt: skip
+    same = 0
+    for h, sample in enumerate(samples):
+        ours, theirs = set(info.ids[0][h].tolist()), set(sample.ids.tolist())
+        # bfloat16 turns vectors by 2^-9, which changes one bit of a thousand; float32 decides hardly any bit otherwise.
+        assert len(ours & theirs) >= 0.9 * len(ours | theirs)
+        if torch.equal(info.ids[0][h], sample.ids):
+            same += 1
+            # The table of log u is good to 1e-4 and so is each weight; the output errs by at most twice that of the
+            # values it mixes.
+            assert float((info.log_u[0][h] - sample.log_u).abs().max()) < 1.5e-4
+            error = (state.output[0, h] - right.output[h]).norm() / right.output[h].norm()
+            assert float(error) < 3e-4
+            assert abs(float(state.lse[0, h] - right.lse[h])) < 1.5e-4
+    assert same >= H - 1 or isa.startswith("avx512bf16")
+
+
+def test_the_new_token_is_not_sampled_and_the_body_is():
+    store = make_store(300)
+    query, keys, values = new_token(1)
+    decode_step(query, keys, values, [store], scale=SCALE)
+    assert (store.length, store.indexed_to) == (301, 236)
+    _, info = attend_stores(query, [store], scale=SCALE)
+    for ids in info.ids[0]:
+        assert len(ids) > 0
+        assert int(ids.min()) >= 4
+        assert int(ids.max()) < 236
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 256])
+def test_any_number_of_query_heads_per_key_head(group, isa):
+    query = torch.randn(1, G * group, D)
+    for config in [EVERYTHING, Config(exact_below=10**6)]:
+        store = make_store(200, config)
+        store.settle()
+        state, info = attend_stores(query, [store], scale=SCALE)
+        assert len(info.ids[0]) == G * group
+        keys, values = rows_of(store)
+        keys = keys + store.mean[:, None].double()
+        assert_close(of_request(state, 0), attend_full(query[0].double(), keys, values, scale=SCALE))
+
+
+@pytest.mark.parametrize("head_dim", [1, 40, 80, 96, 128, 192, 256, 512])
+def test_any_head_dimension(head_dim, dtype, isa):
+    config = Config(K=1, L=1024, min_hits=1, exact_below=0, recent=5)
+    store = KVStore(1, head_dim, dtype, config, sampled=True)
+    keys, values = torch.rand(1, 100, head_dim), torch.randn(1, 100, head_dim)
+    store.append(keys.to(dtype), values.to(dtype))
+    query = torch.rand(1, 3, head_dim).to(dtype)
+    state = decode_step(
+        query, torch.rand(1, 1, head_dim).to(dtype), torch.randn(1, 1, head_dim).to(dtype), [store], scale=0.2
+    )
+    stored = next(store.blocks())
+    offset = 0.2 * query[0].double() @ store.mean[0].double()
+    # At D = 1 keys on the other side of the mean never collide, as the law says: u = 0 at cosine -1.
+    kept = torch.ones(101, dtype=torch.bool)
+    if head_dim == 1:
+        kept[4:95] = stored[0][0, 4:95, 0] > 0
+    right = attend(
+        query[0].double(), stored[0][0, kept].double(), stored[1][0, kept].double(), scale=0.2, offset=offset
+    )
+    assert_close(of_request(state, 0), right)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5, 50.0], ids=str)
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sink-logits"])
+@pytest.mark.parametrize("tokens", [0, 40, 900])
+def test_softcap_and_sink_logits_on_centred_and_plain_stores(tokens, sinks, softcap, dtype, isa):
+    store = make_store(tokens, EVERYTHING, dtype, shift=2.0)
+    query, keys, values = new_token(1, dtype)
+    sink_logits = torch.linspace(-30, 30, H) if sinks else None
+    state = decode_step(query, keys, values, [store], scale=SCALE, softcap=softcap, sink_logits=sink_logits)
+    assert store.settled == (tokens == 900)
+    right = exact(query[0], store, softcap)
+    if sink_logits is not None:
+        right = with_sink_logits(right, sink_logits.double())
+    assert_close(of_request(state, 0), right)
+
+
+def test_sink_logits_of_an_empty_store_are_the_whole_denominator():
+    sink_logits = torch.linspace(-5, 5, H)
+    state, _ = attend_stores(torch.randn(1, H, D), [make_store(0)], scale=SCALE, sink_logits=sink_logits)
+    assert state.output.eq(0).all()
+    torch.testing.assert_close(state.lse[0], sink_logits)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def mixed_stores(dtype: torch.dtype = torch.float32) -> list[KVStore]:
+    """Sampled, too short to sample, dense, empty, and sampled again with several segments' worth of tokens."""
+    short = Config(K=4, L=20, exact_below=1000)
+    return [
+        make_store(700, dtype=dtype),
+        make_store(300, short, dtype),
+        make_store(400, dtype=dtype, sampled=False),
+        make_store(0, dtype=dtype),
+        make_store(5000, dtype=dtype, shift=1.0),
+        make_store(69, dtype=dtype),
+        make_store(68, dtype=dtype),
+    ]
+
+
+@pytest.mark.parametrize("B", [1, 3, 7])
+def test_a_mixed_batch_is_the_same_as_one_call_per_request(B, dtype, isa):
+    # Bit for bit: none of these stores has more exact rows than one unit of work takes (512).
+    stores = mixed_stores(dtype)[:B]
+    alone = [store.fork() for store in stores]
+    for _ in range(3):
+        query, keys, values = new_token(B, dtype)
+        together = decode_step(query, keys, values, stores, scale=SCALE)
+        for b, store in enumerate(alone):
+            one = slice(b, b + 1)
+            state = decode_step(query[one], keys[one], values[one], [store], scale=SCALE)
+            assert_same_bits(of_request(together, b), of_request(state, 0))
+    for store, other in zip(stores, alone, strict=True):
+        assert torch.equal(rows_of(store)[0], rows_of(other)[0])
+        assert store.stats == other.stats
+
+
+def test_settled_and_plain_stores_of_a_batch_are_each_right(dtype):
+    configs = [EVERYTHING, Config(K=1, L=1024, min_hits=1, exact_below=1000), EVERYTHING]
+    stores = [make_store(n, config, dtype, shift=2.0) for n, config in zip([500, 600, 0], configs, strict=True)]
+    query, keys, values = new_token(3, dtype)
+    state = decode_step(query, keys, values, stores, scale=SCALE)
+    assert [store.settled for store in stores] == [True, False, False]
+    for b, store in enumerate(stores):
+        assert_close(of_request(state, b), exact(query[b], store))
+
+
+# --- the same every time ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_repeated_calls_give_the_same_bits(dtype):
+    stores = mixed_stores(dtype)
+    query = torch.randn(len(stores), H, D).to(dtype)
+    first, info = attend_stores(query, stores, scale=SCALE)
+    for _ in range(5):
+        state, again = attend_stores(query, stores, scale=SCALE)
+        assert_same_bits(state, first)
+        assert all(
+            torch.equal(a, b) for x, y in zip(again.ids, info.ids, strict=True) for a, b in zip(x, y, strict=True)
+        )
+
+
+def test_pools_and_thread_counts_change_no_bit_where_no_request_has_many_exact_rows(pool, two_threads):
+    # A request's exact rows are cut into units of at least 512, their number depending on the threads; sums of up to
+    # 512 rows are therefore the same bits on any number of threads.
+    stores = mixed_stores()
+    query = torch.randn(len(stores), H, D)
+    state, info = attend_stores(query, stores, scale=SCALE)
+    native.use_pool("torch")
+    torch.set_num_threads(1)
+    alone, right = attend_stores(query, stores, scale=SCALE)
+    assert_same_bits(state, alone)
+    assert torch.equal(info.rows, right.rows)
+
+
+def test_thread_counts_change_rounding_only_where_there_are_many_exact_rows(two_threads):
+    stores = [make_store(3000, sampled=False)]
+    query = torch.randn(1, H, D)
+    two, _ = attend_stores(query, stores, scale=SCALE)
+    torch.set_num_threads(1)
+    one, _ = attend_stores(query, stores, scale=SCALE)
+    assert_close(of_request(two, 0), AttentionState(one.output[0].double(), one.lse[0].double()), 1e-6)
+
+
+def test_levels_differ_by_rounding_only():
+    before = native.isa()
+    stores = [make_store(3000, EVERYTHING), make_store(2000, sampled=False)]
+    for store in stores:
+        store.settle()
+    query = torch.randn(2, H, D)
+    try:
+        states = []
+        for level in native.isa_levels(True):
+            native.use_isa(level)
+            states.append(attend_stores(query, stores, scale=SCALE)[0])
+    finally:
+        native.use_isa(before)
+    for state in states[1:]:
+        right = AttentionState(states[0].output.double(), states[0].lse.double())
+        for b in range(2):
+            assert_close(of_request(state, b), of_request(right, b), 2e-6)
+
+
+def test_the_sample_depends_on_the_seed_alone():
+    tokens = torch.randn(2, G, 600, D)
+    query = torch.randn(1, H, D)
+    samples = []
+    for seed in [0, 0, 1]:
+        store = KVStore(G, D, torch.float32, Config(K=6, L=30, seed=seed, exact_below=0), sampled=True)
+        torch.randn(3)  # whatever the global generator has been through
+        store.append(tokens[0], tokens[1])
+        store.settle()
+        samples.append(torch.cat(attend_stores(query, [store], scale=SCALE)[1].ids[0]))
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+def test_stats_count_steps_and_rows():
+    store = make_store(500)
+    for step in range(1, 4):
+        query, keys, values = new_token(1)
+        decode_step(query, keys, values, [store], scale=SCALE)
+        assert store.stats.steps == step
+    assert store.stats.body_rows == 3 * H * (500 - 68)
+    assert 0 < store.stats.sampled_rows < store.stats.body_rows
+    assert store.stats.mean_share == store.stats.sampled_rows / store.stats.body_rows
+    assert store.stats.mean_share <= store.stats.max_share <= 1
+    before = store.stats.sampled_rows
+    _, info = attend_stores(query, [store], scale=SCALE)
+    assert store.stats.sampled_rows - before == sum(len(ids) for ids in info.ids[0])
+
+
+def test_rows_are_the_distinct_sampled_rows_of_a_key_head():
+    store = make_store(500)
+    store.settle()
+    _, info = attend_stores(torch.randn(1, H, D), [store], scale=SCALE)
+    assert info.rows.shape == (1, G)
+    for g in range(G):
+        union = {int(i) for ids in info.ids[0][g * R : (g + 1) * R] for i in ids}
+        assert int(info.rows[0, g]) == len(union)
+    assert all((ids.diff() > 0).all() for ids in info.ids[0])
+    assert all((log_u <= 0).all() for log_u in info.log_u[0])
+
+
+# --- misuse -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["keys", "values"])
+def test_a_new_token_that_is_not_finite_is_refused_and_nothing_appended(where, poison, dtype):
+    stores = [make_store(n, dtype=dtype) for n in [500, 10]]
+    query, keys, values = new_token(2, dtype)
+    bad = {"keys": keys.clone(), "values": values.clone()}
+    bad[where][1, 1, D - 1] = poison
+    with pytest.raises(ValueError, match=rf"^{where} has values that are not finite \(NaN or inf\)$"):
+        decode_step(query, bad["keys"], bad["values"], stores, scale=SCALE)
+    assert [store.length for store in stores] == [500, 10]
+    # And the stores go on as if nothing had happened.
+    state = decode_step(query, keys, values, stores, scale=SCALE)
+    assert state.output.isfinite().all()
+    assert [store.length for store in stores] == [501, 11]
+
+
+def test_arguments_that_do_not_fit_are_refused_in_one_line():
+    store = make_store(10)
+    query, keys, values = new_token(1)
+    scaled = {"scale": SCALE}
+    wrong = {
+        r"^stores is empty; one store per sequence is needed$": (query, keys, values, [], scaled),
+        r"^query has shape \(1, 6, 64\); expected \(2, H, 64\)$": (query, keys, values, [store, make_store(3)], scaled),
+        r"^query has shape \(6, 64\); expected \(1, H, 64\)$": (query[0], keys, values, [store], scaled),
+        r"^query has shape \(1, 6, 63\); expected \(1, H, 64\)$": (query[..., :63], keys, values, [store], scaled),
+        r"^query has 5 heads; expected a multiple of kv_heads=2, at most 256 times it$": (
+            query[:, :5], keys, values, [store], scaled,
+        ),
+        r"^query has 514 heads; expected a multiple of kv_heads=2, at most 256 times it$": (
+            torch.randn(1, 514, D), keys, values, [store], scaled,
+        ),
+        r"^query is on meta; decoding reads stores in host memory and needs it on the cpu$": (
+            query.to("meta"), keys, values, [store], scaled,
+        ),
+        r"^dtype=torch.float64 is not supported; allowed: torch.float32, torch.bfloat16, torch.float16$": (
+            query.double(), keys.double(), values.double(), [store], scaled,
+        ),
+        r"^keys has shape \(1, 1, 64\); expected \(1, 2, 64\)$": (query, keys[:, :1], values, [store], scaled),
+        r"^values has shape \(1, 2, 32\); expected \(1, 2, 64\)$": (query, keys, values[..., :32], [store], scaled),
+        r"^keys is torch.bfloat16 on cpu; expected torch.float32 on cpu as the query$": (
+            query, keys.bfloat16(), values, [store], scaled,
+        ),
+        r"^values is torch.float32 on meta; expected torch.float32 on cpu as the query$": (
+            query, keys, values.to("meta"), [store], scaled,
+        ),
+        r"^softcap=0.0 must be positive": (query, keys, values, [store], {**scaled, "softcap": 0.0}),
+        r"^softcap=-3.0 must be positive": (query, keys, values, [store], {**scaled, "softcap": -3.0}),
+        r"^sink_logits has shape \(2,\); expected \(6,\)$": (
+            query, keys, values, [store], {**scaled, "sink_logits": torch.zeros(2)},
+        ),
+    }  # fmt: skip
+    for message, (*arguments, settings) in wrong.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            decode_step(*arguments, **settings)
+        assert "\n" not in str(caught.value)
+    assert store.length == 10
+
+
+def run_with(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_an_unknown_instruction_set_is_refused_with_those_there_are():
+    ran = run_with("from magicpig.kernels import native; native.isa()", MAGICPIG_ISA="sse9")
+    assert ran.returncode == 1
+    levels = ", ".join(native.isa_levels(True))
+    expected = f"ValueError: MAGICPIG_ISA=sse9 cannot run here; this machine and build have {levels}"
+    assert ran.stderr.splitlines()[-1] == expected
+
+
+def test_unknown_pools_and_thread_counts_are_refused():
+    code = (
+        "import os\nfrom magicpig.kernels import native\n"
+        "for pool, threads in [('gpu', ''), ('std', 'many'), ('std', '0'), ('std', '-1'), ('std', '5000')]:\n"
+        "    os.environ['MAGICPIG_POOL'], os.environ['MAGICPIG_THREADS'] = pool, threads\n"
+        "    try:\n        native.threads()\n"
+        "    except ValueError as error:\n        print(error)"
+    )
+    allowed = "is not a number from 1 to 4096"
+    assert run_with(code).stdout.splitlines() == [
+        "MAGICPIG_POOL=gpu is not available; allowed: torch (2.10 or newer, imported first), std, serial",
+        *(f"MAGICPIG_THREADS={threads} {allowed}" for threads in ["many", "0", "-1", "5000"]),
+    ]
+
+
+def test_environment_variables_choose_level_pool_and_threads():
+    # The number of threads comes from here or from the machine, not from a constant in the source.
+    code = (
+        "import torch\nfrom magicpig import Config\nfrom magicpig.decode import decode_step\n"
+        "from magicpig.kernels import native\nfrom magicpig.store import KVStore\n"
+        "store = KVStore(1, 8, torch.float32, Config(), sampled=True)\n"
+        "x = torch.ones(1, 1, 8)\n"
+        "print(native.isa(), native.pool(), native.threads(), decode_step(x, x, x, [store], scale=1.0).lse.item())"
+    )
+    ran = run_with(code, MAGICPIG_ISA="portable", MAGICPIG_POOL="std", MAGICPIG_THREADS="3")
+    assert ran.stdout.split() == ["portable", "std", "3", "8.0"], ran.stderr
+
+
+def test_the_thread_count_is_torchs(two_threads):
+    assert native.pool() == "torch"
+    assert native.threads() == 2
+    torch.set_num_threads(1)
+    assert native.threads() == 1
