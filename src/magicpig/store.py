@@ -221,7 +221,7 @@ class KVStore:
             raise ValueError(f"length={length} is out of range; allowed: 0 to {self.length}")
         self.view.length = length
         del self._blocks[-(-length // native.BLOCK_ROWS) :]
-        if self.settled and length < self.indexed_to:
+        if self.settled and length - self.config.recent < self.indexed_to:
             # The newest rows become exact again: a store keeps a recent window whenever it has the tokens.
             end = max(self.config.sinks, length - self.config.recent)
             kept = [segment for segment in self._segments if segment.first < end]
