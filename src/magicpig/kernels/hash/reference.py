@@ -32,4 +32,5 @@ def hash_vectors(vectors: Tensor, planes: Tensor, K: int) -> Tensor:
     working = torch.promote_types(vectors.dtype, torch.float32)
     bits = vectors.to(working) @ planes.to(working) > 0
     powers = 2 ** torch.arange(K)
-    return (bits.unflatten(-1, (-1, K)) * powers).sum(-1)
+    codes: Tensor = (bits.unflatten(-1, (-1, K)) * powers).sum(-1)
+    return codes
