@@ -1,0 +1,116 @@
+"""Settings: the paper's defaults, their ranges, and one line about what is wrong."""
+
+import pytest
+
+from magicpig.config import Config
+
+
+def test_defaults_are_the_papers():
+    config = Config()
+    assert (config.sampler, config.K, config.L, config.min_hits) == ("lsh", 10, 150, 2)
+    assert (config.sinks, config.recent) == (4, 64)
+
+
+# Smallest and largest allowed, and what lies beyond.
+RANGES = {
+    "K": (1, 16),
+    "L": (2, 1024),  # 2: the default of min_hits
+    "min_hits": (1, 127),
+    "seed": (0, 2**63 - 1),
+    "sinks": (0, None),
+    "recent": (0, None),
+    "block": (1, 65536),
+    "exact_below": (0, None),
+    "decode_tokens": (1, None),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_numbers_within_range_are_kept_and_others_refused(name):
+    low, high = RANGES[name]
+    assert getattr(Config(**{name: low}), name) == low
+    assert getattr(Config(**{name: high or 10**6}), name) == (high or 10**6)
+    beyond = [low - 1] if high is None else [low - 1, high + 1]
+    for value in beyond:
+        with pytest.raises(ValueError, match=rf"^(L=1|min_hits=2|{name}={value})\b") as caught:
+            Config(**{name: value})
+        assert "\n" not in str(caught.value)
+
+
+def test_every_number_has_a_range_here():
+    assert {name for name, field in Config.model_fields.items() if field.annotation is int} == set(RANGES)
+
+
+@pytest.mark.parametrize("value", ["10", 10.0, 3.5, None, True, [10]], ids=repr)
+def test_numbers_are_not_converted(value):
+    with pytest.raises(ValueError, match=r"^K="):
+        Config(K=value)
+
+
+def test_unknown_names_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"^tables=150: ") as caught:
+        Config(tables=150)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_that_is_wrong_is_said_in_one_line():
+    with pytest.raises(ValueError, match=r"^K=0: [^;]*; L=-1: [^;]*; recnt=3: [^;]*$") as caught:
+        Config(K=0, L=-1, recnt=3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sampler", ["", "LSH", "topk", None, 3], ids=repr)
+def test_unknown_samplers_are_refused_with_those_there_are(sampler):
+    with pytest.raises(ValueError, match=r"^sampler=.*'lsh' or 'full'$"):
+        Config(sampler=sampler)
+
+
+def test_more_hits_than_tables_are_refused():
+    assert Config(L=3, min_hits=3).min_hits == 3
+    with pytest.raises(ValueError, match=r"^min_hits=4 is larger than L=3: no key could ever be sampled$"):
+        Config(L=3, min_hits=4)
+
+
+def test_settings_do_not_change_and_compare_by_value():
+    config = Config(K=8)
+    with pytest.raises(ValueError, match="frozen"):
+        config.K = 9
+    assert config == Config(K=8)
+    assert config != Config(K=9)
+    assert Config(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize(("layers", "dense"), [(32, [0, 16]), (80, [0, 16, 32, 48, 64]), (1, [0]), (17, [0, 16])])
+def test_every_sixteenth_layer_is_dense_by_default(layers, dense):
+    # The paper: {0, 16} of 32 layers. Of 80 it leaves out the last of these five, which costs little to keep exact.
+    config = Config()
+    assert [layer for layer in range(layers) if config.is_dense(layer)] == dense
+
+
+@pytest.mark.parametrize("given", [[1, 5], (1, 5), (5, 1, 1)], ids=repr)
+def test_dense_layers_may_be_chosen(given):
+    config = Config(dense_layers=given)
+    assert [layer for layer in range(20) if config.is_dense(layer)] == [1, 5]
+
+
+def test_dense_layers_may_be_none_at_all():
+    config = Config(dense_layers=[])
+    assert not any(config.is_dense(layer) for layer in range(100))
+
+
+@pytest.mark.parametrize("given", [[0, -1], [-3]], ids=repr)
+def test_layers_count_from_zero(given):
+    with pytest.raises(ValueError, match=r"^dense_layers=\(.*-[13].*\) has a negative layer; layers count from 0$"):
+        Config(dense_layers=given)
+
+
+@pytest.mark.parametrize("given", ["0,16", 3, [0.5], ["0"], {0: 1}], ids=repr)
+def test_dense_layers_are_a_list_of_numbers(given):
+    with pytest.raises(ValueError, match=r"^dense_layers") as caught:
+        Config(dense_layers=given)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_sampling_every_layer_is_dense():
+    config = Config(sampler="full", dense_layers=[3])
+    assert all(config.is_dense(layer) for layer in range(40))
