@@ -95,9 +95,6 @@ def assert_same_bits(a: AttentionState, b: AttentionState) -> None:
     assert torch.equal(a.lse, b.lse)
 
 
-# --- right ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "lengths",
     [[0], [1], [3000], [5, 0, 100], [0, 1, 5, 100, 3000, 64, 4097]],
@@ -246,9 +243,6 @@ def test_sink_logits_of_an_empty_store_are_the_whole_denominator():
     torch.testing.assert_close(state.lse[0], sink_logits)
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
 def mixed_stores(dtype: torch.dtype = torch.float32) -> list[KVStore]:
     """Sampled, too short to sample, dense, empty, and sampled again with several segments' worth of tokens."""
     short = Config(K=4, L=20, exact_below=1000)
@@ -288,9 +282,6 @@ def test_settled_and_plain_stores_of_a_batch_are_each_right(dtype):
     assert [store.settled for store in stores] == [True, False, False]
     for b, store in enumerate(stores):
         assert_close(of_request(state, b), exact(query[b], store))
-
-
-# --- the same every time ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -368,9 +359,6 @@ def test_the_sample_depends_on_the_seed_alone():
     assert not torch.equal(samples[0], samples[2])
 
 
-# --- counting ---------------------------------------------------------------------------------------------------------
-
-
 def test_stats_count_steps_and_rows():
     store = make_store(500)
     for step in range(1, 4):
@@ -398,9 +386,6 @@ def test_rows_are_the_distinct_sampled_rows_of_a_key_head():
     assert all((log_u <= 0).all() for log_u in info.log_u[0])
 
 
-# --- misuse -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["keys", "values"])
 def test_a_new_token_that_is_not_finite_is_refused_and_nothing_appended(where, poison, dtype):
@@ -408,7 +393,7 @@ def test_a_new_token_that_is_not_finite_is_refused_and_nothing_appended(where, p
     query, keys, values = new_token(2, dtype)
     bad = {"keys": keys.clone(), "values": values.clone()}
     bad[where][1, 1, D - 1] = poison
-    with pytest.raises(ValueError, match=rf"^{where} has values that are not finite \(NaN or inf\)$"):
+    with pytest.raises(ValueError, match=rf"^{where} has (values|entries) that are not finite"):
         decode_step(query, bad["keys"], bad["values"], stores, scale=SCALE)
     assert [store.length for store in stores] == [500, 10]
     # And the stores go on as if nothing had happened.

@@ -47,9 +47,6 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": max(1e-5, 2 * eps), "atol": max(1e-5, 4 * eps)} if dtype != torch.float64 else {}
 
 
-# --- what comes back --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sampler", ["lsh", "full"])
 @pytest.mark.parametrize(
     ("kernels", "dtype"), [*BOTH_KERNELS, *(pytest.param(None, t, id=f"default-{n}") for n, t in DTYPES.items())]
@@ -171,9 +168,6 @@ def test_inputs_are_not_changed_and_may_be_strided():
     assert torch.equal(lse, lse_again)
 
 
-# --- short contexts ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kernels", ["native", "reference"])
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 63, 64, 65, 67, 68])
 def test_contexts_of_sinks_and_window_alone_are_exact(N, kernels):
@@ -216,8 +210,6 @@ def test_nothing_sampled_and_nothing_static_is_zero(kernels):
     assert lse.eq(-math.inf).all()
 
 
-# --- the law ----------------------------------------------------------------------------------------------------------
-
 SEEDS = 400
 
 
@@ -259,9 +251,6 @@ def test_every_key_is_sampled_as_often_as_the_law_says(K, L, min_hits):
     error = ratios.std(0) / SEEDS**0.5
     assert ((ratios.mean(0) - 1).abs() <= 5 * error).all()
     assert (error < 0.1).all()
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def bad_settings() -> dict[str, tuple[dict[str, object], str]]:
@@ -313,9 +302,9 @@ def bad_tensors() -> dict[str, tuple[tuple[object, ...], str]]:
         "integers": ((q.int(), k.int(), v.int()), r"^query has dtype torch.int32; allowed: float32, bfloat16, float16"),
         "mixed": ((q, k.half(), v), r"^keys has dtype torch.float16 and query torch.float32; expected the same$"),
         "device": ((q.to("meta"), k, v), r"^query is on meta; attend reads host memory, move it to the cpu$"),
-        "nan-value": ((q, k, nan), r"^values has entries that are not finite \(NaN or inf\)$"),
-        "inf-key": ((q, inf, v), r"^keys has entries that are not finite \(NaN or inf\)$"),
-        "nan-query": ((q * math.nan, k, v), r"^query has entries that are not finite \(NaN or inf\)$"),
+        "nan-value": ((q, k, nan), r"^values has entries that are not finite"),
+        "inf-key": ((q, inf, v), r"^keys has entries that are not finite"),
+        "nan-query": ((q * math.nan, k, v), r"^query has entries that are not finite"),
         "too-wide": (
             (torch.zeros(1, 1, 1, 513), torch.zeros(1, 1, 3, 513), torch.zeros(1, 1, 3, 513)),
             r"^head_dim=513 is out of range; allowed: 1 to 512$",

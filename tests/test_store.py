@@ -121,9 +121,6 @@ def assert_attends_to_everything(store: KVStore) -> None:
         torch.testing.assert_close(state.lse[0, g].double(), right.lse[0], rtol=1e-5, atol=2e-5)
 
 
-# --- appending and settling -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("chunks", [[5000], [1, 4999], [255, 1, 1, 3839, 1, 903], [4095, 2, 903], [250] * 20], ids=str)
 def test_append_in_any_chunks_makes_the_same_store(chunks, dtype):
     keys, values = tokens(5000, dtype)
@@ -250,9 +247,6 @@ def test_values_and_keys_of_other_float_types_are_rounded_once():
     assert_holds(store, keys.bfloat16(), values.bfloat16())
 
 
-# --- fork -------------------------------------------------------------------------------------------------------------
-
-
 def addresses(store: KVStore) -> list[int]:
     return [k.data_ptr() for k, _ in store.blocks()]
 
@@ -324,8 +318,6 @@ def test_a_fork_of_a_fork_outlives_both():
     assert_attends_to_everything(last)
 
 
-# --- crop -------------------------------------------------------------------------------------------------------------
-
 # Of 5000 tokens: into the window, at and around its start, into the index, around a block of rows, into the window of
 # what is left, into the sinks, and to nothing.
 CROPS = [5000, 4999, 4991, 4990, 4989, 4980, 4097, 4096, 4095, 300, 41, 40, 39, 14, 13, 12, 4, 3, 2, 1, 0]
@@ -362,9 +354,6 @@ def test_a_store_is_not_cropped_to_more_than_it_has(length):
     with pytest.raises(ValueError, match=rf"^length={length} is out of range; allowed: 0 to 10$"):
         store.crop(length)
     assert store.length == 10
-
-
-# --- anything in any order --------------------------------------------------------------------------------------------
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -444,8 +433,6 @@ class StoreMachine(RuleBasedStateMachine):
 TestAnyOrder = StoreMachine.TestCase
 TestAnyOrder.settings = settings(max_examples=30, stateful_step_count=20, deadline=None, derandomize=True)
 
-
-# --- long generation --------------------------------------------------------------------------------------------------
 
 TINY = Config(K=8, L=20, sinks=4, recent=64, block=256, exact_below=300)
 TINY_D = 16
@@ -579,9 +566,6 @@ def test_generated_keys_are_found_with_the_probability_the_law_says():
         assert abs(found[position] - seeds * u) <= 5 * (seeds * u * (1 - u)) ** 0.5
 
 
-# --- drift ------------------------------------------------------------------------------------------------------------
-
-
 def drifted(shift: Tensor | float) -> KVStore:
     keys, values = tokens(400, torch.float32)
     keys[:, 200:] += shift
@@ -619,9 +603,6 @@ def test_drift_does_not_change_what_exact_rows_and_samples_add_up_to():
     assert_attends_to_everything(drifted(5.0))
 
 
-# --- memory and misuse ------------------------------------------------------------------------------------------------
-
-
 def test_bytes_are_those_of_rows_and_tables():
     keys, values = tokens(5000)
     store = store_of(keys, values)
@@ -647,7 +628,7 @@ def test_rows_that_are_not_finite_are_refused_and_nothing_appended(where, poison
     store = store_of(keys, values)
     bad = {"keys": keys.clone(), "values": values.clone()}
     bad[where][1, 19, D - 1] = poison
-    with pytest.raises(ValueError, match=rf"^{where} has entries that are not finite \(NaN or inf\)$"):
+    with pytest.raises(ValueError, match=rf"^{where} has entries that are not finite"):
         store.append(bad["keys"], bad["values"])
     assert_holds(store, keys, values)
 
@@ -656,10 +637,10 @@ def test_rows_that_do_not_fit_are_refused_in_one_line():
     keys, values = tokens(5)
     store = store_of(keys, values)
     wrong = [
-        (keys[:1], values, r"^keys has shape \(1, 5, 24\); expected \(2, T, 24\) as keys and values$"),
-        (keys, values[:, :4], r"^values has shape \(2, 4, 24\); expected \(2, T, 24\) as keys and values$"),
-        (keys[0], values[0], r"^keys has shape \(5, 24\); expected \(2, T, 24\) as keys and values$"),
-        (keys[..., :23], values[..., :23], r"^keys has shape \(2, 5, 23\); expected \(2, T, 24\) as keys and values$"),
+        (keys[:1], values, r"^keys has shape \(1, 5, 24\); expected \(2, T, 24\)"),
+        (keys, values[:, :4], r"^values has shape \(2, 4, 24\); expected \(2, T, 24\)"),
+        (keys[0], values[0], r"^keys has shape \(5, 24\); expected \(2, T, 24\)"),
+        (keys[..., :23], values[..., :23], r"^keys has shape \(2, 5, 23\); expected \(2, T, 24\)"),
         (keys.long(), values, r"^keys has dtype torch.int64; expected a floating point type$"),
         (keys, values.bool(), r"^values has dtype torch.bool; expected a floating point type$"),
     ]

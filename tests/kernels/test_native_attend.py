@@ -49,9 +49,6 @@ def blocks_of(keys: Tensor, values: Tensor) -> list[Tensor]:
     return [block.contiguous() for block in native.interleave(keys, values).split(native.BLOCK_ROWS)]
 
 
-# --- exact rows -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_rows_of_every_width(D, dtype, isa):
     query, keys, values = draw(4, 1000, D, dtype)
@@ -140,9 +137,6 @@ def test_a_value_that_is_not_finite_is_not_hidden(poison, row, dtype, isa):
     assert state.output[:, :7].isfinite().all()
 
 
-# --- sampled rows -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_samples_of_every_width(D, dtype, isa):
     query, keys, values = draw(1, 700, D, dtype)
@@ -219,9 +213,6 @@ def test_certain_rows_are_exact_attention(dtype, isa):
         assert_states_close(state, AttentionState(right.output[0], right.lse[0]))
 
 
-# --- merge ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cuts", [[100], [1, 99], [15, 17, 68], [50, 0, 50], [0, 100, 0]], ids=str)
 @pytest.mark.parametrize("D", [1, 80, 128])
 def test_merging_parts_is_attention_over_all(D, cuts, isa):
@@ -257,8 +248,6 @@ def test_merge_is_the_references(isa):
     right = reference.merge([AttentionState(s.output.double(), s.lse.double()) for s in states])
     assert_states_close(native.merge(states), right)
 
-
-# --- the inclusion law in the kernel ----------------------------------------------------------------------------------
 
 PAPER = [(10, 150), (9, 120), (8, 75), (10, 170), (10, 220), (11, 300)]
 
@@ -335,9 +324,6 @@ def test_a_query_of_length_zero_weighs_all_keys_alike(isa):
     assert state.output.isfinite().all()
     # u = P[Binomial(60, 1/2) >= 2] differs from one by 61 * 2^-60.
     assert info.log_u[0][0].abs().max() < 1e-6
-
-
-# --- rounding and widening --------------------------------------------------------------------------------------------
 
 
 def float_patterns() -> Tensor:

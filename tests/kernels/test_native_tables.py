@@ -45,9 +45,6 @@ def assert_equal_segments(a: native.Segment, b: native.Segment) -> None:
     assert torch.equal(a.ids.to(torch.int64), b.ids.to(torch.int64))
 
 
-# --- build, extend, shorten -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("K", [1, 5, 10, 16])
 @pytest.mark.parametrize("n", SIZES)
 def test_build_is_the_references(n, K):
@@ -113,9 +110,6 @@ def test_shorten_compares_ids_as_numbers_from_0_to_65535():
     codes = random_codes(1, native.SEGMENT_ROWS, 6, L=2)
     count = 40_000
     assert_equal_segments(native.shorten(build(codes, 6), count), build(codes[:, :count], 6))
-
-
-# --- lookup -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("K", [1, 4, 9])
@@ -190,9 +184,6 @@ def test_codes_of_sixteen_bits(isa):
     for code in [0, 1, 2, 32767, 32768, 65534, 65535]:
         found = lookup(torch.full((L,), code), segment, 0, L)
         assert torch.equal(found, (codes[0, :, 0] == code).nonzero()[:, 0])
-
-
-# --- what does not fit ------------------------------------------------------------------------------------------------
 
 
 def test_arguments_that_do_not_fit_are_refused():
