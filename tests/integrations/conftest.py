@@ -30,6 +30,8 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+# Families in which every query head has keys of its own.
+UNGROUPED = {"gpt_neox", "gpt2", "opt", "persimmon"}
 # A name is a model type, and after a dash what is special about it.
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
@@ -48,7 +50,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 @lru_cache(maxsize=8)
 def build(name: str) -> PreTrainedModel:
     kind = name.split("-")[0]
-    config = AutoConfig.for_model(kind, **{**SIZES, **SPECIAL.get(name, {})})
+    sizes = {key: size for key, size in SIZES.items() if kind not in UNGROUPED or key != "num_key_value_heads"}
+    config = AutoConfig.for_model(kind, **{**sizes, **SPECIAL.get(name, {})})
     config.pad_token_id, config.eos_token_id = 0, None  # some families ignore them above
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()

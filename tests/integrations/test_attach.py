@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from magicpig import Config
 from magicpig.integrations.transformers import MagicPigCache, UnsupportedModelError, attach, detach
+from magicpig.planner import InsufficientMemoryError
 
 Tiny = Callable[[str], PreTrainedModel]
 Tokens = Callable[..., Tensor]
@@ -140,6 +142,24 @@ def test_a_prompt_that_just_fits(tiny: Tiny, tokens: Tokens) -> None:
     assert model.generate(tokens(1, 500), max_new_tokens=12, do_sample=False).shape == (1, 512)
     with pytest.warns(UserWarning, match="model-agnostic default `max_length`"):
         assert model.generate(tokens(1, 505), do_sample=False).shape == (1, 512)  # transformers stops at the limit
+
+
+def test_prompts_that_do_not_fit_into_memory(tiny: Tiny, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every beam and every answer needs its own; what the given cache holds already counts as free."""
+    model, ids = attach(tiny("llama")), tokens(2, 290)
+    # One block of 512 rows for 2 x (32 + 32) numbers of 4 bytes, in 2 layers, per sequence
+    one = 512 * 2 * 64 * 4 * 2
+    free = 2 * one
+    monkeypatch.setattr(sys.modules[attach.__module__], "free_memory", lambda: free)
+    cache = MagicPigCache(model.config)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=2)
+    for options in ({"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        with pytest.raises(InsufficientMemoryError, match=r"^4 sequences of 292 tokens need"):
+            model.generate(ids, max_new_tokens=2, **options)
+    free = 0
+    model.generate(out, attention_mask=torch.ones_like(out), past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(InsufficientMemoryError, match=r"^2 sequences of 294 tokens need"):
+        model.generate(out, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("where", ["argument", "generation_config"])

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from magicpig import Config
 from magicpig.integrations.transformers import MagicPigCache, attach, detach
+from magicpig.integrations.transformers.cache import MagicPigLayer
+from magicpig.integrations.transformers.shapes import layer_shapes
+from magicpig.planner import LayerShape
 
 # Rounding of a few hundred float32 operations in another order; the logits are of size 1 (of size 10 in two families).
 TOLERANCE = 1e-4
@@ -98,6 +102,22 @@ def test_left_padding_in_other_families(family: str, tiny: Tiny, tokens: Tokens,
         pytest.skip(f"this transformers does not know {family}")
     ids = tokens(2, 30)
     assert_same(*both(tiny(family), ids, **left_padded(ids, 7)))
+
+
+@pytest.mark.parametrize("family", MAIN + OTHERS)
+def test_shapes_are_known_before_anything_runs(family: str, tiny: Tiny, tokens: Tokens) -> None:
+    if family.split("-")[0] not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers does not know {family}")
+    model, config = attach(tiny(family)), Config()
+    cache = MagicPigCache(model.config, config)
+    model(tokens(1, 3), past_key_values=cache)
+    shapes = layer_shapes(model.config, config)
+    for index, (layer, shape) in enumerate(zip(cache.layers, shapes, strict=True)):
+        if isinstance(layer, MagicPigLayer):
+            store = layer.stores[0]
+            assert shape == LayerShape(store.kv_heads, store.head_dim, sampled=index != 0)
+        else:
+            assert shape == LayerShape(layer.keys.shape[1], layer.keys.shape[3], sampled=False, window=8)
 
 
 @pytest.mark.parametrize("family", MAIN)

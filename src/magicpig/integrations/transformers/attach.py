@@ -14,6 +14,8 @@ from magicpig.config import Config
 from magicpig.integrations.transformers.attention import NAME
 from magicpig.integrations.transformers.cache import MagicPigCache
 from magicpig.integrations.transformers.errors import UnsupportedModelError
+from magicpig.integrations.transformers.shapes import layer_shapes
+from magicpig.planner import check, free_memory, plan
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -86,15 +88,18 @@ def _sampling_generate(model: Any) -> Callable[..., Any]:
                     return value
             return default
 
-        _check_request(asked, kwargs.get("past_key_values"), assisted=kwargs.get("assistant_model") is not None)
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((x for x in given if x is not None), None)
-        if prompt is not None:
-            _check_length(model, prompt, asked)
-        if asked("use_cache", True) and kwargs.get("past_key_values") is None:
+        cache = kwargs.get("past_key_values")
+        _check_request(asked, cache, assisted=kwargs.get("assistant_model") is not None)
+        if asked("use_cache", True) and cache is None:
             cache = kwargs["past_key_values"] = MagicPigCache(model.config, attached.config)
             if asked("is_assistant", False):
                 cache.activate_past_recording()  # its proposals will be taken back
+        if prompt is not None:
+            _check_length(model, prompt, asked)
+            if isinstance(cache, MagicPigCache):
+                _check_memory(model, prompt, asked, cache)
         return generate(inputs, generation_config, *args, **kwargs)
 
     return wrapper
@@ -128,6 +133,16 @@ def _check_length(model: PreTrainedModel, prompt: Tensor, asked: Callable[..., A
             f"the prompt has {tokens} tokens and {new} are to be generated, but the model's limit is {limit} "
             "(max_position_embeddings)"
         )
+
+
+def _check_memory(model: Any, prompt: Tensor, asked: Callable[..., Any], cache: MagicPigCache) -> None:
+    sequences = prompt.shape[0] * max(asked("num_beams", 1), asked("num_return_sequences", 1))
+    tokens = prompt.shape[1] + _new_tokens(prompt.shape[1], asked)
+    need = plan(
+        layer_shapes(model.config, cache.config), cache.config, sequences=sequences, tokens=tokens, dtype=model.dtype
+    )
+    held = cache.report()
+    check(need, free_memory() + held.kv_bytes + held.index_bytes)
 
 
 def _new_tokens(prompt_tokens: int, asked: Callable[..., Any]) -> int:
