@@ -10,36 +10,26 @@ DENSE_EVERY = 16  # the paper keeps layers {0, 16} of 32 and {0, 16, 32, 48} of 
 
 
 class Config(BaseModel):
-    """Settings of sampled attention. Immutable; an unknown name or a value out of range raises a one-line ValueError."""
+    """Settings of sampled attention. Immutable; unknown names and values out of range raise a one-line ValueError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    sampler: Literal["lsh", "full"] = Field(
-        "lsh", description="how body keys are picked; 'full' reads all of them"
-    )
+    sampler: Literal["lsh", "full"] = Field("lsh", description="how body keys are picked; 'full' reads all of them")
     K: int = Field(10, ge=1, le=16, description="bits per hash table; codes are 16-bit")
-    L: int = Field(
-        150, ge=1, le=1024, description="hash tables; (10, 150) samples about 2 % (paper, table 9)"
-    )
+    L: int = Field(150, ge=1, le=1024, description="hash tables; (10, 150) samples about 2 % (paper, table 9)")
     min_hits: int = Field(2, ge=1, le=127, description="tables in which a key must collide with the query")
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="seed of the hash directions; the only randomness there is"
-    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the hash directions; the only randomness there is")
     sinks: int = Field(4, ge=0, description="first tokens, always attended exactly")
     recent: int = Field(64, ge=0, description="newest tokens, always attended exactly")
-    block: int = Field(
-        256, ge=1, le=65536, description="tokens indexed at once as they leave the recent window"
-    )
+    block: int = Field(256, ge=1, le=65536, description="tokens indexed at once as they leave the recent window")
     exact_below: int = Field(
         2048, ge=0, description="contexts shorter than this stay exact: there full attention is cheaper"
     )
-    dense_layers: tuple[int, ...] | None = Field(
-        None, description="layers that stay exact; default: every 16th"
-    )
+    dense_layers: tuple[int, ...] | None = Field(None, description="layers that stay exact; default: every 16th")
     decode_tokens: int = Field(
         32,
         ge=1,
-        description="a forward over at most this many tokens on an indexed cache decodes (sampled); more is prefill (exact)",
+        description="over an indexed cache, a forward of at most this many tokens is sampled; a longer one is exact",
     )
 
     def __init__(self, **settings: Any) -> None:
@@ -59,9 +49,7 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.min_hits > self.L:
-            raise ValueError(
-                f"min_hits={self.min_hits} is larger than L={self.L}: no key could ever be sampled"
-            )
+            raise ValueError(f"min_hits={self.min_hits} is larger than L={self.L}: no key could ever be sampled")
         if self.dense_layers is not None and any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} has a negative layer; layers count from 0")
         return self

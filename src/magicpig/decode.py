@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from magicpig.kernels import native
+from magicpig.kernels._native import LshSampler
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, StepInfo
 
@@ -33,7 +35,7 @@ def decode_step(
     Raises ValueError on shapes or dtypes that do not fit, and on keys or values that are not finite; then nothing
     has been appended.
     """
-    _check_query(query, stores)
+    _check_query(query, stores, scale)
     _check_new(query, keys, values, stores)
     for store in stores:
         if store.length >= store.due:
@@ -62,7 +64,7 @@ def attend_stores(
     sink_logits: Tensor | None = None,
 ) -> tuple[AttentionState, StepInfo]:
     """The same attention without a new token, with the sample of every head. Shapes as in `decode_step`."""
-    _check_query(query, stores)
+    _check_query(query, stores, scale)
     B, H, _ = query.shape
     G = stores[0].kv_heads
     result = native.decode_step(
@@ -79,36 +81,40 @@ def attend_stores(
     ids = [[result.samples[b * H + h][0] for h in range(H)] for b in range(B)]
     log_u = [[result.samples[b * H + h][1] for h in range(H)] for b in range(B)]
     group = H // G
-    rows = [
-        [torch.cat(ids[b][g * group : (g + 1) * group]).unique().numel() for g in range(G)] for b in range(B)
-    ]
-    return AttentionState(result.output, result.lse), StepInfo(
-        ids, log_u, torch.tensor(rows, dtype=torch.int64)
-    )
+    rows = [[torch.cat(ids[b][g * group : (g + 1) * group]).unique().numel() for g in range(G)] for b in range(B)]
+    return AttentionState(result.output, result.lse), StepInfo(ids, log_u, torch.tensor(rows, dtype=torch.int64))
 
 
-def _sampler(stores: Sequence[KVStore]) -> native.LshSampler | None:
-    return next((sampler for store in stores if (sampler := store.sampler) is not None), None)
+def _sampler(stores: Sequence[KVStore]) -> LshSampler | None:
+    """The hash directions of the stores that sample; they must all have the same."""
+    settled = [store for store in stores if store.settled]
+    if len({(store.config.K, store.config.L, store.config.min_hits, store.config.seed) for store in settled}) > 1:
+        raise ValueError("stores differ in K, L, min_hits or seed; one step takes stores of one setting")
+    return settled[0].sampler if settled else None
 
 
-def _check_query(query: Tensor, stores: Sequence[KVStore]) -> None:
+def _check_query(query: Tensor, stores: Sequence[KVStore], scale: float) -> None:
     if len(stores) == 0:
         raise ValueError("stores is empty; one store per sequence is needed")
     first = stores[0]
-    if query.ndim != 3 or query.shape[0] != len(stores) or query.shape[2] != first.head_dim:
-        raise ValueError(
-            f"query has shape {tuple(query.shape)}; expected ({len(stores)}, H, {first.head_dim})"
-        )
-    H, G = query.shape[1], first.kv_heads
-    if H % G or H // G > native.MAX_GROUP:
+    G, D = first.kv_heads, first.head_dim
+    if len(stores) > 1:
+        if any((store.kv_heads, store.head_dim, store.dtype) != (G, D, first.dtype) for store in stores):
+            raise ValueError("stores differ in kv_heads, head_dim or dtype; one step takes stores of one layer")
+        if len({id(store) for store in stores}) < len(stores):
+            raise ValueError("stores has the same store twice; fork it")
+    if query.ndim != 3 or query.shape[0] != len(stores) or query.shape[2] != D:
+        raise ValueError(f"query has shape {tuple(query.shape)}; expected ({len(stores)}, H, {D})")
+    H = query.shape[1]
+    if H < 1 or H % G or H // G > native.MAX_GROUP:
         raise ValueError(
             f"query has {H} heads; expected a multiple of kv_heads={G}, at most {native.MAX_GROUP} times it"
         )
     if query.device.type != "cpu":
-        raise ValueError(
-            f"query is on {query.device}; decoding reads stores in host memory and needs it on the cpu"
-        )
+        raise ValueError(f"query is on {query.device}; decoding reads stores in host memory and needs it on the cpu")
     native.dtype_code(query.dtype)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
 
 
 def _check_new(query: Tensor, keys: Tensor, values: Tensor, stores: Sequence[KVStore]) -> None:
@@ -125,8 +131,8 @@ def _check_new(query: Tensor, keys: Tensor, values: Tensor, stores: Sequence[KVS
 def _checked_softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
-    if softcap <= 0:
-        raise ValueError(f"softcap={softcap} must be positive")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be positive and finite")
     return softcap
 
 

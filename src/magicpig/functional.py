@@ -36,15 +36,13 @@ def attend(
     Settings are those of `Config`; scale defaults to 1 / sqrt(D). There is no length below which sampling is left out.
     kernels: "native", or "reference" for the plain PyTorch specification (the default for float64).
 
-    Returns output (B, H, 1, D) in the query's dtype; lse (B, H), natural log of the (estimated) softmax denominator; and
-    info, whose ids[b][h] are the sampled positions, log_u[b][h] their log inclusion probabilities, and rows (B, G) the
-    number of distinct sampled rows per kv head. The first `sinks` and last `recent` tokens are always read and are in
-    none of them.
+    Returns output (B, H, 1, D) in the query's dtype; lse (B, H), natural log of the (estimated) softmax denominator;
+    and info, whose ids[b][h] are the sampled positions, log_u[b][h] their log inclusion probabilities, and rows (B, G)
+    the number of distinct sampled rows per kv head. The first `sinks` and last `recent` tokens are always read and
+    are in none of them.
     Raises ValueError on bad shapes, dtypes, devices, settings, and on keys or values that are not finite.
     """
-    config = Config(
-        sampler=sampler, K=K, L=L, min_hits=min_hits, seed=seed, sinks=sinks, recent=recent, exact_below=0
-    )
+    config = Config(sampler=sampler, K=K, L=L, min_hits=min_hits, seed=seed, sinks=sinks, recent=recent, exact_below=0)
     _check(query, keys, values)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if kernels is None:

@@ -75,9 +75,7 @@ class KVStore:
     sampled: False keeps every row exact forever (dense layers).
     """
 
-    def __init__(
-        self, kv_heads: int, head_dim: int, dtype: torch.dtype, config: Config, *, sampled: bool
-    ) -> None:
+    def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, config: Config, *, sampled: bool) -> None:
         if kv_heads < 1:
             raise ValueError(f"kv_heads={kv_heads} must be at least 1")
         self.kv_heads = kv_heads
@@ -95,8 +93,6 @@ class KVStore:
         self._drift_keys = 0
         self._spread = 0.0
         self._schedule()
-
-    # --- what is there ---------------------------------------------------------------------------------------------
 
     @property
     def length(self) -> int:
@@ -146,15 +142,13 @@ class KVStore:
         rows = sum(block.rows.nbytes for block in self._blocks)
         return MemoryUse(rows, sum(segment.nbytes for segment in self._segments))
 
-    # --- writing ----------------------------------------------------------------------------------------------------
-
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Stores T >= 1 more tokens: keys and values (G, T, D), finite, of any float dtype. Indexes nothing yet."""
         T = self._check(keys, values)
-        keys, values = keys.to("cpu"), values.to("cpu")
-        if not bool(torch.isfinite(keys).all()) or not bool(torch.isfinite(values).all()):
-            name = "values" if bool(torch.isfinite(keys).all()) else "keys"
-            raise ValueError(f"{name} has entries that are not finite (NaN or inf)")
+        keys, values = keys.to("cpu"), values.to("cpu", self.dtype)
+        for name, x in (("keys", keys.to(self.dtype)), ("values", values)):
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError(f"{name} has entries that are not finite, or too large for the store's {self.dtype}")
         done = 0
         while done < T:
             self.make_room(T - done)
@@ -171,12 +165,12 @@ class KVStore:
         """Makes the row at `length` writable (`writable_to`), allocating or copying a shared block if need be."""
         block, row = divmod(self.length, native.BLOCK_ROWS)
         if block == len(self._blocks):
-            wanted = _block_capacity(tokens if block == 0 else native.BLOCK_ROWS)
+            wanted = block_capacity(tokens if block == 0 else native.BLOCK_ROWS)
             self._blocks.append(_Block(native.empty((self.kv_heads, wanted, 2 * self._width), self.dtype)))
             self._blocks_changed()
         elif self._blocks[block].shared or row == self._blocks[block].capacity:
             old = self._blocks[block]
-            capacity = old.capacity if row < old.capacity else _block_capacity(row + max(tokens, row))
+            capacity = old.capacity if row < old.capacity else block_capacity(row + max(tokens, row))
             self._replace(block, capacity, row)
         self.writable_to = block * native.BLOCK_ROWS + self._blocks[block].capacity
 
@@ -220,7 +214,7 @@ class KVStore:
         if not 0 <= length <= self.length:
             raise ValueError(f"length={length} is out of range; allowed: 0 to {self.length}")
         self.view.length = length
-        del self._blocks[-(-length // native.BLOCK_ROWS) :]
+        del self._blocks[length // native.BLOCK_ROWS + 1 :]  # the next token's block stays
         if self.settled and length - self.config.recent < self.indexed_to:
             # The newest rows become exact again: a store keeps a recent window whenever it has the tokens.
             end = max(self.config.sinks, length - self.config.recent)
@@ -251,21 +245,16 @@ class KVStore:
         other._schedule()
         return other
 
-    # --- private ----------------------------------------------------------------------------------------------------
-
     def _check(self, keys: Tensor, values: Tensor) -> int:
         for name, x in (("keys", keys), ("values", values)):
-            if (
-                x.ndim != 3
-                or x.shape[0] != self.kv_heads
-                or x.shape[2] != self.head_dim
-                or x.shape != keys.shape
-            ):
+            if x.ndim != 3 or x.shape[0] != self.kv_heads or x.shape[2] != self.head_dim or x.shape != keys.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}; expected ({self.kv_heads}, T, {self.head_dim}) as keys and values"
+                    f"{name} has shape {tuple(x.shape)}; expected ({self.kv_heads}, T, {self.head_dim}), both alike"
                 )
             if not x.dtype.is_floating_point:
                 raise ValueError(f"{name} has dtype {x.dtype}; expected a floating point type")
+        if keys.shape[1] < 1:
+            raise ValueError(f"keys has shape {tuple(keys.shape)}; there must be at least one token")
         return keys.shape[1]
 
     def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
@@ -305,9 +294,7 @@ class KVStore:
                 segments[-1] = native.extend(segments[-1], newest)
         self._set_segments(segments, end)
 
-    def _set_segments(
-        self, segments: list[native.Segment] | tuple[native.Segment, ...], indexed_to: int
-    ) -> None:
+    def _set_segments(self, segments: list[native.Segment] | tuple[native.Segment, ...], indexed_to: int) -> None:
         self._segments = tuple(segments)
         self.view.set_segments(
             [segment.offsets.data_ptr() for segment in segments],
@@ -333,6 +320,6 @@ def _should_merge(older: int, newer: int) -> bool:
     return older + newer <= native.SEGMENT_ROWS and (older < YOUNG or newer >= YOUNG)
 
 
-def _block_capacity(rows: int) -> int:
+def block_capacity(rows: int) -> int:
     """The smallest allowed capacity for `rows` rows: powers of two from SMALLEST_BLOCK to a full block."""
     return min(native.BLOCK_ROWS, max(SMALLEST_BLOCK, 1 << (rows - 1).bit_length()))

@@ -1,6 +1,7 @@
 """The compiled verbs, with shapes and dtypes checked once at this border. The C++ behind it trusts its arguments.
 
-Everything here is CPU memory. Axes: B sequences, H query heads, G key/value heads, N tokens, D head dim, K bits, L tables.
+Everything here is CPU memory. Axes: B sequences, H query heads, G key/value heads, N tokens, D head dim, K bits,
+L tables.
 """
 
 from __future__ import annotations
@@ -63,9 +64,6 @@ def stream_read(memory: Tensor) -> None:
     _native.stream_read(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
-# --- hash -------------------------------------------------------------------------------------------------------------
-
-
 def make_sampler(head_dim: int, K: int, L: int, min_hits: int, seed: int) -> LshSampler:
     """The packed hash directions of a setting and the table of its inclusion law (collision.py)."""
     directions = make_planes(head_dim, K, L, seed)
@@ -74,7 +72,7 @@ def make_sampler(head_dim: int, K: int, L: int, min_hits: int, seed: int) -> Lsh
 
 
 def inclusion_law(K: int, L: int, min_hits: int) -> Tensor:
-    """log u on the kernels' axis x = sign(c) (1 - sqrt(1 - |c|)), which is fine where angles change fast: (4097,) float32."""
+    """log u, (4097,) float32, on the kernels' axis x = sign(c) (1 - sqrt(1 - |c|)): fine where angles change fast."""
     x = torch.linspace(-1.0, 1.0, int(_native.LAW_SIZE) + 1, dtype=torch.float64)
     x[0] = x[0] + 0.25 * (x[1] - x[0])  # at -1 itself log u is -inf, which cannot be interpolated
     cosine = x.sign() * (1.0 - (1.0 - x.abs()).square())
@@ -84,7 +82,7 @@ def inclusion_law(K: int, L: int, min_hits: int) -> Tensor:
 def hash_rows(pieces: Sequence[Tensor], sampler: LshSampler, L: int) -> Tensor:
     """Codes of consecutive keys.
 
-    pieces: tensors (G, n_i, >= Dp) whose last dimension starts with the zero-padded key; only the row stride may be odd.
+    pieces: tensors (G, n_i, >= Dp) whose last dimension starts with the zero-padded key and is contiguous.
     Returns (G, L, sum n_i) uint16 codes.
     """
     heads, total = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces)
@@ -105,9 +103,6 @@ def hash_rows(pieces: Sequence[Tensor], sampler: LshSampler, L: int) -> Tensor:
         )
         first += piece.shape[1]
     return codes
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -192,9 +187,6 @@ def _empty_segment(G: int, L: int, K: int, n: int, first: int) -> Segment:
     return Segment(empty((G, L, 2**K + 1), torch.uint32), empty((G, L, n), torch.uint16), first)
 
 
-# --- attend -----------------------------------------------------------------------------------------------------------
-
-
 def interleave(keys: Tensor, values: Tensor) -> Tensor:
     """Rows (n, 2 Dp) = [key | value], zero padded, from keys and values (n, D)."""
     n, D = keys.shape
@@ -270,32 +262,23 @@ def merge(states: Sequence[AttentionState]) -> AttentionState:
     outputs[:, :, :D] = torch.stack([state.output for state in states])
     lses = torch.stack([state.lse for state in states]).to(torch.float32).contiguous()
     output, lse = torch.empty(heads, width), torch.empty(heads)
-    _native.merge(
-        len(states), heads, width, outputs.data_ptr(), lses.data_ptr(), output.data_ptr(), lse.data_ptr()
-    )
+    _native.merge(len(states), heads, width, outputs.data_ptr(), lses.data_ptr(), output.data_ptr(), lse.data_ptr())
     return AttentionState(output[:, :D], lse)
 
 
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in another dtype, through the kernels' own widening and rounding."""
     out = torch.empty_like(x, dtype=dtype)
-    _native.convert(
-        dtype_code(x.dtype), x.contiguous().data_ptr(), x.numel(), dtype_code(dtype), out.data_ptr()
-    )
+    _native.convert(dtype_code(x.dtype), x.contiguous().data_ptr(), x.numel(), dtype_code(dtype), out.data_ptr())
     return out
 
 
 def _padded_queries(query: Tensor, rows: Tensor) -> Tensor:
     _require(rows.is_contiguous(), "rows must be contiguous")
-    _require(
-        rows.shape[-1] == 2 * padded(query.shape[-1]), "rows and queries disagree about the head dimension"
-    )
+    _require(rows.shape[-1] == 2 * padded(query.shape[-1]), "rows and queries disagree about the head dimension")
     out = torch.zeros(len(query), padded(query.shape[-1]))
     out[:, : query.shape[1]] = query
     return out
-
-
-# --- the fused step ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -319,7 +302,7 @@ def decode_step(
     sink_logits: Tensor | None = None,
     capture: bool = False,
 ) -> StepResult:
-    """One step of one layer: append, hash, look up, attend, merge. Shapes as in decode.decode_step; all contiguous CPU."""
+    """One step of one layer: append, hash, look up, attend, merge. As decode.decode_step, which checks; contiguous."""
     B, H, D = query.shape
     output = torch.empty(B, H, D, dtype=query.dtype)
     lse = torch.empty(B, H, dtype=torch.float32)

@@ -5,8 +5,8 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kHashRows = 6;
-constexpr int kHashColumns = 4;  // vectors of W directions: 24 accumulators
+constexpr int kHashRows = 4;
+constexpr int kHashColumns = 4;  // vectors of W directions: 16 accumulators of 32 registers
 #else
 constexpr int kHashRows = 3;
 constexpr int kHashColumns = 2;

@@ -83,7 +83,10 @@ int64_t lookup(Address query_codes, int K, int L, Address offsets, Address ids, 
   std::vector<uint8_t> counters((count + 63) / 64 * 64, 0);
   const Segment segment{at<const uint32_t>(offsets), at<const uint16_t>(ids), first, static_cast<int32_t>(count)};
   kernels().count_hits(at<const uint16_t>(query_codes), K, L, segment, min_hits, counters.data());
-  return kernels().collect(counters.data(), count, min_hits, first, at<uint32_t>(found));
+  std::vector<uint32_t> positions(count + kCollectSlack);
+  const int64_t n = kernels().collect(counters.data(), count, min_hits, first, positions.data());
+  std::copy_n(positions.begin(), n, at<uint32_t>(found));
+  return n;
 }
 
 void attend(int dtype, int dim, const std::vector<Address>& blocks, Address ids, int64_t count, Address log_u,
@@ -141,8 +144,8 @@ void merge_states(int parts, int heads, int dim, Address outputs, Address lses, 
 }
 
 Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* sampler, int dtype, int query_heads,
-                     Address query, Address key, Address value, float scale, float softcap, Address sink_logits,
-                     Address output, Address lse, bool capture) {
+                    Address query, Address key, Address value, float scale, float softcap, Address sink_logits,
+                    Address output, Address lse, bool capture) {
   std::vector<HeadSample> samples;
   Step step{.dtype = dtype_of(dtype),
             .query_heads = query_heads,
@@ -191,8 +194,9 @@ NB_MODULE(_native, m) {
   m.def("threads", &threads);
   m.def("poison_scratch", &poison_scratch, "on"_a);
   m.def("allocate", &allocate_array, "bytes"_a);
-  m.def("stream_read", [](Address memory, size_t bytes) { return stream_read(at<const void>(memory), bytes); },
-        "memory"_a, "bytes"_a, Unlocked());
+  m.def(
+      "stream_read", [](Address memory, size_t bytes) { return stream_read(at<const void>(memory), bytes); },
+      "memory"_a, "bytes"_a, Unlocked());
 
   m.def(
       "hash",
@@ -280,7 +284,6 @@ NB_MODULE(_native, m) {
           "dtype"_a, "heads"_a, "head_dim"_a, "sinks"_a)
       .def_rw("length", &StoreView::length)
       .def_rw("indexed_to", &StoreView::indexed_to)
-      .def_rw("capacity", &StoreView::capacity)
       .def_ro("dim", &StoreView::dim)
       .def_rw("steps", &StoreView::steps)
       .def_rw("sampled_rows", &StoreView::sampled_rows)
@@ -309,7 +312,8 @@ NB_MODULE(_native, m) {
              const std::vector<int64_t>& firsts, const std::vector<int64_t>& counts) {
             self.segments.clear();
             for (size_t i = 0; i < offsets.size(); ++i) {
-              self.segments.push_back({at<const uint32_t>(offsets[i]), at<const uint16_t>(ids[i]), firsts[i], counts[i]});
+              self.segments.push_back(
+                  {at<const uint32_t>(offsets[i]), at<const uint16_t>(ids[i]), firsts[i], counts[i]});
             }
           },
           "offsets"_a, "ids"_a, "firsts"_a, "counts"_a);

@@ -23,6 +23,7 @@ constexpr int kSegmentRows = 65536;  // keys of one index segment: ids have 16 b
 constexpr int kTileDirections = 64;  // hash directions of one packed tile: one 64-bit word of signs
 constexpr int kLawSize = 4096;       // intervals of the table of log inclusion probabilities
 constexpr int kMaxTables = 1024;
+constexpr int kCollectSlack = 4;  // ids that `collect` may write past those it returns
 
 // The hash directions, packed: [tile][pair of dims][64 directions][2] bfloat16.
 struct Directions {
@@ -70,6 +71,7 @@ struct Kernels {
   void (*count_hits)(const uint16_t* query_codes, int bits, int tables, const Segment& segment, int min_hits,
                      uint8_t* counts);
   // Writes first + i for every i < count with counts[i] >= min_hits, ascending; clears counts; returns how many.
+  // `ids` has room for kCollectSlack more.
   int64_t (*collect)(uint8_t* counts, int64_t count, int min_hits, int64_t first, uint32_t* ids);
 
   void (*to_float)(Dtype dtype, const void* from, int64_t n, float* to);

@@ -48,7 +48,7 @@ void attend_sample(Dtype dtype, int dim, const char* const* blocks, const uint32
   });
 }
 
-constexpr Kernels kTable{MAGICPIG_LEVEL,  hash,          count_hits,      collect,     to_float,      from_float,
-                         to_lane_order, from_lane_order, attend_rows, attend_sample, merge};
+constexpr Kernels kTable{MAGICPIG_LEVEL,  hash,        count_hits,    collect, to_float, from_float, to_lane_order,
+                         from_lane_order, attend_rows, attend_sample, merge};
 
 }  // namespace

@@ -26,10 +26,10 @@ T* scratch(std::vector<T>& memory, size_t count) {
 
 // A share of the work of one (sequence, kv head): exact rows for all its query heads, or the sample of one of them.
 struct Unit {
-  int sequence, head;    // b, g
-  int query;             // within the group; -1: exact rows
-  int64_t begin, end;    // exact: positions, the gap between the sinks and indexed_to left out
-  int first_state;       // one state per query head it serves
+  int sequence, head;  // b, g
+  int query;           // within the group; -1: exact rows
+  int64_t begin, end;  // exact: positions, the gap between the sinks and indexed_to left out
+  int first_state;     // one state per query head it serves
   int states;
 };
 
@@ -80,14 +80,19 @@ void append(StoreView& store, const Plan& plan, int b) {
   ++store.length;
 }
 
-void check_finite(const void* data, const char* name, Dtype dtype, int64_t count, const Kernels& run) {
+// The largest number a row of this dtype can hold.
+float largest(Dtype dtype) { return dtype == Dtype::f16 ? 65504.0f : std::numeric_limits<float>::max(); }
+
+void check_range(const void* data, const char* name, Dtype dtype, int64_t count, float limit, const Kernels& run) {
   float piece[256];
   for (int64_t i = 0; i < count; i += 256) {
     const int64_t n = std::min<int64_t>(256, count - i);
     run.to_float(dtype, static_cast<const char*>(data) + i * element_size(dtype), n, piece);
-    float sum = 0;  // NaN and infinity survive a sum of x * 0
-    for (int64_t j = 0; j < n; ++j) sum += piece[j] * 0.0f;
-    if (sum != 0.0f) throw std::invalid_argument(std::string(name) + " has values that are not finite (NaN or inf)");
+    bool fits = true;
+    for (int64_t j = 0; j < n; ++j) fits &= std::fabs(piece[j]) <= limit;  // false for NaN
+    if (!fits) {
+      throw std::invalid_argument(std::string(name) + " has entries that are not finite, or too large for the store");
+    }
   }
 }
 
@@ -161,7 +166,7 @@ void attend_sampled(const Plan& plan, const Unit& unit) {
   thread_local std::vector<uint32_t> id_memory;
   thread_local std::vector<uint8_t> counters;  // all zero between uses: `collect` leaves them so
   if (counters.empty()) counters.resize(kSegmentRows, 0);
-  uint32_t* ids = scratch(id_memory, static_cast<size_t>(store.indexed_to - store.sinks));
+  uint32_t* ids = scratch(id_memory, static_cast<size_t>(store.indexed_to - store.sinks + kCollectSlack));
 
   uint16_t codes[kMaxTables];
   codes_of(plan.signs + q * tiles, 1, tiles, sampler.K, sampler.L, codes, 0, 1);
@@ -217,8 +222,8 @@ void finish(const Plan& plan, int64_t pair) {
     for (int d = 0; d < plan.head_dim; ++d) natural[d] = static_cast<float>(natural[d] * weight);
     auto* to = static_cast<char*>(plan.step.output) + q * plan.head_dim * element_size(plan.step.dtype);
     plan.run.from_float(plan.step.dtype, natural, plan.head_dim, to);
-    plan.step.lse[q] = denominator > 0 ? static_cast<float>(top + std::log(denominator))
-                                       : -std::numeric_limits<float>::infinity();
+    plan.step.lse[q] =
+        denominator > 0 ? static_cast<float>(top + std::log(denominator)) : -std::numeric_limits<float>::infinity();
   }
 }
 
@@ -253,9 +258,11 @@ void poison_scratch(bool on) { poison = on; }
 void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, const Step& step) {
   Plan plan{stores, sampler, step};
   const int64_t entries = static_cast<int64_t>(plan.sequences) * plan.heads * plan.head_dim;
+  check_range(step.query, "query", step.dtype, entries * plan.group, largest(Dtype::f32), plan.run);
   if (step.key != nullptr) {
-    check_finite(step.key, "keys", step.dtype, entries, plan.run);
-    check_finite(step.value, "values", step.dtype, entries, plan.run);
+    const float limit = largest(stores[0]->dtype);
+    check_range(step.key, "keys", step.dtype, entries, limit, plan.run);
+    check_range(step.value, "values", step.dtype, entries, limit, plan.run);
     for (int b = 0; b < plan.sequences; ++b) append(*stores[b], plan, b);
   }
   make_units(plan);
@@ -278,17 +285,17 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, co
   plan.counts = scratch(count_memory, static_cast<size_t>(queries));
   if (step.capture != nullptr) step.capture->assign(queries, {});
 
-  for (int64_t q = 0; q < queries; ++q) prepare_query(plan, q);
   bool any_sampling = false;
   for (int b = 0; b < plan.sequences; ++b) any_sampling |= plan.sampling(b);
-  if (any_sampling) {
-    // Over directions, not queries: a tile stays in the first-level cache for all of them.
-    const int64_t pieces = std::min<int64_t>(tiles, 2 * threads());
-    parallel(pieces, [&](int64_t i) {
-      plan.run.hash(plan.natural, dim, queries, sampler->directions(), static_cast<int>(i * tiles / pieces),
-                    static_cast<int>((i + 1) * tiles / pieces), plan.signs);
-    });
-  }
+  // A few queries at a time, so that each direction read serves several.
+  const int64_t piece = std::clamp<int64_t>((queries + threads() - 1) / threads(), 4, 48);
+  parallel((queries + piece - 1) / piece, [&](int64_t i) {
+    const int64_t first = i * piece, last = std::min(queries, first + piece);
+    for (int64_t q = first; q < last; ++q) prepare_query(plan, q);
+    if (!any_sampling) return;
+    plan.run.hash(plan.natural + first * dim, dim, last - first, sampler->directions(), 0, tiles,
+                  plan.signs + first * tiles);
+  });
 
   const int64_t pairs = static_cast<int64_t>(plan.sequences) * plan.heads;
   std::unique_ptr<std::atomic<int>[]> left(new std::atomic<int>[pairs]);

@@ -19,8 +19,6 @@ struct StoreView {
   int64_t sinks = 0;  // positions [0, sinks) and [indexed_to, length) are attended exactly
   int64_t indexed_to = 0;
   int64_t length = 0;
-  int64_t capacity = 0;  // rows that may be written without asking for memory
-  bool sampled = false;
   std::vector<float> mean;  // [G][dim]; zeros until the store is centred
 
   struct Block {
@@ -56,9 +54,7 @@ struct LshSampler {
   std::vector<uint16_t> packed;
   std::vector<float> log_u;  // kLawSize + 1 values
 
-  Directions directions() const {
-    return {packed.data(), head_dim, (K * L + kTileDirections - 1) / kTileDirections};
-  }
+  Directions directions() const { return {packed.data(), head_dim, (K * L + kTileDirections - 1) / kTileDirections}; }
 };
 
 struct HeadSample {
@@ -67,19 +63,20 @@ struct HeadSample {
 };
 
 struct Step {
-  Dtype dtype;              // of query, key, value and output
-  int query_heads;          // H
-  const void* query;        // (B, H, D) contiguous
-  const void* key;          // (B, G, D) contiguous, or null: nothing is appended
-  const void* value;        // (B, G, D)
+  Dtype dtype;        // of query, key, value and output
+  int query_heads;    // H
+  const void* query;  // (B, H, D) contiguous
+  const void* key;    // (B, G, D) contiguous, or null: nothing is appended
+  const void* value;  // (B, G, D)
   LogitRule rule;
-  const float* sink_logits;  // (H) or null: logits that join the denominator with value zero
-  void* output;              // (B, H, D)
-  float* lse;                // (B, H)
+  const float* sink_logits;                    // (H) or null: logits that join the denominator with value zero
+  void* output;                                // (B, H, D)
+  float* lse;                                  // (B, H)
   std::vector<HeadSample>* capture = nullptr;  // B * H samples, when asked for
 };
 
-// Throws std::invalid_argument when a key or value is not finite (nothing has been appended then).
+// All stores have the same heads, head_dim and dtype, and are distinct; those that sample use `sampler`.
+// Throws std::invalid_argument when a query, key or value is not finite or does not fit (nothing is appended then).
 void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, const Step& step);
 
 // Fills scratch memory with NaN before each use: a kernel that reads what it did not write shows at once.

@@ -6,6 +6,7 @@ namespace {
 
 constexpr int kPrefetchOffsets = 16;  // tables ahead
 constexpr int kPrefetchIds = 6;
+constexpr uint64_t kTopBit = (uint64_t)1 << 63;  // keeps the count of trailing zeros defined for an empty mask
 
 inline void saturate(uint8_t* counts, int64_t count, int min_hits) {
   for (int64_t i = 0; i < count; ++i) counts[i] = counts[i] < min_hits ? counts[i] : (uint8_t)min_hits;
@@ -29,7 +30,8 @@ void count_hits(const uint16_t* query_codes, int bits, int tables, const Segment
     if (t > 0 && t % stretch == 0) saturate(counts, segment.count, min_hits);
     if (t + kPrefetchIds < tables) {
       const uint16_t* ahead = segment.ids + (int64_t)(t + kPrefetchIds) * segment.count;
-      for (uint32_t i = begin[t + kPrefetchIds]; i < end[t + kPrefetchIds]; i += 32) __builtin_prefetch(ahead + i);
+      const char* line = (const char*)((uintptr_t)(ahead + begin[t + kPrefetchIds]) & ~(uintptr_t)63);
+      for (; line < (const char*)(ahead + end[t + kPrefetchIds]); line += 64) __builtin_prefetch(line);
     }
     const uint16_t* ids = segment.ids + (int64_t)t * segment.count;
     for (uint32_t i = begin[t]; i < end[t]; ++i) ++counts[ids[i]];
@@ -66,11 +68,18 @@ inline uint64_t take_hits(uint8_t* counts, int min_hits) {
 }
 
 int64_t collect(uint8_t* counts, int64_t count, int min_hits, int64_t first, uint32_t* ids) {
+  // Hits are few and random: writing four candidates each time costs less than a branch per hit guessed wrong.
+  constexpr int kUsual = 4;
+  static_assert(kUsual <= kCollectSlack);
   int64_t found = 0;
   for (int64_t i = 0; i < count; i += 64) {
-    for (uint64_t mask = take_hits(counts + i, min_hits); mask != 0; mask &= mask - 1) {
-      ids[found++] = (uint32_t)(first + i + __builtin_ctzll(mask));
-    }
+    uint64_t mask = take_hits(counts + i, min_hits);
+    const int hits = __builtin_popcountll(mask);
+    const uint32_t base = (uint32_t)(first + i);
+    uint32_t* to = ids + found;
+    for (int j = 0; j < kUsual; ++j, mask &= mask - 1) to[j] = base + (uint32_t)__builtin_ctzll(mask | kTopBit);
+    for (int j = kUsual; j < hits; ++j, mask &= mask - 1) to[j] = base + (uint32_t)__builtin_ctzll(mask);
+    found += hits;
   }
   return found;
 }

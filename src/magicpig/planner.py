@@ -1,0 +1,121 @@
+"""How many bytes a request will need, said before it is read, and whether the machine has them.
+
+Counts what `KVStore` allocates, block by block and segment by segment. Knows sizes only: no tensors, no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from magicpig.config import Config
+from magicpig.kernels import native
+from magicpig.machine import available_memory, cgroup_limit
+from magicpig.store import YOUNG, block_capacity
+from magicpig.types import MemoryUse
+
+
+class InsufficientMemoryError(MemoryError):
+    """A request needs more memory than the machine can give."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer keeps of each token: D-wide keys and values of G heads.
+
+    sampled: whether it may be indexed. window: the most tokens it keeps (sliding window attention), or None.
+    """
+
+    kv_heads: int
+    head_dim: int
+    sampled: bool
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Upper bounds in bytes for `sequences` sequences of `tokens` tokens.
+
+    kept: keys, values and indexes at the end. transient: what indexing one layer needs besides, for a moment.
+    """
+
+    sequences: int
+    tokens: int
+    kept: MemoryUse
+    transient: int
+
+    @property
+    def total(self) -> int:
+        return self.kept.total + self.transient
+
+
+def plan(
+    layers: Sequence[LayerShape], config: Config, *, sequences: int, tokens: int, dtype: torch.dtype
+) -> MemoryPlan:
+    """The memory that `sequences` sequences will need once each has `tokens` tokens, prompt and answer together.
+
+    dtype: of the stored keys and values. Raises ValueError for sizes below 1 and unsupported dtypes.
+    """
+    if sequences < 1 or tokens < 1:
+        raise ValueError(f"sequences={sequences} and tokens={tokens} must be at least 1")
+    native.dtype_code(dtype)
+    kept, transient = MemoryUse(0, 0), 0
+    for layer in layers:
+        kept += _kept(layer, config, tokens, dtype)
+        transient = max(transient, _transient(layer, config, tokens))
+    return MemoryPlan(sequences, tokens, MemoryUse(kept.rows * sequences, kept.index * sequences), transient)
+
+
+def check(plan: MemoryPlan, free: int | None = None) -> None:
+    """Raises InsufficientMemoryError, one line, when the plan needs more than `free` bytes (default: `free_memory`)."""
+    free = free_memory() if free is None else free
+    if plan.total > free:
+        many = f"{plan.sequences} sequences of " if plan.sequences > 1 else ""
+        raise InsufficientMemoryError(
+            f"{many}{plan.tokens} tokens need {_gib(plan.total)} (keys and values {_gib(plan.kept.rows)}, index "
+            f"{_gib(plan.kept.index)}, indexing {_gib(plan.transient)}) and {_gib(free)} are free; "
+            "shorten the prompt or max_new_tokens, or lower L"
+        )
+
+
+def free_memory() -> int:
+    """Bytes this process may still take: of the machine, and of its container if that is smaller."""
+    free, limit = available_memory(), cgroup_limit()
+    if limit is not None:
+        free = min(free, max(0, limit - int(psutil.Process().memory_info().rss)))
+    return free
+
+
+def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) -> MemoryUse:
+    if layer.window is not None:  # the model library's own cache, without padding
+        rows = layer.kv_heads * min(tokens, layer.window) * 2 * layer.head_dim * dtype.itemsize
+        return MemoryUse(rows, 0)
+    full, rest = divmod(tokens, native.BLOCK_ROWS)
+    capacity = (full + (rest > 0)) * native.BLOCK_ROWS if full else block_capacity(rest)
+    rows = layer.kv_heads * capacity * 2 * native.padded(layer.head_dim) * dtype.itemsize
+    body = _body(layer, config, tokens)
+    if body == 0:
+        return MemoryUse(rows, 0)
+    # A segment is closed once another of YOUNG keys no longer fits; one more may be growing.
+    segments = -(-body // (native.SEGMENT_ROWS - YOUNG)) + 1
+    tables = layer.kv_heads * config.L
+    return MemoryUse(rows, tables * (2 * body + segments * 4 * (2**config.K + 1)))
+
+
+def _transient(layer: LayerShape, config: Config, tokens: int) -> int:
+    """Codes and the new tables of one segment while the old ones are still there."""
+    body = min(_body(layer, config, tokens), native.SEGMENT_ROWS)
+    return layer.kv_heads * config.L * (2 * 2 * body + 4 * (2**config.K + 1)) if body else 0
+
+
+def _body(layer: LayerShape, config: Config, tokens: int) -> int:
+    if not layer.sampled or tokens < config.exact_below:
+        return 0
+    return max(0, tokens - config.sinks - config.recent)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,57 @@
+"""The plan is an upper bound of what stores really take, and a close one."""
+
+import pytest
+import torch
+
+from magicpig.config import Config
+from magicpig.kernels import native
+from magicpig.planner import InsufficientMemoryError, LayerShape, check, free_memory, plan
+from magicpig.store import KVStore
+
+CONFIG = Config(K=6, L=10, exact_below=100, sinks=4, recent=16, block=64)
+
+
+@pytest.mark.parametrize("tokens", [1, 99, 100, 255, 257, 4096, 4097, 9000, 70_000])
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "dense"])
+def test_plan_bounds_what_a_store_takes(tokens: int, sampled: bool) -> None:
+    store = KVStore(2, 40, torch.float32, CONFIG, sampled=sampled)
+    for first in range(0, tokens, 20_000):
+        n = min(20_000, tokens - first)
+        store.append(torch.randn(2, n, 40), torch.randn(2, n, 40))
+        store.settle()
+        store.index_due()
+    planned = plan([LayerShape(2, 40, sampled)], CONFIG, sequences=1, tokens=tokens, dtype=torch.float32)
+    held = store.nbytes()
+    assert held.rows <= planned.kept.rows <= max(2 * held.rows, held.rows + native.BLOCK_ROWS * 2 * 128 * 4)
+    offsets = 2 * CONFIG.L * 4 * (2**CONFIG.K + 1)
+    assert held.index <= planned.kept.index <= held.index + 2 * offsets + 2 * CONFIG.L * 2 * CONFIG.block
+
+
+def test_layers_and_sequences_add_up() -> None:
+    layers = [LayerShape(2, 64, True), LayerShape(2, 64, False), LayerShape(2, 64, False, window=128)]
+    one = plan(layers, CONFIG, sequences=1, tokens=10_000, dtype=torch.bfloat16)
+    three = plan(layers, CONFIG, sequences=3, tokens=10_000, dtype=torch.bfloat16)
+    assert three.kept.total == 3 * one.kept.total
+    assert three.transient == one.transient
+    full = 3 * native.BLOCK_ROWS * 2 * 2 * 64 * 2
+    assert one.kept.rows == 2 * full + 2 * 128 * 2 * 64 * 2
+
+
+def test_too_much_is_refused_in_one_line_with_the_numbers() -> None:
+    needed = plan([LayerShape(8, 128, True)], Config(), sequences=2, tokens=200_000, dtype=torch.bfloat16)
+    check(needed, free=needed.total)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"^2 sequences of 200000 tokens need 2\.77 GiB .* are free;"
+    ) as e:
+        check(needed, free=needed.total - 1)
+    assert "\n" not in str(e.value)
+
+
+def test_free_memory_is_what_the_machine_reports() -> None:
+    assert 0 < free_memory() <= 2**50
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(0, 1), (1, 0)])
+def test_sizes_below_one_are_refused(sequences: int, tokens: int) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        plan([], CONFIG, sequences=sequences, tokens=tokens, dtype=torch.float32)
