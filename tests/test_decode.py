@@ -431,6 +431,12 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line():
         r"^values is torch.float32 on meta; expected torch.float32 on cpu as the query$": (
             query, keys, values.to("meta"), [store], scaled,
         ),
+        r"^query has 0 heads; expected a multiple of kv_heads=2, at most 256 times it$": (
+            query[:, :0], keys, values, [store], scaled,
+        ),
+        r"^scale=nan must be finite$": (query, keys, values, [store], {"scale": math.nan}),
+        r"^softcap=inf must be positive and finite$": (query, keys, values, [store], {**scaled, "softcap": math.inf}),
+        r"^softcap=nan must be positive and finite$": (query, keys, values, [store], {**scaled, "softcap": math.nan}),
         r"^softcap=0.0 must be positive": (query, keys, values, [store], {**scaled, "softcap": 0.0}),
         r"^softcap=-3.0 must be positive": (query, keys, values, [store], {**scaled, "softcap": -3.0}),
         r"^sink_logits has shape \(2,\); expected \(6,\)$": (
@@ -442,6 +448,57 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line():
             decode_step(*arguments, **settings)
         assert "\n" not in str(caught.value)
     assert store.length == 10
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_query_that_is_not_finite_is_refused(poison, dtype):
+    # All its logits would be NaN, which no maximum sees: attention over nothing, silently.
+    store = make_store(500, dtype=dtype)
+    query, keys, values = new_token(1, dtype)
+    query[0, 3, 17] = poison
+    with pytest.raises(ValueError, match=r"^query has (values|entries) that are not finite"):
+        decode_step(query, keys, values, [store], scale=SCALE)
+    assert store.length == 500
+    with pytest.raises(ValueError, match=r"^query has (values|entries) that are not finite"):
+        attend_stores(query, [store], scale=SCALE)
+
+
+@pytest.mark.parametrize("where", ["keys", "values"])
+def test_a_new_token_too_large_for_the_store_is_refused(where):
+    store = make_store(10, dtype=torch.float16)
+    query, keys, values = new_token(1)
+    new = {"keys": keys, "values": values}
+    new[where][0, 0, 0] = 7e4  # the largest float16 is 65504
+    with pytest.raises(ValueError, match=rf"^{where} has entries that are not finite, or too large for the store"):
+        decode_step(query, new["keys"], new["values"], [store], scale=SCALE)
+    assert store.length == 10
+
+
+def test_stores_that_do_not_belong_together_are_refused():
+    query, keys, values = new_token(2)
+    one = make_store(500)
+    others = {
+        r"^stores differ in kv_heads, head_dim or dtype; ": [
+            KVStore(G + 1, D, torch.float32, SAMPLED, sampled=True),
+            KVStore(G, D - 1, torch.float32, SAMPLED, sampled=True),
+            KVStore(G, D, torch.float16, SAMPLED, sampled=True),
+        ],
+        r"^stores differ in K, L, min_hits or seed; ": [
+            make_store(500, Config(**{**SAMPLED.model_dump(), name: value}))
+            for name, value in [("K", 5), ("L", 21), ("min_hits", 3), ("seed", 1)]
+        ],
+        r"^stores has the same store twice": [one],
+    }
+    for message, stores in others.items():
+        for other in stores:
+            one.settle()
+            other.settle()
+            before = one.length, other.length
+            with pytest.raises(ValueError, match=message):
+                decode_step(query, keys, values, [one, other], scale=SCALE)
+            assert (one.length, other.length) == before
+            with pytest.raises(ValueError, match=message):
+                attend_stores(query, [one, other], scale=SCALE)
 
 
 def run_with(code: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -633,6 +633,24 @@ def test_rows_that_are_not_finite_are_refused_and_nothing_appended(where, poison
     assert_holds(store, keys, values)
 
 
+@pytest.mark.parametrize("where", ["keys", "values"])
+def test_rows_too_large_for_the_stores_dtype_are_refused(where):
+    keys, values = tokens(20, torch.float16)
+    store = store_of(keys, values)
+    large = {"keys": keys.float(), "values": values.float()}
+    large[where][1, 19, D - 1] = 7e4  # the largest float16 is 65504
+    with pytest.raises(ValueError, match=rf"^{where} has entries that are not finite, or too large for the store's "):
+        store.append(large["keys"], large["values"])
+    assert_holds(store, keys, values)
+
+
+def test_nothing_is_appended_by_nothing():
+    keys, values = tokens(5)
+    store = store_of(keys, values)
+    with pytest.raises(ValueError, match=r"^keys has shape \(2, 0, 24\); there must be at least one token$"):
+        store.append(keys[:, :0], values[:, :0])
+
+
 def test_rows_that_do_not_fit_are_refused_in_one_line():
     keys, values = tokens(5)
     store = store_of(keys, values)
