@@ -155,6 +155,15 @@ def test_the_same_call_gives_the_same_bits():
     assert not torch.equal(first[1], other[1])
 
 
+def test_gradients_are_neither_computed_nor_in_the_way():
+    query, keys, values = (x.requires_grad_() for x in tensors(300))
+    output, lse, _ = attend(query, keys, values, K=4, L=12)
+    assert not output.requires_grad
+    assert not lse.requires_grad
+    right, _, _ = attend(query.detach(), keys.detach(), values.detach(), K=4, L=12)
+    assert torch.equal(output, right)
+
+
 def test_inputs_are_not_changed_and_may_be_strided():
     query, keys, values = tensors(300)
     copies = [x.clone() for x in (query, keys, values)]
@@ -268,15 +277,19 @@ def bad_settings() -> dict[str, tuple[dict[str, object], str]]:
         "recent": ({"recent": -5}, r"^recent=-5: "),
         "sampler": ({"sampler": "topk"}, r"^sampler='topk': .*'lsh' or 'full'$"),
         "kernels": ({"kernels": "cuda"}, r"^kernels='cuda' is not one of 'native', 'reference'$"),
-        "softcap": ({"softcap": -1.0}, r"^softcap=-1.0 must be positive"),
+        "scale": ({"scale": math.nan}, r"^scale=nan must be finite$"),
+        "softcap": ({"softcap": 0.0}, r"^softcap=0.0 must be positive and finite$"),
+        "softcap-inf": ({"softcap": math.inf}, r"^softcap=inf must be positive and finite$"),
     }
 
 
 @pytest.mark.parametrize(("settings", "message"), bad_settings().values(), ids=bad_settings().keys())
 def test_settings_out_of_range_are_refused_in_one_line(settings, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        attend(*tensors(100), **settings)
-    assert "\n" not in str(caught.value)
+    # float32 goes to the native kernels by default, float64 to the reference.
+    for dtype in [torch.float32, torch.float64]:
+        with pytest.raises(ValueError, match=message) as caught:
+            attend(*tensors(100, dtype), **settings)
+        assert "\n" not in str(caught.value)
 
 
 def test_unknown_settings_are_refused():
@@ -293,6 +306,8 @@ def bad_tensors() -> dict[str, tuple[tuple[object, ...], str]]:
         "query-3d": ((q[0], k, v), r"^query has shape \(6, 1, 32\); expected four dimensions$"),
         "keys-3d": ((q, k[0], v), r"^keys has shape \(2, 50, 32\); expected four dimensions$"),
         "two-queries": ((q.expand(-1, -1, 2, -1), k, v), r"^query has shape \(2, 6, 2, 32\); expected \(B, H, 1, D\)"),
+        "no-batch": ((q[:0], k[:0], v[:0]), r"^query has shape \(0, 6, 1, 32\); there must be at least one sequence"),
+        "no-query-heads": ((q[:, :0], k, v), r"^query has shape \(2, 0, 1, 32\); there must be at least one sequence"),
         "batch": ((q, k[:1], v[:1]), r"^keys has shape \(1, 2, 50, 32\); expected \(2, G, N, 32\) with G dividing"),
         "heads": ((q[:, :5], k, v), r"^keys has shape \(2, 2, 50, 32\); .* G dividing the 5 query heads$"),
         "no-heads": ((q, k[:, :0], v[:, :0]), r"^keys has shape \(2, 0, 50, 32\); expected"),

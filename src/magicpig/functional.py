@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -45,6 +46,10 @@ def attend(
     config = Config(sampler=sampler, K=K, L=L, min_hits=min_hits, seed=seed, sinks=sinks, recent=recent, exact_below=0)
     _check(query, keys, values)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be positive and finite")
     if kernels is None:
         kernels = "reference" if query.dtype == torch.float64 else "native"
     if kernels == "reference":
@@ -116,6 +121,8 @@ def _check(query: Tensor, keys: Tensor, values: Tensor) -> None:
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name} has entries that are not finite (NaN or inf)")
     B, H, T, D = query.shape
+    if B < 1 or H < 1:
+        raise ValueError(f"query has shape {tuple(query.shape)}; there must be at least one sequence and one head")
     if T != 1:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected (B, H, 1, D): one step at a time")
     if keys.shape[0] != B or keys.shape[3] != D or keys.shape[1] < 1 or H % keys.shape[1]:

@@ -145,7 +145,7 @@ class KVStore:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Stores T >= 1 more tokens: keys and values (G, T, D), finite, of any float dtype. Indexes nothing yet."""
         T = self._check(keys, values)
-        keys, values = keys.to("cpu"), values.to("cpu", self.dtype)
+        keys, values = keys.detach().to("cpu"), values.detach().to("cpu", self.dtype)
         for name, x in (("keys", keys.to(self.dtype)), ("values", values)):
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(f"{name} has entries that are not finite, or too large for the store's {self.dtype}")
