@@ -34,9 +34,29 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["torch", "std", "serial"])
 def pool(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each thread pool, in use for the test."""
-    before = native.pool()
+    """Each thread pool, in use for the test; torch's has two threads."""
+    before = native.pool(), torch.get_num_threads()
     native.use_pool(request.param)
+    torch.set_num_threads(2)
     assert native.pool() == request.param
     yield request.param
-    native.use_pool(before)
+    native.use_pool(before[0])
+    torch.set_num_threads(before[1])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of thousands of tiny operations: threads that wait for one another only get in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads, whatever the machine has and whatever `one_thread` said."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

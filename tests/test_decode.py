@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from magicpig.kernels.attend.reference import attend, with_sink_logits
 from magicpig.kernels.reference import attend_full, attend_lsh
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 G, R, D = 2, 3, 64
@@ -258,7 +259,7 @@ def mixed_stores(dtype: torch.dtype = torch.float32) -> list[KVStore]:
 
 
 @pytest.mark.parametrize("B", [1, 3, 7])
-def test_a_mixed_batch_is_the_same_as_one_call_per_request(B, dtype, isa):
+def test_a_mixed_batch_is_the_same_as_one_call_per_request(B, dtype, isa, two_threads):
     # Bit for bit: none of these stores has more exact rows than one unit of work takes (512).
     stores = mixed_stores(dtype)[:B]
     alone = [store.fork() for store in stores]
@@ -284,15 +285,7 @@ def test_settled_and_plain_stores_of_a_batch_are_each_right(dtype):
         assert_close(of_request(state, b), exact(query[b], store))
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_repeated_calls_give_the_same_bits(dtype):
+def test_repeated_calls_give_the_same_bits(dtype, two_threads):
     stores = mixed_stores(dtype)
     query = torch.randn(len(stores), H, D).to(dtype)
     first, info = attend_stores(query, stores, scale=SCALE)
@@ -304,7 +297,7 @@ def test_repeated_calls_give_the_same_bits(dtype):
         )
 
 
-def test_pools_and_thread_counts_change_no_bit_where_no_request_has_many_exact_rows(pool, two_threads):
+def test_pools_and_thread_counts_change_no_bit_where_no_request_has_many_exact_rows(pool):
     # A request's exact rows are cut into units of at least 512, their number depending on the threads; sums of up to
     # 512 rows are therefore the same bits on any number of threads.
     stores = mixed_stores()

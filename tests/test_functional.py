@@ -10,6 +10,8 @@ from torch import Tensor
 from magicpig import attend
 from magicpig.collision import log_inclusion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 B, H, G, D = 2, 6, 2, 32
 

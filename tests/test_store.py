@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from magicpig.kernels import native
 from magicpig.kernels.attend.reference import attend
 from magicpig.kernels.tables.reference import lookup_brute_force
 from magicpig.store import KVStore
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 G, D = 2, 24
@@ -439,14 +440,6 @@ TINY_D = 16
 GENERATED = 100_000
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = native.pool()
-    native.use_pool("serial")
-    yield
-    native.use_pool(before)
-
-
 def planned_bytes(length: int, segments: int) -> tuple[int, int]:
     """Most bytes of rows and of index: one block of rows may be begun, a segment's table has 2^K + 1 bucket starts."""
     row = 2 * native.padded(TINY_D) * 4
@@ -454,7 +447,7 @@ def planned_bytes(length: int, segments: int) -> tuple[int, int]:
     return row * (length + native.BLOCK_ROWS), tables
 
 
-def test_a_hundred_thousand_generated_tokens(one_thread):
+def test_a_hundred_thousand_generated_tokens():
     keys, values = torch.randn(1, GENERATED, TINY_D), torch.randn(1, GENERATED, TINY_D)
     # In the prompt, early and late among the generated tokens, on both sides of the 64K keys of a segment, and last.
     planted = [100, 1000, 50_001, 65_539, 65_540, 70_000, GENERATED - 1000, GENERATED - 1]

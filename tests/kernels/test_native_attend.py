@@ -14,6 +14,8 @@ from magicpig.kernels.attend import reference
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEAD_DIMS = [1, 40, 64, 80, 96, 128, 192, 256, 512]
 GROUPS = [1, 2, 3, 4, 5, 7, 8, 16]

@@ -10,6 +10,8 @@ from magicpig.kernels import native
 from magicpig.kernels.hash.reference import hash_vectors, make_planes
 from magicpig.store import KVStore, shared_sampler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEAD_DIMS = [1, 16, 64, 80, 96, 128, 192, 256, 512]
 

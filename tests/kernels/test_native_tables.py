@@ -7,6 +7,8 @@ from torch import Tensor
 from magicpig.kernels import native
 from magicpig.kernels.tables import reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = [0, 1, 15, 17, 63, 64, 65, 1000]
 
 
