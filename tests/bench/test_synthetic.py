@@ -27,6 +27,12 @@ def test_same_seed_same_context():
         assert not torch.equal(getattr(once, name), getattr(other, name))
 
 
+def test_needles_in_one_place_are_no_race():
+    once = context(tokens=20)  # 48 needles in 19 places
+    for _ in range(100):
+        assert torch.equal(context(tokens=20).keys, once.keys)
+
+
 def test_a_head_does_not_depend_on_how_many_there_are():
     assert torch.equal(context(heads=3, kv_heads=1).keys[0], context().keys[0])
 

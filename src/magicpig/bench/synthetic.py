@@ -92,16 +92,17 @@ def _fill_group(keys: Tensor, values: Tensor, queries: Tensor, tokens: int, gene
 
     needle_at = torch.randint(1, tokens, (group, NEEDLES), generator=generator)
     needle_cos = 0.35 + 0.6 * torch.rand(group, NEEDLES, generator=generator) ** 4
+    needles = [_last_of_each(*needle) for needle in zip(needle_at, needle_cos, strict=True)]
     lse = torch.full((), -math.inf)
     for start in range(0, total, CHUNK):
         count = min(CHUNK, total - start)
         runs = normal(math.ceil(count / RUN), head_dim).repeat_interleave(RUN, 0)
         spread = KEY_SPREAD * without_mean(_mix(runs[:count], normal(count, head_dim), 0.5) @ basis)
         spread *= torch.exp(KEY_LENGTH_SIGMA * normal(count, 1))
-        for head in range(group):
-            inside = (needle_at[head] >= start) & (needle_at[head] < start + count)
-            at = needle_at[head][inside] - start
-            spread[at] = _turn_to(spread[at], wanted[head], needle_cos[head][inside])
+        for head, (places, cosines) in enumerate(needles):
+            inside = (places >= start) & (places < start + count)
+            at = places[inside] - start
+            spread[at] = _turn_to(spread[at], wanted[head], cosines[inside])
         chunk = (KEY_MEAN + 0.5 * normal(count, 1)) * mean + spread
         logits = chunk @ queries[0, 0] / math.sqrt(head_dim)
         lse = torch.logaddexp(lse, logits[1 if start == 0 else 0 :].logsumexp(0))
@@ -109,6 +110,12 @@ def _fill_group(keys: Tensor, values: Tensor, queries: Tensor, tokens: int, gene
         values[start : start + count] = normal(count, head_dim)
     # As large a logit as all others together: half of the mass of the first query
     keys[0] = lse * math.sqrt(head_dim) / (QUERY_LENGTH * QUERY_TO_KEYS) * mean
+
+
+def _last_of_each(places: Tensor, cosines: Tensor) -> tuple[Tensor, Tensor]:
+    """Of needles in one place the last: an assignment to repeated indices is a race between threads."""
+    last = dict(zip(places.tolist(), cosines.tolist(), strict=True))
+    return torch.tensor(list(last)), torch.tensor(list(last.values()))
 
 
 def _mix(shared: Tensor, own: Tensor, energy: float) -> Tensor:
