@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-DENSE_EVERY = 16  # the paper keeps layers {0, 16} of 32 and {0, 16, 32, 48} of 80 exact
+DENSE_LAYERS = (0, 16, 32, 48)  # the paper's, of models with 32 and with 80 layers
 
 
 class Config(BaseModel):
@@ -25,7 +25,7 @@ class Config(BaseModel):
     exact_below: int = Field(
         2048, ge=0, description="contexts shorter than this stay exact: there full attention is cheaper"
     )
-    dense_layers: tuple[int, ...] | None = Field(None, description="layers that stay exact; default: every 16th")
+    dense_layers: tuple[int, ...] | None = Field(None, description="layers that stay exact; default: 0, 16, 32 and 48")
     decode_tokens: int = Field(
         32,
         ge=1,
@@ -58,7 +58,7 @@ class Config(BaseModel):
         """Whether this layer's attention stays exact."""
         if self.sampler == "full":
             return True
-        return layer % DENSE_EVERY == 0 if self.dense_layers is None else layer in self.dense_layers
+        return layer in (DENSE_LAYERS if self.dense_layers is None else self.dense_layers)
 
 
 def _one_line(error: ValidationError) -> str:

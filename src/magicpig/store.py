@@ -196,6 +196,7 @@ class KVStore:
         self.settled = True
         self._spread = (squares / (self.length * self.kv_heads)) ** 0.5
         self._index(end)
+        self._schedule()
 
     def index_due(self) -> None:
         """Settles, or indexes the tokens that have left the recent window. Call when `length` reaches `due`."""

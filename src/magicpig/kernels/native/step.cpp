@@ -52,6 +52,7 @@ struct Plan {
   State* states;
   int64_t* counts;  // (B H) sampled rows
   std::vector<Unit> units;
+  std::vector<int> order;       // the large units first: samples, whose size nobody knows, then exact rows
   std::vector<int> first_unit;  // per (b, g), and one past the last
 
   bool sampling(int b) const { return stores[b]->indexed_to > stores[b]->sinks && sampler != nullptr; }
@@ -114,21 +115,19 @@ void prepare_query(const Plan& plan, int64_t q) {
   plan.norms[q] = static_cast<float>(std::sqrt(square));
 }
 
-// Exact work is cut so that every thread gets several pieces; a sample is a piece of its own.
+// Exact rows are cut into pieces of one size, whatever the threads and the batch, so that neither changes a bit of the
+// result; a sample is a piece of its own.
 void make_units(Plan& plan) {
-  constexpr int64_t kSmallest = 512;
-  const int64_t wanted = 4 * static_cast<int64_t>(threads());
-  const int64_t parts = std::max<int64_t>(1, wanted / (static_cast<int64_t>(plan.sequences) * plan.heads));
+  constexpr int64_t kPiece = 2048;
   int states = 0;
   for (int b = 0; b < plan.sequences; ++b) {
     const StoreView& store = *plan.stores[b];
     const bool sampling = plan.sampling(b);
     const int64_t body = sampling ? store.indexed_to - store.sinks : 0, rows = store.length - body;
-    const int64_t piece = std::max(kSmallest, (rows + parts - 1) / parts);
     for (int g = 0; g < plan.heads; ++g) {
       plan.first_unit.push_back(static_cast<int>(plan.units.size()));
-      for (int64_t begin = 0; begin < rows; begin += piece) {
-        plan.units.push_back({b, g, -1, begin, std::min(rows, begin + piece), states, plan.group});
+      for (int64_t begin = 0; begin < rows; begin += kPiece) {
+        plan.units.push_back({b, g, -1, begin, std::min(rows, begin + kPiece), states, plan.group});
         states += plan.group;
       }
       for (int query = 0; sampling && query < plan.group; ++query) {
@@ -138,6 +137,11 @@ void make_units(Plan& plan) {
     }
   }
   plan.first_unit.push_back(static_cast<int>(plan.units.size()));
+  for (const bool exact : {false, true}) {
+    for (int u = 0; u < static_cast<int>(plan.units.size()); ++u) {
+      if ((plan.units[u].query < 0) == exact) plan.order.push_back(u);
+    }
+  }
 }
 
 void attend_exact(const Plan& plan, const Unit& unit) {
@@ -164,8 +168,7 @@ void attend_sampled(const Plan& plan, const Unit& unit) {
   const int tiles = sampler.directions().tiles;
 
   thread_local std::vector<uint32_t> id_memory;
-  thread_local std::vector<uint8_t> counters;  // all zero between uses: `collect` leaves them so
-  if (counters.empty()) counters.resize(kSegmentRows, 0);
+  alignas(64) thread_local uint8_t counters[kSegmentRows];  // all zero between uses: `collect` leaves them so
   uint32_t* ids = scratch(id_memory, static_cast<size_t>(store.indexed_to - store.sinks + kCollectSlack));
 
   uint16_t codes[kMaxTables];
@@ -176,8 +179,8 @@ void attend_sampled(const Plan& plan, const Unit& unit) {
     const int64_t head = static_cast<int64_t>(unit.head) * sampler.L;
     const Segment segment{from.offsets + head * buckets, from.ids + head * from.count, from.first,
                           static_cast<int32_t>(from.count)};
-    plan.run.count_hits(codes, sampler.K, sampler.L, segment, sampler.min_hits, counters.data());
-    found += plan.run.collect(counters.data(), from.count, sampler.min_hits, from.first, ids + found);
+    plan.run.count_hits(codes, sampler.K, sampler.L, segment, sampler.min_hits, counters);
+    found += plan.run.collect(counters, from.count, sampler.min_hits, from.first, ids + found);
   }
   plan.counts[q] = found;
 
@@ -300,8 +303,8 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, co
   const int64_t pairs = static_cast<int64_t>(plan.sequences) * plan.heads;
   std::unique_ptr<std::atomic<int>[]> left(new std::atomic<int>[pairs]);
   for (int64_t p = 0; p < pairs; ++p) left[p] = plan.first_unit[p + 1] - plan.first_unit[p];
-  parallel(static_cast<int64_t>(plan.units.size()), [&](int64_t u) {
-    const Unit& unit = plan.units[u];
+  parallel(static_cast<int64_t>(plan.units.size()), [&](int64_t i) {
+    const Unit& unit = plan.units[plan.order[i]];
     for (int s = unit.first_state; s < unit.first_state + unit.states; ++s) {
       plan.states[s] = {-std::numeric_limits<float>::infinity(), 0, plan.values + s * dim};
       std::fill(plan.states[s].values, plan.states[s].values + dim, 0.0f);
