@@ -260,7 +260,6 @@ def mixed_stores(dtype: torch.dtype = torch.float32) -> list[KVStore]:
 
 @pytest.mark.parametrize("B", [1, 3, 7])
 def test_a_mixed_batch_is_the_same_as_one_call_per_request(B, dtype, isa, two_threads):
-    # Bit for bit: none of these stores has more exact rows than one unit of work takes (512).
     stores = mixed_stores(dtype)[:B]
     alone = [store.fork() for store in stores]
     for _ in range(3):
@@ -297,10 +296,8 @@ def test_repeated_calls_give_the_same_bits(dtype, two_threads):
         )
 
 
-def test_pools_and_thread_counts_change_no_bit_where_no_request_has_many_exact_rows(pool):
-    # A request's exact rows are cut into units of at least 512, their number depending on the threads; sums of up to
-    # 512 rows are therefore the same bits on any number of threads.
-    stores = mixed_stores()
+def test_pools_and_thread_counts_change_no_bit(pool):
+    stores = [*mixed_stores(), make_store(9000, sampled=False)]
     query = torch.randn(len(stores), H, D)
     state, info = attend_stores(query, stores, scale=SCALE)
     native.use_pool("torch")
@@ -308,15 +305,6 @@ def test_pools_and_thread_counts_change_no_bit_where_no_request_has_many_exact_r
     alone, right = attend_stores(query, stores, scale=SCALE)
     assert_same_bits(state, alone)
     assert torch.equal(info.rows, right.rows)
-
-
-def test_thread_counts_change_rounding_only_where_there_are_many_exact_rows(two_threads):
-    stores = [make_store(3000, sampled=False)]
-    query = torch.randn(1, H, D)
-    two, _ = attend_stores(query, stores, scale=SCALE)
-    torch.set_num_threads(1)
-    one, _ = attend_stores(query, stores, scale=SCALE)
-    assert_close(of_request(two, 0), AttentionState(one.output[0].double(), one.lse[0].double()), 1e-6)
 
 
 def test_levels_differ_by_rounding_only():
