@@ -14,7 +14,7 @@ from torch import Tensor
 from magicpig.kernels import native
 from magicpig.kernels._native import LshSampler
 from magicpig.store import KVStore
-from magicpig.types import AttentionState, StepInfo
+from magicpig.types import AttentionState, Sample, StepInfo
 
 
 def decode_step(
@@ -66,7 +66,6 @@ def attend_stores(
     """The same attention without a new token, with the sample of every head. Shapes as in `decode_step`."""
     _check_query(query, stores, scale)
     B, H, _ = query.shape
-    G = stores[0].kv_heads
     result = native.decode_step(
         [store.view for store in stores],
         _sampler(stores),
@@ -78,11 +77,22 @@ def attend_stores(
         sink_logits=_checked_sinks(sink_logits, H),
         capture=True,
     )
-    ids = [[result.samples[b * H + h][0] for h in range(H)] for b in range(B)]
-    log_u = [[result.samples[b * H + h][1] for h in range(H)] for b in range(B)]
-    group = H // G
-    rows = [[torch.cat(ids[b][g * group : (g + 1) * group]).unique().numel() for g in range(G)] for b in range(B)]
-    return AttentionState(result.output, result.lse), StepInfo(ids, log_u, torch.tensor(rows, dtype=torch.int64))
+    samples = [[Sample(*result.samples[b * H + h]) for h in range(H)] for b in range(B)]
+    return AttentionState(result.output, result.lse), step_info(samples, stores[0].kv_heads)
+
+
+def step_info(samples: list[list[Sample]], kv_heads: int) -> StepInfo:
+    """The `StepInfo` of samples[b][h], counting the distinct rows that the query heads of each kv head drew."""
+    rows = []
+    for heads in samples:
+        group = len(heads) // kv_heads
+        drawn = [torch.cat([s.ids for s in heads[g * group : (g + 1) * group]]) for g in range(kv_heads)]
+        rows.append([ids.unique().numel() for ids in drawn])
+    return StepInfo(
+        ids=[[sample.ids for sample in heads] for heads in samples],
+        log_u=[[sample.log_u for sample in heads] for heads in samples],
+        rows=torch.tensor(rows, dtype=torch.int64),
+    )
 
 
 def _sampler(stores: Sequence[KVStore]) -> LshSampler | None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from magicpig.config import Config
-from magicpig.decode import attend_stores
+from magicpig.decode import attend_stores, step_info
 from magicpig.kernels import native, reference
 from magicpig.store import KVStore
-from magicpig.types import StepInfo
+from magicpig.types import Sample, StepInfo
 
 
 def attend(
@@ -69,17 +69,14 @@ def attend(
 def _attend_reference(
     query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, StepInfo]:
-    G, H = keys.shape[1], query.shape[1]
-    outputs, lses, rows = [], [], []
-    ids: list[list[Tensor]] = []
-    log_u: list[list[Tensor]] = []
+    states, samples = [], []
     for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
         if config.sampler == "full":
             state = reference.attend_full(q, k, v, scale=scale, softcap=softcap)
-            ids.append([torch.empty(0, dtype=torch.int64)] * H)
-            log_u.append([torch.empty(0, dtype=torch.float64)] * H)
+            nothing = Sample(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
+            drawn = [nothing] * len(q)
         else:
-            state, samples = reference.attend_lsh(
+            state, drawn = reference.attend_lsh(
                 q,
                 k,
                 v,
@@ -92,18 +89,10 @@ def _attend_reference(
                 scale=scale,
                 softcap=softcap,
             )
-            ids.append([sample.ids for sample in samples])
-            log_u.append([sample.log_u for sample in samples])
-        outputs.append(state.output)
-        lses.append(state.lse)
-        rows.append([torch.cat(group).unique().numel() for group in _groups(ids[-1], G)])
-    info = StepInfo(ids, log_u, torch.tensor(rows, dtype=torch.int64))
-    return torch.stack(outputs)[:, :, None].to(query.dtype), torch.stack(lses), info
-
-
-def _groups(per_head: list[Tensor], G: int) -> list[list[Tensor]]:
-    R = len(per_head) // G
-    return [per_head[g * R : (g + 1) * R] for g in range(G)]
+        states.append(state)
+        samples.append(drawn)
+    output = torch.stack([state.output for state in states])[:, :, None].to(query.dtype)
+    return output, torch.stack([state.lse for state in states]), step_info(samples, keys.shape[1])
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor) -> None:

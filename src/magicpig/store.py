@@ -133,8 +133,7 @@ class KVStore:
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Views (keys (G, n, D), values (G, n, D)) in position order. Keys have `mean` subtracted once settled."""
-        for first, rows in self._pieces(0, self.length):
-            del first
+        for rows in self._pieces(0, self.length):
             yield rows[:, :, : self.head_dim], rows[:, :, self._width : self._width + self.head_dim]
 
     def nbytes(self) -> MemoryUse:
@@ -180,13 +179,13 @@ class KVStore:
         if self.settled or not self.sampled or end <= begin or self.length < self.config.exact_below:
             return
         total, squares = torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float64), 0.0
-        for _, rows in self._pieces(begin, end):
+        for rows in self._pieces(begin, end):
             total += rows[:, :, : self.head_dim].float().sum(1)
         mean = (total / (end - begin)).float()
         for block in range(len(self._blocks)):
             if self._blocks[block].shared:
                 self._replace(block, self._blocks[block].capacity, self._blocks[block].capacity)
-        for _, rows in self._pieces(0, self.length):
+        for rows in self._pieces(0, self.length):
             keys = rows[:, :, : self.head_dim]
             centred = keys.float() - mean[:, None]
             squares += float(centred.square().sum())
@@ -204,7 +203,7 @@ class KVStore:
             self.settle()
         elif self.length - self.config.recent > self.indexed_to:
             end = self.length - self.config.recent
-            for _, rows in self._pieces(self.indexed_to, end):
+            for rows in self._pieces(self.indexed_to, end):
                 self._drift_sum += rows[:, :, : self.head_dim].float().sum(1)
             self._drift_keys += end - self.indexed_to
             self._index(end)
@@ -258,12 +257,12 @@ class KVStore:
             raise ValueError(f"keys has shape {tuple(keys.shape)}; there must be at least one token")
         return keys.shape[1]
 
-    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
-        """(position, rows (G, n, 2 Dp)) of [begin, end), block by block."""
+    def _pieces(self, begin: int, end: int) -> Iterator[Tensor]:
+        """The rows (G, n, 2 Dp) of [begin, end), block by block."""
         while begin < end:
             block, row = divmod(begin, native.BLOCK_ROWS)
             n = min(end - begin, native.BLOCK_ROWS - row)
-            yield begin, self._blocks[block].rows[:, row : row + n]
+            yield self._blocks[block].rows[:, row : row + n]
             begin += n
 
     def _replace(self, block: int, capacity: int, rows_kept: int) -> None:
@@ -287,7 +286,7 @@ class KVStore:
         segments, begin = list(self._segments), self.indexed_to
         while begin < end:
             n = min(end - begin, native.SEGMENT_ROWS)
-            codes = native.hash_rows([rows for _, rows in self._pieces(begin, begin + n)], sampler, config.L)
+            codes = native.hash_rows(list(self._pieces(begin, begin + n)), sampler, config.L)
             segments.append(native.build(codes, config.K, begin))
             begin += n
             while len(segments) > 1 and _should_merge(segments[-2].count, segments[-1].count):

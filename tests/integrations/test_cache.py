@@ -141,16 +141,16 @@ def test_keys_cannot_be_used_elsewhere(layer: MagicPigLayer) -> None:
         layer.attend(torch.zeros(1, 4, 3, 16), values, None, **RULE)
 
 
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_an_interrupted_forward_pass(layer: int, tiny: Tiny, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = attach(tiny("llama")), tokens(1, 12)
     cache = MagicPigCache(model.config)
     model(ids, past_key_values=cache)
     with monkeypatch.context() as patch:
-
-        def interrupted(*_: Any, **__: Any) -> None:
-            raise KeyboardInterrupt
-
         patch.setattr(cache.layers[layer], "attend", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, :1], past_key_values=cache)
@@ -163,10 +163,6 @@ def test_an_interruption_between_layers(tiny: Tiny, tokens: Tokens, monkeypatch:
     cache = MagicPigCache(model.config)
     model(ids, past_key_values=cache)
     with monkeypatch.context() as patch:
-
-        def interrupted(*_: Any, **__: Any) -> None:
-            raise KeyboardInterrupt
-
         patch.setattr(cache.layers[1], "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, :1], past_key_values=cache)

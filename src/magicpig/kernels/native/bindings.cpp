@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <new>
 #include <stdexcept>
 
@@ -77,6 +76,13 @@ std::vector<std::string> level_names(bool supported_only) {
   return names;
 }
 
+// The softmax that a state stands for: output [dim] in natural order, and its lse.
+void write_state(Dtype dtype, int dim, const State& state, float* output, float* lse) {
+  kernels().from_lane_order(dtype, state.values, dim, output);
+  for (int d = 0; d < dim; ++d) output[d] = state.sum > 0 ? static_cast<float>(output[d] / state.sum) : 0.0f;
+  *lse = static_cast<float>(state.max + std::log(state.sum));
+}
+
 // One head's verbs, for tests and study; a decode step runs them fused.
 int64_t lookup(Address query_codes, int K, int L, Address offsets, Address ids, int64_t first, int64_t count,
                int min_hits, Address found) {
@@ -91,38 +97,32 @@ int64_t lookup(Address query_codes, int K, int L, Address offsets, Address ids, 
 
 void attend(int dtype, int dim, const std::vector<Address>& blocks, Address ids, int64_t count, Address log_u,
             Address query, float offset, float scale, float softcap, Address output, Address lse) {
-  std::vector<float> lanes(dim), values(dim, 0.0f);
+  std::vector<float> lanes(dim), values(dim);
   const Dtype type = dtype_of(dtype);
-  State state{-std::numeric_limits<float>::infinity(), 0, values.data()};
+  State state = empty_state(dim, values.data());
   kernels().to_lane_order(type, at<const float>(query), dim, lanes.data());
   kernels().attend_sample(type, dim, reinterpret_cast<const char* const*>(blocks.data()), at<const uint32_t>(ids),
                           count, lanes.data(), offset, {scale, softcap}, at<const float>(log_u), nullptr, nullptr,
                           &state);
-  float* to = at<float>(output);
-  kernels().from_lane_order(type, values.data(), dim, to);
-  for (int d = 0; d < dim; ++d) to[d] = state.sum > 0 ? static_cast<float>(to[d] / state.sum) : 0.0f;
-  *at<float>(lse) = static_cast<float>(state.max + std::log(state.sum));
+  write_state(type, dim, state, at<float>(output), at<float>(lse));
 }
 
 void attend_rows(int dtype, int dim, Address rows, int64_t count, int heads, Address queries, Address offsets,
                  float scale, float softcap, Address output, Address lse) {
   const Dtype type = dtype_of(dtype);
-  std::vector<float> lanes(static_cast<size_t>(heads) * dim), values(static_cast<size_t>(heads) * dim, 0.0f);
+  std::vector<float> lanes(static_cast<size_t>(heads) * dim), values(static_cast<size_t>(heads) * dim);
   std::vector<const float*> each(heads);
   std::vector<State> states(heads);
   for (int h = 0; h < heads; ++h) {
     kernels().to_lane_order(type, at<const float>(queries) + static_cast<int64_t>(h) * dim, dim,
                             lanes.data() + static_cast<int64_t>(h) * dim);
     each[h] = lanes.data() + static_cast<int64_t>(h) * dim;
-    states[h] = {-std::numeric_limits<float>::infinity(), 0, values.data() + static_cast<int64_t>(h) * dim};
+    states[h] = empty_state(dim, values.data() + static_cast<int64_t>(h) * dim);
   }
   kernels().attend_rows(type, dim, at<const char>(rows), count, heads, each.data(), at<const float>(offsets),
                         {scale, softcap}, states.data());
   for (int h = 0; h < heads; ++h) {
-    float* to = at<float>(output) + static_cast<int64_t>(h) * dim;
-    kernels().from_lane_order(type, states[h].values, dim, to);
-    for (int d = 0; d < dim; ++d) to[d] = states[h].sum > 0 ? static_cast<float>(to[d] / states[h].sum) : 0.0f;
-    at<float>(lse)[h] = static_cast<float>(states[h].max + std::log(states[h].sum));
+    write_state(type, dim, states[h], at<float>(output) + static_cast<int64_t>(h) * dim, at<float>(lse) + h);
   }
 }
 
@@ -130,16 +130,14 @@ void attend_rows(int dtype, int dim, Address rows, int64_t count, int heads, Add
 void merge_states(int parts, int heads, int dim, Address outputs, Address lses, Address output, Address lse) {
   std::vector<float> values(dim), piece(dim);
   for (int h = 0; h < heads; ++h) {
-    State total{-std::numeric_limits<float>::infinity(), 0, values.data()};
-    std::fill(values.begin(), values.end(), 0.0f);
+    State total = empty_state(dim, values.data());
     for (int p = 0; p < parts; ++p) {
       const int64_t i = static_cast<int64_t>(p) * heads + h;
       std::copy_n(at<const float>(outputs) + i * dim, dim, piece.begin());
       kernels().merge(dim, {at<const float>(lses)[i], 1.0, piece.data()}, &total);
     }
-    float* to = at<float>(output) + static_cast<int64_t>(h) * dim;
-    for (int d = 0; d < dim; ++d) to[d] = total.sum > 0 ? static_cast<float>(values[d] / total.sum) : 0.0f;
-    at<float>(lse)[h] = static_cast<float>(total.max + std::log(total.sum));
+    // Lane order is natural order for float32.
+    write_state(Dtype::f32, dim, total, at<float>(output) + static_cast<int64_t>(h) * dim, at<float>(lse) + h);
   }
 }
 

@@ -204,8 +204,7 @@ void finish(const Plan& plan, int64_t pair) {
   const StoreView& store = *plan.stores[b];
   alignas(64) float total[kMaxDim], natural[kMaxDim];
   for (int r = 0; r < plan.group; ++r) {
-    State state{-std::numeric_limits<float>::infinity(), 0, total};
-    std::fill(total, total + plan.dim, 0.0f);
+    State state = empty_state(plan.dim, total);
     for (int u = plan.first_unit[pair]; u < plan.first_unit[pair + 1]; ++u) {
       const Unit& unit = plan.units[u];
       if (unit.query < 0) plan.run.merge(plan.dim, plan.states[unit.first_state + r], &state);
@@ -254,6 +253,11 @@ void StoreView::blocks_changed() {
       row_blocks[g * blocks.size() + b] = blocks[b].rows + g * blocks[b].head_stride;
     }
   }
+}
+
+State empty_state(int dim, float* values) {
+  std::fill(values, values + dim, 0.0f);
+  return {-std::numeric_limits<float>::infinity(), 0, values};
 }
 
 void poison_scratch(bool on) { poison = on; }
@@ -306,8 +310,7 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, co
   parallel(static_cast<int64_t>(plan.units.size()), [&](int64_t i) {
     const Unit& unit = plan.units[plan.order[i]];
     for (int s = unit.first_state; s < unit.first_state + unit.states; ++s) {
-      plan.states[s] = {-std::numeric_limits<float>::infinity(), 0, plan.values + s * dim};
-      std::fill(plan.states[s].values, plan.states[s].values + dim, 0.0f);
+      plan.states[s] = empty_state(plan.dim, plan.values + s * dim);
     }
     unit.query < 0 ? attend_exact(plan, unit) : attend_sampled(plan, unit);
     const int64_t pair = static_cast<int64_t>(unit.sequence) * plan.heads + unit.head;

@@ -79,6 +79,9 @@ struct Step {
 // Throws std::invalid_argument when a query, key or value is not finite or does not fit (nothing is appended then).
 void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, const Step& step);
 
+// The state of no rows at all, in `values` [dim], which are cleared.
+State empty_state(int dim, float* values);
+
 // Fills scratch memory with NaN before each use: a kernel that reads what it did not write shows at once.
 void poison_scratch(bool on);
 
