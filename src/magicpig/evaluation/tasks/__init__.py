@@ -1,0 +1,162 @@
+"""The 13 tasks of RULER (arXiv 2404.06654): generated, seeded, and exactly as long as asked for.
+
+`docs/evaluation.md` compares them with RULER's, field by field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from magicpig.evaluation.tasks import documents, templates, words
+from magicpig.evaluation.tasks.fit import Meter, Recipe, Tokenizer, fit
+from magicpig.evaluation.tasks.needles import Niah
+from magicpig.evaluation.tasks.score import match_all, match_any
+from magicpig.evaluation.tasks.sources import Sources
+
+__all__ = ["TASKS", "Sample", "Sources", "Task", "generate", "minimum_length", "score"]
+
+SLACK = 32  # tokens by which a prompt may be too short, where the tokenizer allows no better
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one long text.
+
+    length: tokens as RULER counts them, prompt_tokens + tokens_to_generate (+ what was reserved).
+    context, question: concatenated, the prompt. The question starts with a line break and ends with answer_prefix.
+    prompt_tokens: tokens of the prompt, the special ones that the tokenizer adds among them.
+    """
+
+    task: str
+    index: int
+    length: int
+    context: str
+    question: str
+    answer_prefix: str
+    answers: tuple[str, ...]
+    prompt_tokens: int
+    tokens_to_generate: int
+
+    @property
+    def prompt(self) -> str:
+        return self.context + self.question
+
+
+@dataclass(frozen=True)
+class Task:
+    """about: one line on what is asked. source: the field of `Sources` without which there are no samples."""
+
+    name: str
+    about: str
+    tokens_to_generate: int
+    score: Callable[[str, Sequence[str]], float] = match_all
+    source: str | None = None
+
+
+_NIAH = {
+    "niah_single_1": (Niah("repeat"), "one number in repeated noise"),
+    "niah_single_2": (Niah("essay"), "one number in an essay"),
+    "niah_single_3": (Niah("essay", value="uuids"), "one uuid in an essay"),
+    "niah_multikey_1": (Niah("essay", keys=4), "one of four numbers in an essay"),
+    "niah_multikey_2": (Niah("needle"), "one number among as many as fit"),
+    "niah_multikey_3": (Niah("needle", "uuids", "uuids"), "one uuid among as many as fit"),
+    "niah_multivalue": (Niah("essay", values=4), "four numbers of one key in an essay"),
+    "niah_multiquery": (Niah("essay", keys=4, queries=4), "four numbers of four keys in an essay"),
+}
+
+TASKS = {
+    task.name: task
+    for task in (
+        *(Task(name, about, templates.NIAH.tokens_to_generate) for name, (_, about) in _NIAH.items()),
+        Task("vt", "five variables that hold one value", templates.VT.tokens_to_generate),
+        Task("cwe", "the ten most common words of a list", templates.CWE.tokens_to_generate),
+        Task("fwe", "the three most frequent coded words", templates.FWE.tokens_to_generate),
+        Task("qa_1", "a question about one of many paragraphs", templates.QA.tokens_to_generate, match_any, "squad"),
+        Task("qa_2", "a question about two of many paragraphs", templates.QA.tokens_to_generate, match_any, "hotpotqa"),
+    )
+}
+"""The tasks by name, in RULER's order."""
+
+
+def generate(
+    task: str,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    index: int,
+    seed: int = 0,
+    sources: Sources = Sources(),  # noqa: B008
+    reserve: int = 0,
+) -> Sample:
+    """Sample ``index`` of a task: the same for the same arguments, whatever was generated before.
+
+    length: tokens of the prompt, of the answer and of ``reserve`` (what a chat template adds). The prompt fills it
+        exactly where the tokenizer allows it, else it is a few tokens shorter.
+    Raises ValueError for an unknown task, a length below the task's minimum or beyond its material, and an index, file
+    or reserve that cannot be used.
+    """
+    chosen = _task(task)
+    for name, value in (("index", index), ("reserve", reserve)):
+        if value < 0:
+            raise ValueError(f"{name}={value} is negative")
+    limit = length - chosen.tokens_to_generate - reserve
+    draft, tokens = fit(_recipe(chosen, length, index, seed, sources), Meter(tokenizer), limit)
+    if tokens > limit:
+        raise ValueError(f"length={length} is below the minimum of task {task}, {length - limit + tokens} tokens")
+    if tokens < limit - SLACK:
+        raise ValueError(f"length={length} is beyond what task {task} has text for, {length - limit + tokens} tokens")
+    return Sample(
+        task,
+        index,
+        length,
+        draft.context,
+        draft.question + draft.answer_prefix,
+        draft.answer_prefix,
+        draft.answers,
+        tokens,
+        chosen.tokens_to_generate,
+    )
+
+
+def minimum_length(task: str, tokenizer: Tokenizer, *, sources: Sources = Sources()) -> int:  # noqa: B008
+    """The least length of sample 0 of a task. Other samples' can differ by some tokens, of qa tasks by many."""
+    chosen = _task(task)
+    recipe = _recipe(chosen, 0, 0, 0, sources)
+    return Meter(tokenizer).exact(recipe.build(recipe.minimum, 0).prompt) + chosen.tokens_to_generate
+
+
+def score(task: str, prediction: str, answers: Sequence[str]) -> float:
+    """RULER's score of a prediction, 0 to 1: the share of the answers in it; for qa whether there is one."""
+    return _task(task).score(prediction, answers)
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"
+        raise ValueError(f"task={name!r} is unknown; {hint}")
+    return TASKS[name]
+
+
+def _recipe(task: Task, length: int, index: int, seed: int, sources: Sources) -> Recipe:
+    def draw(name: str) -> random.Random:
+        return random.Random(f"{seed} {task.name} {length} {index} {name}")
+
+    if task.name in _NIAH:
+        return _NIAH[task.name][0].recipe(draw, sources)
+    if task.name == "vt":
+        return words.vt(draw)
+    if task.name == "cwe":
+        return words.cwe(draw, length)
+    if task.name == "fwe":
+        return words.fwe(draw, length)
+    path: Path | None = getattr(sources, task.source or "")
+    if path is None:
+        raise ValueError(f"task={task.name!r} needs a file of the user: {task.source}")
+    if task.source == "squad":
+        return documents.squad(draw, index, path)
+    return documents.hotpotqa(draw, index, path)
