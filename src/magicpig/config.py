@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 DENSE_LAYERS = (0, 16, 32, 48)  # the paper's, of models with 32 and with 80 layers
+
+SamplerName = Literal["lsh", "full", "window", "topk", "oracle", "oracle-replacement", "quest", "uniform-tail"]
+SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 
 
 class Config(BaseModel):
@@ -14,11 +17,18 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    sampler: Literal["lsh", "full"] = Field("lsh", description="how body keys are picked; 'full' reads all of them")
+    sampler: SamplerName = Field("lsh", description="how body keys are picked; 'full' reads all of them")
+    budget: float = Field(
+        512,
+        gt=0,
+        allow_inf_nan=False,
+        description="rows that samplers which can choose read per head and step; below 1, a share of the body",
+    )
+    centre: bool = Field(True, description="subtract the mean of the body keys before hashing; False to see why")
     K: int = Field(10, ge=1, le=16, description="bits per hash table; codes are 16-bit")
     L: int = Field(150, ge=1, le=1024, description="hash tables; (10, 150) samples about 2 % (paper, table 9)")
     min_hits: int = Field(2, ge=1, le=127, description="tables in which a key must collide with the query")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the hash directions; the only randomness there is")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampling; the only randomness there is")
     sinks: int = Field(4, ge=0, description="first tokens, always attended exactly")
     recent: int = Field(64, ge=0, description="newest tokens, always attended exactly")
     block: int = Field(256, ge=1, le=65536, description="tokens indexed at once as they leave the recent window")
@@ -59,6 +69,11 @@ class Config(BaseModel):
         if self.sampler == "full":
             return True
         return layer in (DENSE_LAYERS if self.dense_layers is None else self.dense_layers)
+
+    def rows(self, body: int) -> int:
+        """How many of `body` rows the budget allows a head: at least one, and at most all."""
+        wanted = self.budget if self.budget >= 1 else self.budget * body
+        return max(1, min(body, round(wanted)))
 
 
 def _one_line(error: ValidationError) -> str:

@@ -106,10 +106,10 @@ class KVStore:
 
     @property
     def sampler(self) -> LshSampler | None:
-        """What the kernels need to sample, or None while everything is exact."""
-        if not self.settled:
-            return None
+        """What the native step needs to sample, or None where it does not: nothing is settled, or others choose."""
         config = self.config
+        if not self.settled or config.sampler != "lsh":
+            return None
         return shared_sampler(self.head_dim, config.K, config.L, config.min_hits, config.seed)
 
     @property
@@ -174,26 +174,16 @@ class KVStore:
         self.writable_to = block * native.BLOCK_ROWS + self._blocks[block].capacity
 
     def settle(self) -> None:
-        """Centres the keys and indexes the body. Does nothing in a dense layer, when short, or when done before."""
+        """Centres the keys and indexes the body. Does nothing in a dense layer, when short, or when done before.
+
+        Only hashing needs centred keys and an index; other samplers look at the rows as they are.
+        """
         begin, end = self.config.sinks, self.length - self.config.recent
         if self.settled or not self.sampled or end <= begin or self.length < self.config.exact_below:
             return
-        total, squares = torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float64), 0.0
-        for rows in self._pieces(begin, end):
-            total += rows[:, :, : self.head_dim].float().sum(1)
-        mean = (total / (end - begin)).float()
-        for block in range(len(self._blocks)):
-            if self._blocks[block].shared:
-                self._replace(block, self._blocks[block].capacity, self._blocks[block].capacity)
-        for rows in self._pieces(0, self.length):
-            keys = rows[:, :, : self.head_dim]
-            centred = keys.float() - mean[:, None]
-            squares += float(centred.square().sum())
-            keys.copy_(centred)
-        self.mean = mean
-        self.view.set_mean(self.mean.contiguous().data_ptr())
+        if self.config.sampler == "lsh" and self.config.centre:
+            self._centre(begin, end)
         self.settled = True
-        self._spread = (squares / (self.length * self.kv_heads)) ** 0.5
         self._index(end)
         self._schedule()
 
@@ -225,9 +215,16 @@ class KVStore:
         self._blocks_changed()
         self._schedule()
 
-    def fork(self) -> KVStore:
-        """A store that starts with the same tokens and goes its own way. Copies nothing until one of the two writes."""
-        other = KVStore(self.kv_heads, self.head_dim, self.dtype, self.config, sampled=self.sampled)
+    def fork(self, config: Config | None = None, *, sampled: bool = True) -> KVStore:
+        """A store that starts with the same tokens and goes its own way. Copies nothing until one of the two writes.
+
+        config, sampled: as of a new store, to go on by another setting; a ValueError once this store has settled.
+        """
+        if config is None:
+            config, sampled = self.config, self.sampled
+        elif self.settled:
+            raise ValueError("a store that has settled is indexed by its config; fork with another one before that")
+        other = KVStore(self.kv_heads, self.head_dim, self.dtype, config, sampled=sampled)
         for block in self._blocks:
             block.shared = True
         other._blocks = list(self._blocks)
@@ -239,7 +236,8 @@ class KVStore:
         )
         other.view.set_mean(self.mean.contiguous().data_ptr())
         other.view.length = self.length
-        other._set_segments(self._segments, self.indexed_to)
+        if self.settled:
+            other._set_segments(self._segments, self.indexed_to)
         other._blocks_changed()
         self.writable_to = 0
         other._schedule()
@@ -279,16 +277,37 @@ class KVStore:
             [block.rows.stride(0) * block.rows.element_size() for block in self._blocks],
         )
 
+    def _centre(self, begin: int, end: int) -> None:
+        """Subtracts the mean of the keys [begin, end) from all keys."""
+        total, squares = torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float64), 0.0
+        for rows in self._pieces(begin, end):
+            total += rows[:, :, : self.head_dim].float().sum(1)
+        mean = (total / (end - begin)).float()
+        for block in range(len(self._blocks)):
+            if self._blocks[block].shared:
+                self._replace(block, self._blocks[block].capacity, self._blocks[block].capacity)
+        for rows in self._pieces(0, self.length):
+            keys = rows[:, :, : self.head_dim]
+            centred = keys.float() - mean[:, None]
+            squares += float(centred.square().sum())
+            keys.copy_(centred)
+        self.mean = mean
+        self.view.set_mean(self.mean.contiguous().data_ptr())
+        self._spread = (squares / (self.length * self.kv_heads)) ** 0.5
+
     def _index(self, end: int) -> None:
-        """Indexes [indexed_to, end), and merges small segments so that a look-up touches few of them."""
+        """Moves [indexed_to, end) to the body, and hashes it if it is to be found by its hashes."""
         sampler, config = self.sampler, self.config
-        assert sampler is not None
+        if sampler is None:
+            self.view.indexed_to = end
+            return
         segments, begin = list(self._segments), self.indexed_to
         while begin < end:
             n = min(end - begin, native.SEGMENT_ROWS)
             codes = native.hash_rows(list(self._pieces(begin, begin + n)), sampler, config.L)
             segments.append(native.build(codes, config.K, begin))
             begin += n
+            # Small segments are merged so that a look-up touches few of them.
             while len(segments) > 1 and _should_merge(segments[-2].count, segments[-1].count):
                 newest = segments.pop()
                 segments[-1] = native.extend(segments[-1], newest)

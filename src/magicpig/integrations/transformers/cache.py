@@ -7,6 +7,7 @@ hands the new keys and values on as `PendingTokens`, and the attention function 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -57,6 +58,32 @@ class MagicPigCache(Cache):
                 "use a new MagicPigCache"
             )
         return states
+
+    def fork(self, config: Config | None = None) -> MagicPigCache:
+        """A cache that holds the same tokens and goes its own way; the two share memory until one of them writes.
+
+        config: how the new cache attends, if not as this one: one prompt, read once, then serves many settings. A
+        ValueError when the keys have been indexed by the old setting already, at the first decode step or by `settle`.
+        The report of the new cache counts what it reads itself.
+        """
+        other = copy.copy(self)
+        other.config = self.config if config is None else config
+        other.layers = [
+            # Stock layers replace their tensors and never write into them.
+            layer.fork(config) if isinstance(layer, MagicPigLayer) else copy.copy(layer)
+            for layer in self.layers
+        ]
+        return other
+
+    def settle(self) -> None:
+        """Indexes now what the first decode step would index.
+
+        From then on a forward pass of up to `config.decode_tokens` tokens is sampled, not only one of a single token:
+        the way of a server that has read a document before the question comes.
+        """
+        for layer in self.layers:
+            for store in layer.stores if isinstance(layer, MagicPigLayer) else ():
+                store.settle()
 
     def report(self) -> CacheReport:
         """What the cache holds, and what decoding has read so far."""
@@ -130,11 +157,7 @@ class MagicPigLayer(CacheLayerMixin):
                 f"a batch of {key_states.shape[0]} does not fit this cache, which holds {len(self.stores)} sequences; "
                 "use a new MagicPigCache"
             )
-        if self._pending is not None:
-            raise RuntimeError(
-                f"layer {self.index} never attended to the last tokens it was given: a forward pass was interrupted; "
-                "use a new MagicPigCache"
-            )
+        self._check_attended()
         self._pending = PendingTokens(self, key_states, value_states)
         self._undo.clear()
         self.positions += key_states.shape[2]
@@ -205,6 +228,13 @@ class MagicPigLayer(CacheLayerMixin):
         steps = [decode_step(q[None, :, t], k[None, :, t], v[None, :, t], [store], **rule).output for t in range(n)]
         return torch.cat(steps).transpose(0, 1)
 
+    def _check_attended(self) -> None:
+        if self._pending is not None:
+            raise RuntimeError(
+                f"layer {self.index} never attended to the last tokens it was given: a forward pass was interrupted; "
+                "use a new MagicPigCache"
+            )
+
     def _new_tokens(self, mask: Tensor | None, T: int) -> Tensor | None:
         """Remembers the padding. Returns which of the T newest positions hold tokens, (B, T), or None if all do."""
         shape = (len(self.stores), self.positions)
@@ -230,6 +260,23 @@ class MagicPigLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._forget()
+
+    def fork(self, config: Config | None = None) -> MagicPigLayer:
+        """As `MagicPigCache.fork`, of one layer."""
+        self._check_attended()
+        other = copy.copy(self)
+        if config is not None:
+            if any(store.settled for store in self.stores):
+                raise ValueError(
+                    f"layer {self.index} has indexed its keys by the config it has; "
+                    "fork with another one right after the prompt was read"
+                )
+            other.config = config
+        sampled = not other.config.is_dense(self.index)
+        other.stores = [store.fork(config, sampled=sampled) for store in self.stores]
+        other._undo = {row: _Checkpoint(c.store.fork(), c.keys, c.values) for row, c in self._undo.items()}
+        other._work = _Work()
+        return other
 
     def activate_past_recording(self) -> None:
         self.record_past = True
