@@ -1,15 +1,17 @@
 """MagicPIG's Algorithm 1 (arXiv 2410.16179) in plain PyTorch: the specification of every faster version.
 
-Read `attend_lsh` from top to bottom; its verbs are the folders beside this file. It handles one query token
-of one request, keeps no state between calls, and computes in float64 if it is given float64.
+Read `attend_lsh` from top to bottom; its verbs are the folders beside this file. `attend_sketch` is the same estimator
+with another sampler. They handle one query token of one request, keep no state between calls, and compute in float64 if
+they are given float64.
 """
 
 import torch
 from torch import Tensor
 
 from magicpig.collision import log_inclusion
-from magicpig.kernels.attend.reference import attend, merge
+from magicpig.kernels.attend.reference import attend, merge, predicted_error
 from magicpig.kernels.hash.reference import hash_vectors, make_planes
+from magicpig.kernels.sketch import reference as sketch
 from magicpig.kernels.tables.reference import build, lookup
 from magicpig.types import AttentionState, Sample
 
@@ -72,6 +74,62 @@ def attend_lsh(
     output = torch.cat([state.output for state in states])
     lse = torch.cat([state.lse for state in states])
     return AttentionState(output=output, lse=lse), samples
+
+
+def attend_sketch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    bits: int,
+    budget: int,
+    sinks: int,
+    recent: int,
+    scale: float,
+    softcap: float | None = None,
+    seed: int = 0,
+) -> tuple[AttentionState, list[Sample], Tensor]:
+    """Estimate attention from ``budget`` keys per key/value head, drawn by what a sketch says of their logits.
+
+    Shapes, ``sinks`` and ``recent`` as in `attend_lsh`; bits of a code are 1 to 4. The heads of a group share one
+    sample. Returns the state, a sample for every query head, and the predicted relative error of every query head (H,).
+    """
+    kv_heads, tokens, head_dim = keys.shape
+    if tokens <= sinks + recent:
+        nothing = Sample(ids=torch.empty(0, dtype=torch.int64), log_u=torch.empty(0, dtype=torch.float64))
+        exact = attend_full(query, keys, values, scale=scale, softcap=softcap)
+        return exact, [nothing] * len(query), torch.zeros_like(exact.lse)
+    working = torch.promote_types(query.dtype, torch.float32)
+    query, keys, values = query.to(working), keys.to(working), values.to(working)
+    rotation = sketch.make_rotation(head_dim, seed)
+
+    states, samples, errors = [], [], []
+    position = torch.arange(tokens)
+    static = (position < sinks) | (position >= tokens - recent)
+    for g, (group, key, value) in enumerate(zip(_grouped(query, kv_heads), keys, values, strict=True)):
+        body = key[~static]
+        mean = body.mean(0)
+        codes = sketch.quantise(body - mean, rotation, bits)
+        offset = scale * group @ mean
+        scores = sketch.score(
+            *sketch.quantise_query(group, rotation), codes, bits, scale=scale, offset=offset, softcap=softcap
+        )
+        weights = sketch.weigh(scores)
+        step = sketch.step_for(weights, budget)
+        found, log_u = sketch.pick(weights, step, sketch.start_for(seed, g, tokens, step))
+        sample = Sample(ids=sinks + found, log_u=log_u)
+
+        exact = attend(group, key[static], value[static], scale=scale, softcap=softcap)
+        rows = key[sample.ids], value[sample.ids]
+        sampled = attend(group, *rows, scale=scale, log_u=sample.log_u, softcap=softcap)
+        state = merge([exact, sampled])
+        states.append(state)
+        samples += [sample] * len(group)
+        errors.append(predicted_error(state, group, *rows, sample.log_u, scale=scale, softcap=softcap))
+
+    output = torch.cat([state.output for state in states])
+    lse = torch.cat([state.lse for state in states])
+    return AttentionState(output=output, lse=lse), samples, torch.cat(errors)
 
 
 def attend_full(

@@ -1,0 +1,259 @@
+"""Sketches: what is kept of a key, what is said of a logit, and a walk along integer weights."""
+
+import math
+
+import pytest
+import torch
+
+from magicpig.kernels.attend.reference import attend, merge, predicted_error
+from magicpig.kernels.reference import attend_full, attend_sketch
+from magicpig.kernels.sketch import reference as sketch
+from magicpig.types import AttentionState
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Squared error of the best uniform quantiser of a normal deviate (Max 1960, table II), by bits.
+DISTORTION = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def integers(*shape: int, high: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("D", [1, 2, 40, 128])
+def test_a_rotation_is_orthogonal_and_depends_on_the_seed_alone(D):
+    rotation = sketch.make_rotation(D, seed=3)
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(D), rtol=0, atol=1e-5)
+    torch.manual_seed(1)
+    assert torch.equal(sketch.make_rotation(D, seed=3), rotation)
+    if D > 1:
+        assert not torch.equal(sketch.make_rotation(D, seed=4), rotation)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_levels_are_odd_numbers_of_so_many_bits(bits):
+    codes = sketch.quantise(3 * normal(2000, 24), sketch.make_rotation(24, 0), bits)
+    assert codes.levels.unique().tolist() == list(range(1 - 2**bits, 2**bits, 2))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_sketch_is_as_near_to_its_key_as_the_quantiser_promises(bits):
+    # Rotated keys of D coordinates are like normal deviates divided by their length: for D = 256 not far from normal.
+    keys = normal(400, 256) * torch.linspace(0.1, 30, 400)[:, None]
+    rotation = sketch.make_rotation(256, 0).double()
+    levels, scales = sketch.quantise(keys, rotation, bits)
+    error = ((keys - scales[:, None] * (levels.double() @ rotation.T)).norm(dim=1) / keys.norm(dim=1)).square()
+    assert float(error.mean()) == pytest.approx(DISTORTION[bits], rel=0.05)
+
+
+def test_scales_leave_an_error_at_a_right_angle_to_the_levels():
+    keys, rotation = normal(50, 32), sketch.make_rotation(32, 0).double()
+    levels, scales = sketch.quantise(keys, rotation, 2)
+    left = (keys @ rotation - scales[:, None] * levels) * levels
+    # But for the rounding of a scale to eleven bits
+    assert float((left.sum(1) / (levels * levels).sum(1) / scales).abs().max()) <= 2**-11
+
+
+def test_a_key_of_length_zero_scores_nothing_and_a_huge_one_stays_finite():
+    keys = torch.stack([torch.zeros(16), torch.full((16,), 1e30)])
+    codes = sketch.quantise(keys, sketch.make_rotation(16, 0), 2)
+    assert codes.scales.tolist() == [0.0, 65504.0]
+    query, unit = sketch.quantise_query(torch.ones(1, 16), sketch.make_rotation(16, 0))
+    assert int(sketch.score(query, unit, codes, 2, scale=1.0).fixed[0, 0]) == 0
+
+
+def test_queries_keep_two_digits():
+    query, rotation = normal(5, 64), sketch.make_rotation(64, 0).double()
+    whole, unit = sketch.quantise_query(query, rotation)
+    assert whole.abs().amax(1).tolist() == [127] * 5
+    assert float((whole * unit[:, None] - query @ rotation).abs().max()) <= 0.5 * float(unit.max()) * (1 + 1e-12)
+    nothing, unit = sketch.quantise_query(torch.zeros(1, 64), rotation)
+    assert not nothing.any()
+    assert unit.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_scores_are_logits_of_base_two_to_the_precision_they_claim(bits):
+    keys, query, rotation = normal(300, 48), 5 * normal(3, 48, seed=1), sketch.make_rotation(48, 0).double()
+    codes = sketch.quantise(keys, rotation, bits)
+    whole, unit = sketch.quantise_query(query, rotation)
+    fixed, fraction_bits = sketch.score(whole, unit, codes, bits, scale=0.2)
+    logits = 0.2 * (whole * unit[:, None]) @ (codes.scales[:, None] * codes.levels).T
+    assert fraction_bits.tolist() == [sketch.SCORE_BITS] * 3
+    assert float((fixed * 2.0**-sketch.SCORE_BITS - logits / math.log(2)).abs().max()) <= 0.5 * 2**-sketch.SCORE_BITS
+
+
+@pytest.mark.parametrize("size", [1.0, 50.0, 500.0, 5000.0, 1e8])
+def test_large_scores_trade_fraction_bits_for_range(size):
+    keys, rotation = normal(300, 32), sketch.make_rotation(32, 0).double()
+    codes = sketch.quantise(keys, rotation, 2)
+    fixed, fraction_bits = sketch.score(
+        *sketch.quantise_query(size * normal(1, 32, seed=1), rotation), codes, 2, scale=0.2
+    )
+    # Nothing is cut off as long as there are fraction bits left to give.
+    assert int(fixed.abs().max()) < 32767 or int(fraction_bits) == 0
+    assert int(fixed.abs().max()) > 1000 or int(fraction_bits) == sketch.SCORE_BITS
+
+
+def test_a_softcap_acts_on_scores():
+    keys, rotation = normal(100, 32), sketch.make_rotation(32, 0).double()
+    codes = sketch.quantise(keys, rotation, 2)
+    query = sketch.quantise_query(20 * normal(2, 32, seed=1), rotation)
+    offset = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    plain = sketch.score(*query, codes, 2, scale=0.2)
+    capped = sketch.score(*query, codes, 2, scale=0.2, offset=offset, softcap=5.0)
+    logits = plain.fixed * 2.0 ** -plain.fraction_bits[:, None] * math.log(2)
+    expected = 5 * torch.tanh((logits + offset[:, None]) / 5) / math.log(2)
+    assert float((capped.fixed * 2.0 ** -capped.fraction_bits[:, None] - expected).abs().max()) <= 2**-sketch.SCORE_BITS
+
+
+@pytest.mark.parametrize("fraction_bits", [0, 3, 7])
+def test_powers_of_two_lie_on_the_lines_between_them(fraction_bits):
+    fixed = torch.arange(-30 << fraction_bits, (3 << fraction_bits) + 1)
+    powers = sketch.power_of_two(fixed, fraction_bits).double()
+    exact = 2.0 ** (fixed.double() / 2**fraction_bits)
+    whole = fixed % (1 << fraction_bits) == 0
+    assert torch.equal(powers[whole], exact[whole])
+    assert ((powers >= exact * (1 - 1e-12)) & (powers <= 1.0615 * exact)).all()
+    assert (powers.diff() > 0).all()
+    far = torch.tensor([-(2**20)])
+    assert float(sketch.power_of_two(far, fraction_bits)) == 2.0**-sketch.FARTHEST
+
+
+def test_weights_are_the_mean_softmax_over_heads_and_a_floor():
+    logits = torch.stack([10 * normal(1000), 2 * normal(1000, seed=1), torch.zeros(1000).double()])
+    fixed = (logits / math.log(2) * 128).round().to(torch.int64)
+    weights = sketch.weigh(sketch.Scores(fixed, torch.full((3,), 7)))
+    floor = int(0.05 * 2**30 / 1000)
+    assert int(weights.min()) >= floor
+    shares = (weights - floor) / (0.95 * 2**30)
+    # A power errs by up to 6 %, and so does the sum it is divided by.
+    expected = logits.softmax(-1).mean(0)
+    assert float((shares / expected - 1).abs().max()) <= 0.13
+    assert 0.94 * 2**30 < int(weights.sum()) < 1.07 * 2**30
+
+
+def test_every_key_has_a_weight_however_many_there_are():
+    weights = sketch.weigh(sketch.Scores(torch.tensor([[0] + [-32768] * 999]), torch.tensor([7])))
+    assert weights[1:].unique().tolist() == [int(0.05 * 2**30 / 1000)]
+
+
+@pytest.mark.parametrize("budget", [1, 2, 10, 99, 100, 1000])
+@pytest.mark.parametrize("high", [2, 50, 10**8])
+def test_step_spends_the_budget(high, budget):
+    weights = integers(100, high=high) ** 2
+    step = sketch.step_for(weights, budget)
+    spent = int(weights.clamp(max=step).sum()) / step
+    if budget >= 100:
+        assert step == 1
+    elif step == 1:
+        assert spent >= budget
+    else:
+        # A step is rounded down: by less than one in `step`, which the budget multiplies.
+        assert budget <= spent < budget * (1 + 1 / step) + 1e-9
+
+
+@pytest.mark.parametrize("doublings", [0, 1, 3])
+@pytest.mark.parametrize("budget", [1, 3, 7, 12])
+def test_over_all_starts_a_key_is_picked_exactly_as_often_as_u_says(budget, doublings):
+    weights = torch.tensor([3, 1, 40, 2, 7, 7, 1, 1, 90, 5, 12, 2, 2, 3])
+    step = sketch.step_for(weights, budget)
+    picked = torch.zeros(len(weights), dtype=torch.int64)
+    for start in range(step):
+        ids, log_u = sketch.pick(weights, step, start, doublings)
+        picked[ids] += 1
+        torch.testing.assert_close(log_u.exp(), ((weights[ids] << doublings) / step).clamp(max=1).double())
+        if doublings == 0:
+            assert abs(len(ids) - int(weights.clamp(max=step).sum()) / step) < 1
+    # With doublings, a walk has starts in steps of 2**doublings: counts may be off by less than that.
+    expected = (weights << doublings).clamp(max=step)
+    assert ((picked - expected).abs() <= (1 << doublings) - 1).all()
+
+
+def test_halving_the_step_extends_a_sample():
+    weights = integers(5000, high=10**3) ** 2
+    step = sketch.step_for(weights, 100)
+    start = sketch.start_for(0, 0, 0, step)
+    before = set()
+    for doublings in range(6):
+        ids = set(sketch.pick(weights, step, start, doublings)[0].tolist())
+        assert before <= ids
+        expected = float((weights.double() * 2**doublings / step).clamp(max=1).sum())
+        assert len(ids) == pytest.approx(expected, rel=0.03)
+        before = ids
+    assert len(before) > 2000
+    everything, log_u = sketch.pick(weights, step, start, doublings=step.bit_length())
+    assert len(everything) == 5000
+    assert not log_u.any()
+
+
+def test_starts_are_spread_and_reproducible():
+    step = 1000
+    starts = [
+        sketch.start_for(seed, head, position, step) for seed in range(4) for head in range(8) for position in range(50)
+    ]
+    assert all(0 <= start < step for start in starts)
+    # 1600 uniform numbers from 0 to 999: their mean has a standard error of 7.2
+    assert abs(sum(starts) / len(starts) - 499.5) < 5 * 7.2
+    assert len(set(starts)) > 700
+    # Written down, so that another program, or another year, draws the same
+    assert [sketch.start_for(*key, 2**30) for key in [(0, 0, 0), (1, 2, 3), (2**63 - 1, 7, 10**6)]] == [
+        148938095,
+        874303956,
+        411445831,
+    ]
+
+
+def test_a_budget_of_all_keys_is_exact_attention():
+    query, keys, values = normal(6, 20), normal(2, 90, 20, seed=1), normal(2, 90, 9, seed=2)
+    state, samples, error = attend_sketch(query, keys, values, bits=2, budget=80, sinks=3, recent=7, scale=0.2)
+    exact = attend_full(query, keys, values, scale=0.2)
+    torch.testing.assert_close(state.output, exact.output, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state.lse, exact.lse, rtol=1e-12, atol=1e-12)
+    assert samples[0].ids.tolist() == list(range(3, 83))
+    assert not samples[0].log_u.any()
+    assert not error.any()
+
+
+def test_short_contexts_are_exact():
+    query, keys, values = normal(2, 20), normal(1, 10, 20, seed=1), normal(1, 10, 9, seed=2)
+    state, samples, error = attend_sketch(query, keys, values, bits=2, budget=8, sinks=3, recent=7, scale=0.2)
+    torch.testing.assert_close(state.output, attend_full(query, keys, values, scale=0.2).output)
+    assert [len(sample.ids) for sample in samples] == [0, 0]
+    assert not error.any()
+
+
+def test_heads_of_a_group_share_rows_and_groups_do_not():
+    query, keys, values = normal(4, 20), normal(2, 900, 20, seed=1), normal(2, 900, 9, seed=2)
+    state, samples, error = attend_sketch(query, keys, values, bits=2, budget=50, sinks=3, recent=7, scale=0.2)
+    assert samples[0] is samples[1]
+    assert not torch.equal(samples[0].ids, samples[2].ids)
+    assert 49 <= len(samples[0].ids) <= 51
+    assert state.output.shape == (4, 9)
+    assert error.shape == (4,)
+    assert (error > 0).all()
+
+
+def test_predicted_error_is_its_formula():
+    query, keys, values = normal(2, 8), normal(30, 8, seed=1), normal(30, 5, seed=2)
+    log_u = -normal(20, seed=3).abs()
+    exact = attend(query, keys[20:], values[20:], scale=0.3)
+    state = merge([exact, attend(query, keys[:20], values[:20], scale=0.3, log_u=log_u)])
+    error = predicted_error(state, query, keys[:20], values[:20], log_u, scale=0.3)
+    for h in range(2):
+        terms = (0.3 * keys @ query[h]).exp()
+        x = terms[:20] / log_u.exp() / state.lse[h].exp()
+        away = (values[:20] - state.output[h]).norm(dim=1)
+        variance = sum(float((1 - u) * xi**2 * a**2) for u, xi, a in zip(log_u.exp(), x, away, strict=True))
+        assert float(error[h]) == pytest.approx(math.sqrt(variance) / float(state.output[h].norm()), rel=1e-9)
+
+
+def test_nothing_uncertain_has_no_predicted_error():
+    state = AttentionState(torch.zeros(1, 4), torch.zeros(1))
+    rows = torch.ones(3, 4), torch.ones(3, 4)
+    assert predicted_error(state, torch.ones(1, 4), *rows, torch.zeros(3), scale=1.0).tolist() == [0.0]
+    assert predicted_error(state, torch.ones(1, 4), *rows, torch.full((3,), -1.0), scale=1.0).tolist() == [math.inf]
