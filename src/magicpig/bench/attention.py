@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from magicpig import machine
-from magicpig.bench.synthetic import SyntheticContext, synthetic_context
+from magicpig.bench.synthetic import synthetic_context
+from magicpig.capture import AttentionSet
 from magicpig.config import Config
 from magicpig.decode import attend_stores, decode_step
 from magicpig.doctor import self_check
@@ -184,14 +185,14 @@ def run(
 class _Layer:
     """The contexts of B sequences, and the four ways to attend to them."""
 
-    def __init__(self, data: list[SyntheticContext], context: int, shape: Shape) -> None:
+    def __init__(self, data: list[AttentionSet], context: int, shape: Shape) -> None:
         self.data, self.context, self.shape = data, context, shape
         self.steps = len(data[0].queries)
-        self.queries = torch.stack([each.queries for each in data], 1).to(shape.dtype)  # (T, B, H, D)
+        self.queries = torch.stack([each.queries for each in data], 1)  # (T, B, H, D)
         new_rows = range(context, context + self.steps)
         self.new_keys = [torch.stack([each.keys[:, row] for each in data]) for row in new_rows]  # T of (B, G, D)
         self.new_values = [torch.stack([each.values[:, row] for each in data]) for row in new_rows]
-        self.scale = shape.head_dim**-0.5
+        self.scale = data[0].scale
         self.dense = self._stores(Config(sampler="full"))
         self.evictor = torch.ones(EVICTION_BYTES // 4)
         self.truth = torch.stack([self._truth(step) for step in range(self.steps)])
@@ -291,15 +292,8 @@ class _Layer:
             store.crop(self.context)
 
     def _truth(self, step: int) -> Tensor:
-        """Exact attention in float64: (B, H, D). One kv head at a time: float64 copies are large."""
-        length, outputs = self.context + step + 1, []
-        for query, each in zip(self.queries[step].double(), self.data, strict=True):
-            for group, keys, values in zip(
-                query.unflatten(0, (self.shape.kv_heads, -1)), each.keys, each.values, strict=True
-            ):
-                weights = torch.softmax(group @ keys[:length].double().T * self.scale, -1)
-                outputs.append(weights @ values[:length].double())
-        return torch.cat(outputs).view(self.shape.batch, self.shape.heads, -1)
+        """Exact attention in float64: (B, H, D)."""
+        return torch.stack([each.exact(step).output for each in self.data])
 
     def _error(self, call: Callable[[int], Tensor]) -> float:
         outputs = torch.stack([call(step) for step in range(self.steps)]).double()

@@ -9,10 +9,11 @@ each other, and so do the query heads of one group and the queries of consecutiv
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from magicpig.capture import AttentionSet
 
 KEY_MEAN = 19.0  # length of the mean key; with KEY_SPREAD, keys have a cosine of about 0.86 to it
 KEY_SPREAD = 11.0  # length of what is left of a key without its mean
@@ -27,19 +28,6 @@ SHARED_BY_STEPS = 0.8  # energy that the queries of one head have in common from
 CHUNK = 128 * RUN  # tokens made at once, so that the working memory does not depend on the context
 
 
-@dataclass(frozen=True)
-class SyntheticContext:
-    """One layer's context of one request, and the queries of the steps that follow it.
-
-    keys, values: (G, N + T, D); the last T are the tokens that the T steps append.
-    queries: (T, H, D) float32, query heads of one group next to each other.
-    """
-
-    keys: Tensor
-    values: Tensor
-    queries: Tensor
-
-
 def synthetic_context(
     tokens: int,
     *,
@@ -49,9 +37,10 @@ def synthetic_context(
     steps: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> SyntheticContext:
+) -> AttentionSet:
     """Make a context of ``tokens`` tokens and ``steps`` more, on the CPU; the same for the same arguments.
 
+    The last ``steps`` of the N + T rows are the tokens that the steps append; all of ``dtype``.
     Raises ValueError if ``kv_heads`` does not divide ``heads`` or the context is shorter than 2 tokens.
     """
     if heads % kv_heads:
@@ -66,7 +55,7 @@ def synthetic_context(
         # Each head has its own generator: head g is the same however many heads there are.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + g)
         _fill_group(keys[g], values[g], queries[:, g * group : (g + 1) * group], tokens, generator)
-    return SyntheticContext(keys, values, queries)
+    return AttentionSet(keys, values, queries.to(dtype), scale=head_dim**-0.5)
 
 
 def _fill_group(keys: Tensor, values: Tensor, queries: Tensor, tokens: int, generator: torch.Generator) -> None:

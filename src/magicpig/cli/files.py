@@ -53,12 +53,12 @@ class OutputFile:
         self._aside = aside
         return self
 
-    def write(self, text: str) -> None:
-        """Replace the file by ``text``."""
+    def write(self, content: str | bytes) -> None:
+        """Replace the file by ``content``."""
         if self.path is None or self._aside is None:
             return
         try:
-            self._aside.write_text(text, encoding="utf-8")
+            self._aside.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(self._aside, self.path)
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
