@@ -1,7 +1,8 @@
 """A local model directory and a prompt become text, measured. Knows nothing about terminals.
 
 `open_model` -> `encode` -> `load` -> `generate`. Everything that can be wrong with the directory or the prompt is a
-`ModelError` of one line.
+`ModelError` of one line. `read` and `greedy` are the same in two steps, for those who do more with the cache between
+them.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import TextStreamer
 
 from magicpig import machine
 from magicpig.config import Config
-from magicpig.integrations.transformers import CacheReport, attach
+from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
 
 GREEDY = ("temperature", "top_p", "top_k")  # means nothing to it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -86,9 +89,10 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> Model:
     return Model(directory, config, tokenizer, trust_remote_code)
 
 
-def encode(model: Model, text: str, *, chat: bool = False, new_tokens: int = 0) -> list[int]:
+def encode(model: Model, text: str, *, chat: bool = False, answer: str = "", new_tokens: int = 0) -> list[int]:
     """Token ids of ``text``, or with ``chat`` of a user's message with that text, in the model's own template.
 
+    answer: how the answer begins; the model goes on from there.
     Raises ModelError if nothing is left to read, or if the prompt and ``new_tokens`` do not fit the model.
     """
     tokenizer = model.tokenizer
@@ -97,12 +101,13 @@ def encode(model: Model, text: str, *, chat: bool = False, new_tokens: int = 0) 
     if chat:
         message = [{"role": "user", "content": text}]
         try:
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+            prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise ModelError(f"{model.directory}: the chat template fails: {_one_line(error)}") from error
     else:
-        # A prompt may be longer than the tokenizer's own idea of a limit; the model's is checked below.
-        ids = tokenizer(text, verbose=False)["input_ids"]
+        prompt = text
+    # A prompt may be longer than the tokenizer's own idea of a limit; the model's is checked below.
+    ids = tokenizer(prompt + answer, add_special_tokens=not chat, verbose=False)["input_ids"]
     if not ids or not text:
         raise ModelError("the prompt is empty")
     if model.limit is not None and len(ids) + new_tokens > model.limit:
@@ -116,6 +121,20 @@ def encode(model: Model, text: str, *, chat: bool = False, new_tokens: int = 0) 
             f"{model.directory}: the tokenizer makes token {max(ids)}, but the model knows {vocabulary} tokens"
         )
     return list(ids)
+
+
+def encode_in_two(
+    model: Model, context: str, question: str, *, chat: bool = False, answer: str = "", new_tokens: int = 0
+) -> tuple[list[int], list[int]]:
+    """The token ids of ``context + question`` as `encode` makes them, cut where the question begins.
+
+    A token that reaches from one into the other belongs to the second part, and so does all that follows.
+    """
+    ids = encode(model, context + question, chat=chat, answer=answer, new_tokens=new_tokens)
+    alone = encode(model, context, chat=chat)
+    same = (i for i, (token, other) in enumerate(zip(ids, alone, strict=False)) if token != other)
+    cut = next(same, min(len(ids), len(alone)))
+    return ids[:cut], ids[cut:]
 
 
 def load(model: Model, *, dtype: str = "auto") -> Any:
@@ -180,23 +199,18 @@ def generate(
     prompt = torch.tensor([ids], device=network.device)
     try:
         start = time.perf_counter()
-        output = network.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            prefill_chunk_size=even_chunk(len(ids), chunk),
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            pad_token_id=_pad_token(network),
-            streamer=watch,
-            return_dict_in_generate=True,  # with the cache that `attach` made
-            **sampling,
-        )
-    except ValueError as error:
-        if "not finite" not in str(error):
-            raise
-        raise ModelError(
-            f"the model computes {error}; its weights or its dtype {network.dtype} may be at fault"
-        ) from error
+        with _finite(network):
+            output = network.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                prefill_chunk_size=even_chunk(len(ids), chunk),
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                pad_token_id=_pad_token(network),
+                streamer=watch,
+                return_dict_in_generate=True,  # with the cache that `attach` made
+                **sampling,
+            )
     finally:
         hook.remove()
     times = watch.times
@@ -210,6 +224,44 @@ def generate(
         decode_steps=max(len(times) - 2, 0),
         cache=output.past_key_values.report(),
     )
+
+
+@torch.inference_mode()
+def read(
+    network: Any,
+    ids: list[int],
+    cache: MagicPigCache,
+    *,
+    chunk: int = 1024,
+    on_chunk: Callable[[int], None] = lambda tokens: None,
+) -> Tensor:
+    """Feed ``ids``, at least one, to an attached network, ``chunk`` at a time; ``cache`` says how it attends.
+
+    Returns the logits of the next token, (vocabulary,). on_chunk is called with the number of tokens of each chunk.
+    """
+    only_last = {"logits_to_keep": 1} if network._supports_logits_to_keep() else {}
+    for piece in torch.tensor([ids], device=network.device).split(even_chunk(len(ids), chunk), 1):
+        with _finite(network):
+            logits: Tensor = network(piece, past_key_values=cache, **only_last).logits[0, -1]
+        on_chunk(piece.shape[1])
+    return logits
+
+
+def greedy(
+    network: Any, logits: Tensor, cache: MagicPigCache, *, max_new_tokens: int, stop: Collection[int]
+) -> list[int]:
+    """The likeliest token of ``logits`` and those that follow it, up to ``max_new_tokens`` or the first in ``stop``."""
+    ids = [int(logits.argmax())]
+    while len(ids) < max_new_tokens and ids[-1] not in stop:
+        ids.append(int(read(network, ids[-1:], cache).argmax()))
+    return ids
+
+
+def stop_tokens(model: Model, network: Any) -> frozenset[int]:
+    """The tokens that end an answer: what the model's generation settings say, else the tokenizer's end of text."""
+    stop = network.generation_config.eos_token_id
+    stop = model.tokenizer.eos_token_id if stop is None else stop
+    return frozenset() if stop is None else frozenset([stop] if isinstance(stop, int) else stop)
 
 
 def even_chunk(tokens: int, chunk: int) -> int:
@@ -226,7 +278,7 @@ class _Watch(TextStreamer):
         self.times: list[float] = []
         self.text = ""
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
         super().put(value)  # type: ignore[no-untyped-call]
@@ -235,6 +287,19 @@ class _Watch(TextStreamer):
         if text:
             self.text += text
             self.on_text(text)
+
+
+@contextmanager
+def _finite(network: Any) -> Iterator[None]:
+    """Blame the model where the store refuses what it computes."""
+    try:
+        yield
+    except ValueError as error:
+        if "not finite" not in str(error):
+            raise
+        raise ModelError(
+            f"the model computes {error}; its weights or its dtype {network.dtype} may be at fault"
+        ) from error
 
 
 def _pad_token(network: Any) -> int:
