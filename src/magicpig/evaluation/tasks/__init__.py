@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import difflib
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from magicpig.evaluation.tasks import documents, templates, words
 from magicpig.evaluation.tasks.fit import Meter, Recipe, Tokenizer, fit
 from magicpig.evaluation.tasks.needles import Niah
+from magicpig.evaluation.tasks.request import Request, Sources
 from magicpig.evaluation.tasks.score import match_all, match_any
-from magicpig.evaluation.tasks.sources import Sources
 
 __all__ = ["TASKS", "Sample", "Sources", "Task", "generate", "minimum_length", "score"]
 
@@ -53,30 +51,35 @@ class Task:
     name: str
     about: str
     tokens_to_generate: int
+    recipe: Callable[[Request], Recipe]
     score: Callable[[str, Sequence[str]], float] = match_all
     source: str | None = None
 
 
-_NIAH = {
-    "niah_single_1": (Niah("repeat"), "one number in repeated noise"),
-    "niah_single_2": (Niah("essay"), "one number in an essay"),
-    "niah_single_3": (Niah("essay", value="uuids"), "one uuid in an essay"),
-    "niah_multikey_1": (Niah("essay", keys=4), "one of four numbers in an essay"),
-    "niah_multikey_2": (Niah("needle"), "one number among as many as fit"),
-    "niah_multikey_3": (Niah("needle", "uuids", "uuids"), "one uuid among as many as fit"),
-    "niah_multivalue": (Niah("essay", values=4), "four numbers of one key in an essay"),
-    "niah_multiquery": (Niah("essay", keys=4, queries=4), "four numbers of four keys in an essay"),
-}
+def _niah(name: str, about: str, niah: Niah) -> Task:
+    return Task(name, about, templates.NIAH.tokens_to_generate, niah.recipe)
 
-TASKS = {
+
+def _qa(name: str, about: str, recipe: Callable[[Request], Recipe], source: str) -> Task:
+    return Task(name, about, templates.QA.tokens_to_generate, recipe, match_any, source)
+
+
+TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        *(Task(name, about, templates.NIAH.tokens_to_generate) for name, (_, about) in _NIAH.items()),
-        Task("vt", "five variables that hold one value", templates.VT.tokens_to_generate),
-        Task("cwe", "the ten most common words of a list", templates.CWE.tokens_to_generate),
-        Task("fwe", "the three most frequent coded words", templates.FWE.tokens_to_generate),
-        Task("qa_1", "a question about one of many paragraphs", templates.QA.tokens_to_generate, match_any, "squad"),
-        Task("qa_2", "a question about two of many paragraphs", templates.QA.tokens_to_generate, match_any, "hotpotqa"),
+        _niah("niah_single_1", "one number in repeated noise", Niah("repeat")),
+        _niah("niah_single_2", "one number in an essay", Niah("essay")),
+        _niah("niah_single_3", "one uuid in an essay", Niah("essay", value="uuids")),
+        _niah("niah_multikey_1", "one of four numbers in an essay", Niah("essay", keys=4)),
+        _niah("niah_multikey_2", "one number among as many as fit", Niah("needle")),
+        _niah("niah_multikey_3", "one uuid among as many as fit", Niah("needle", "uuids", "uuids")),
+        _niah("niah_multivalue", "four numbers of one key in an essay", Niah("essay", values=4)),
+        _niah("niah_multiquery", "four numbers of four keys in an essay", Niah("essay", keys=4, queries=4)),
+        Task("vt", "five variables that hold one value", templates.VT.tokens_to_generate, words.vt),
+        Task("cwe", "the ten most common words of a list", templates.CWE.tokens_to_generate, words.cwe),
+        Task("fwe", "the three most frequent coded words", templates.FWE.tokens_to_generate, words.fwe),
+        _qa("qa_1", "a question about one of many paragraphs", documents.squad, "squad"),
+        _qa("qa_2", "a question about two of many paragraphs", documents.hotpotqa, "hotpotqa"),
     )
 }
 """The tasks by name, in RULER's order."""
@@ -104,7 +107,7 @@ def generate(
         if value < 0:
             raise ValueError(f"{name}={value} is negative")
     limit = length - chosen.tokens_to_generate - reserve
-    draft, tokens = fit(_recipe(chosen, length, index, seed, sources), Meter(tokenizer), limit)
+    draft, tokens = fit(chosen.recipe(Request(task, length, index, seed, sources)), Meter(tokenizer), limit)
     if tokens > limit:
         raise ValueError(f"length={length} is below the minimum of task {task}, {length - limit + tokens} tokens")
     if tokens < limit - SLACK:
@@ -125,7 +128,7 @@ def generate(
 def minimum_length(task: str, tokenizer: Tokenizer, *, sources: Sources = Sources()) -> int:  # noqa: B008
     """The least length of sample 0 of a task. Other samples' can differ by some tokens, of qa tasks by many."""
     chosen = _task(task)
-    recipe = _recipe(chosen, 0, 0, 0, sources)
+    recipe = chosen.recipe(Request(task, length=0, index=0, sources=sources))
     return Meter(tokenizer).exact(recipe.build(recipe.minimum, 0).prompt) + chosen.tokens_to_generate
 
 
@@ -140,23 +143,3 @@ def _task(name: str) -> Task:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"
         raise ValueError(f"task={name!r} is unknown; {hint}")
     return TASKS[name]
-
-
-def _recipe(task: Task, length: int, index: int, seed: int, sources: Sources) -> Recipe:
-    def draw(name: str) -> random.Random:
-        return random.Random(f"{seed} {task.name} {length} {index} {name}")
-
-    if task.name in _NIAH:
-        return _NIAH[task.name][0].recipe(draw, sources)
-    if task.name == "vt":
-        return words.vt(draw)
-    if task.name == "cwe":
-        return words.cwe(draw, length)
-    if task.name == "fwe":
-        return words.fwe(draw, length)
-    path: Path | None = getattr(sources, task.source or "")
-    if path is None:
-        raise ValueError(f"task={task.name!r} needs a file of the user: {task.source}")
-    if task.source == "squad":
-        return documents.squad(draw, index, path)
-    return documents.hotpotqa(draw, index, path)

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from magicpig.evaluation.tasks import templates
-from magicpig.evaluation.tasks.fit import Draft, Recipe, padding
+from magicpig.evaluation.tasks.fit import Draft, Recipe, padded
+from magicpig.evaluation.tasks.request import Request
 
+FILES = {"squad": "dev-v2.0.json of SQuAD", "hotpotqa": "hotpot_dev_distractor_v1.json of HotpotQA"}
 LONGEST = 2000  # words of noise that may stand where one more document does not fit
 
 
@@ -26,36 +28,44 @@ class Question:
     near: tuple[str, ...] = ()
 
 
-def squad(draw: Callable[[str], random.Random], index: int, path: Path) -> Recipe:
-    """qa_1, from SQuAD 2.0 (arXiv 1806.03822): the paragraph with the answer among others. Raises ValueError."""
-    return _recipe(_load("squad", path, _read_squad), draw, index)
+@dataclass(frozen=True)
+class Collection:
+    """Questions, and all their documents, sorted."""
+
+    questions: tuple[Question, ...]
+    documents: tuple[str, ...]
 
 
-def hotpotqa(draw: Callable[[str], random.Random], index: int, path: Path) -> Recipe:
-    """qa_2, from HotpotQA (arXiv 1809.09600): the question's ten paragraphs among others. Raises ValueError."""
-    return _recipe(_load("hotpotqa", path, _read_hotpotqa), draw, index)
+def squad(request: Request) -> Recipe:
+    """qa_1: the paragraph with the answer among others. Raises ValueError for a file that cannot be used."""
+    return _recipe(request, _load(request, "squad", _read_squad))
 
 
-def _recipe(questions: tuple[Question, ...], draw: Callable[[str], random.Random], index: int) -> Recipe:
-    order = list(range(len(questions)))
-    draw("questions").shuffle(order)
-    asked = questions[order[index % len(order)]]
-    rng = draw("documents")
+def hotpotqa(request: Request) -> Recipe:
+    """qa_2: the question's ten paragraphs among others. Raises ValueError for a file that cannot be used."""
+    return _recipe(request, _load(request, "hotpotqa", _read_hotpotqa))
+
+
+def _recipe(request: Request, collection: Collection) -> Recipe:
+    order = list(range(len(collection.questions)))
+    # One order for all lengths: sample 3 asks the same at 4K and at 64K.
+    random.Random(f"{request.seed} {request.task}").shuffle(order)
+    asked = collection.questions[order[request.index % len(order)]]
+
+    rng = request.draw("documents")
     near = [document for document in asked.near if document not in asked.gold]
     rng.shuffle(near)
     known = {*asked.gold, *near}
-    others = [document for document in _documents(questions) if document not in known]
+    others = [document for document in collection.documents if document not in known]
     rng.shuffle(others)
     documents = [*asked.gold, *near, *others]
 
     def build(count: int, paddings: int) -> Draft:
         shown = documents[:count]
-        draw("order").shuffle(shown)
+        request.draw("order").shuffle(shown)
         parts = [f"Document {place}:\n{document}" for place, document in enumerate(shown, 1)]
-        if paddings:
-            parts.append(padding(paddings))
         return Draft(
-            templates.QA.context.format(context="\n\n".join(parts)),
+            templates.QA.context.format(context="\n\n".join(padded(parts, paddings))),
             templates.QA.question.format(query=asked.text),
             templates.QA.answer,
             asked.answers,
@@ -64,47 +74,44 @@ def _recipe(questions: tuple[Question, ...], draw: Callable[[str], random.Random
     return Recipe(build, minimum=len(asked.gold), maximum=len(documents), paddings=LONGEST)
 
 
-@cache
-def _documents(questions: tuple[Question, ...]) -> tuple[str, ...]:
-    return tuple(sorted({document for question in questions for document in (*question.gold, *question.near)}))
+def _load(request: Request, option: Literal["squad", "hotpotqa"], read: Callable[[Any], list[Question]]) -> Collection:
+    path: Path | None = getattr(request.sources, option)
+    if path is None:
+        raise ValueError(f"task {request.task} needs the file {FILES[option]}: {option} is not given")
+    return _collect(option, path, read)
 
 
 @cache
-def _load(option: str, path: Path, read: Callable[[Any], list[Question]]) -> tuple[Question, ...]:
+def _collect(option: str, path: Path, read: Callable[[Any], list[Question]]) -> Collection:
     try:
         questions = read(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{option}={str(path)!r} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError(f"{option}={str(path)!r} is not JSON") from None
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{option}={str(path)!r} has another form than the data set's own files") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{option}={str(path)!r} is not in the form of {FILES[option]}") from None
     if not questions:
         raise ValueError(f"{option}={str(path)!r} has no question with an answer")
-    return tuple(questions)
+    documents = {document for question in questions for document in (*question.gold, *question.near)}
+    return Collection(tuple(questions), tuple(sorted(documents)))
 
 
 def _read_squad(data: Any) -> list[Question]:
-    return [
-        Question(
-            question["question"],
-            tuple(answer["text"] for answer in question["answers"]),
-            gold=(paragraph["context"],),
-            near=tuple(other["context"] for other in article["paragraphs"]),
-        )
-        for article in data["data"]
-        for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]
-        if not question["is_impossible"]
-    ]
+    questions = []
+    for article in data["data"]:
+        near = tuple(paragraph["context"] for paragraph in article["paragraphs"])
+        for paragraph in article["paragraphs"]:
+            for item in paragraph["qas"]:
+                if not item["is_impossible"]:
+                    answers = tuple(dict.fromkeys(answer["text"] for answer in item["answers"]))
+                    questions.append(Question(item["question"], answers, (paragraph["context"],), near))
+    return questions
 
 
 def _read_hotpotqa(data: Any) -> list[Question]:
-    return [
-        Question(
-            item["question"],
-            (item["answer"],),
-            gold=tuple(dict.fromkeys(f"{title}\n{''.join(sentences)}" for title, sentences in item["context"])),
-        )
-        for item in data
-    ]
+    questions = []
+    for item in data:
+        gold = dict.fromkeys(f"{title}\n{''.join(sentences)}" for title, sentences in item["context"])
+        questions.append(Question(item["question"], (item["answer"],), tuple(gold)))
+    return questions

@@ -70,10 +70,12 @@ class Meter:
         return sum(map(self._lengths.__getitem__, chunks))
 
 
-def padding(count: int) -> str:
-    """The first ``count`` words and full stops of RULER's noise, repeated as often as needed."""
+def padded(lines: list[str], count: int) -> list[str]:
+    """``lines``, the last one followed by the first ``count`` words and full stops of RULER's noise, repeated."""
+    if not count:
+        return lines
     times, rest = divmod(count, len(_NOISE_PIECES))
-    return " ".join([*[NOISE] * times, "".join(_NOISE_PIECES[:rest])]).strip()
+    return [*lines[:-1], " ".join([lines[-1], *[NOISE] * times, "".join(_NOISE_PIECES[:rest])]).strip()]
 
 
 def fit(recipe: Recipe, meter: Meter, limit: int) -> tuple[Draft, int]:
@@ -111,13 +113,13 @@ def fit(recipe: Recipe, meter: Meter, limit: int) -> tuple[Draft, int]:
 
     drafts: dict[int, tuple[Draft, int]] = {0: (draft, tokens)}
 
-    def padded(count: int) -> int:
+    def filled(count: int) -> int:
         if count not in drafts:
             draft = recipe.build(units, count)
             drafts[count] = draft, meter.exact(draft.prompt)
         return drafts[count][1]
 
-    return drafts[_largest(padded, limit, 0, recipe.paddings, step=limit - tokens)]
+    return drafts[_largest(filled, limit, 0, recipe.paddings, step=limit - tokens)]
 
 
 def _largest(cost: Callable[[int], float], limit: int, low: int, high: int | None, *, step: int) -> int:

@@ -9,8 +9,8 @@ from itertools import islice
 from typing import Literal
 
 from magicpig.evaluation.tasks import filler, lexicon, templates
-from magicpig.evaluation.tasks.fit import Draft, Recipe, padding
-from magicpig.evaluation.tasks.sources import Sources
+from magicpig.evaluation.tasks.fit import Draft, Recipe, padded
+from magicpig.evaluation.tasks.request import Request
 
 # Where RULER lets a needle stand in an essay, in percent of its sentences.
 DEPTHS = tuple(round(100 * place / 39) for place in range(40))
@@ -27,10 +27,9 @@ class Niah:
     values: int = 1
     queries: int = 1
 
-    def recipe(self, draw: Callable[[str], random.Random], sources: Sources) -> Recipe:
-        """``draw`` gives a generator of random numbers by name, the same one each time."""
+    def recipe(self, request: Request) -> Recipe:
         taken: set[str] = set()
-        rng = draw("needles")
+        rng = request.draw("needles")
         facts = [
             (_new(_KEYS[self.key], rng, taken), [_new(_VALUES[self.value], rng, taken) for _ in range(self.values)])
             for _ in range(self.keys)
@@ -41,20 +40,20 @@ class Niah:
         answers = tuple(value for _, values in asked for value in values)
         before, question, answer = templates.niah(self.value, [key for key, _ in asked], len(answers))
 
-        stream = self._haystack(draw("haystack"), taken, sources)
+        stream = self._haystack(request, taken)
         units: list[str] = []
 
         def build(count: int, paddings: int) -> Draft:
             units.extend(islice(stream, max(0, count - len(units))))
-            hay = [*units[:count], padding(paddings)] if paddings else units[:count]
-            text = self._hide(needles, hay, draw("places"))
+            text = self._hide(needles, padded(units[:count], paddings), request.draw("places"))
             return Draft(before + text, question, answer, answers)
 
         return Recipe(build, minimum=len(needles))
 
-    def _haystack(self, rng: random.Random, taken: set[str], sources: Sources) -> Iterator[str]:
+    def _haystack(self, request: Request, taken: set[str]) -> Iterator[str]:
+        rng, essay = request.draw("haystack"), request.sources.filler
         if self.haystack == "essay":
-            yield from filler.sentences_of(sources.filler, rng) if sources.filler else filler.sentences(rng)
+            yield from filler.sentences_of(essay, rng) if essay else filler.sentences(rng)
         while self.haystack == "repeat":
             yield templates.NOISE
         while self.haystack == "needle":

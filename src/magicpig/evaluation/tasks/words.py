@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 
 from magicpig.evaluation.tasks import lexicon, templates
-from magicpig.evaluation.tasks.fit import Draft, Recipe, padding
+from magicpig.evaluation.tasks.fit import Draft, Recipe, padded
+from magicpig.evaluation.tasks.request import Request
 
 HOPS = 4
 EXAMPLE_NOISE = 10  # repetitions of the noise in vt's solved example: what fits into RULER's 500 tokens
 COMMON = 10
 SHORT = 4096  # below this length RULER's cwe repeats its words less often
+RANKS = 12  # of coded words at least: a shorter text has no room for them anyway
 ZETA_2 = 1.6449340668482264
 
 
-def vt(draw: Callable[[str], random.Random]) -> Recipe:
+def vt(request: Request) -> Recipe:
     """One chain of five variables in repeated noise, after a solved example."""
-    rng = draw("chains")
+    rng = request.draw("chains")
     first, value = map(str, rng.sample(range(10000, 99999), 2))
     example_names = rng.sample(lexicon.example_variables(), HOPS + 1)
     names = rng.sample(lexicon.variables(), HOPS + 1)
-    noise = [templates.NOISE + "\n"] * EXAMPLE_NOISE
-    solved = _chain_prompt(example_names, first, noise, rng)
+    solved = _chain_prompt(example_names, first, [templates.NOISE] * EXAMPLE_NOISE, rng)
     example = f"{solved.prompt} {' '.join(solved.answers)}\n\n\n\n"
 
     def build(count: int, paddings: int) -> Draft:
-        noise = [templates.NOISE + "\n"] * count + ([padding(paddings) + "\n"] if paddings else [])
-        draft = _chain_prompt(names, value, noise, draw("places"))
+        noise = padded([templates.NOISE] * count, paddings)
+        draft = _chain_prompt(names, value, noise, request.draw("places"))
         return Draft(example + draft.context, draft.question, draft.answer_prefix, draft.answers)
 
     return Recipe(build, minimum=HOPS + 2)
 
 
 def _chain_prompt(names: list[str], value: str, noise: list[str], rng: random.Random) -> Draft:
-    lines = list(noise)
+    lines = [f"{line}\n" for line in noise]
     places = sorted(rng.sample(range(len(lines)), len(names)))
     for place, line in reversed(list(zip(places, templates.assignments(names, value), strict=True))):
         lines.insert(place, line)
@@ -47,10 +47,12 @@ def _chain_prompt(names: list[str], value: str, noise: list[str], rng: random.Ra
     )
 
 
-def cwe(draw: Callable[[str], random.Random], length: int) -> Recipe:
+def cwe(request: Request) -> Recipe:
     """A numbered list in which ten words are more common than all others, after a solved example."""
-    common, rare, size, example_common, example_rare = (6, 1, 20, 3, 1) if length < SHORT else (30, 3, 40, 10, 3)
-    rng = draw("words")
+    common, rare, size, example_common, example_rare = (
+        (6, 1, 20, 3, 1) if request.length < SHORT else (30, 3, 40, 10, 3)
+    )
+    rng = request.draw("words")
     words = rng.sample(lexicon.english(), len(lexicon.english()))
     shown, asked, others = words[:size], words[size : size + COMMON], words[size + COMMON :]
     solved = _list_prompt(shown[:COMMON] * example_common + shown[COMMON:] * example_rare, shown[:COMMON], rng)
@@ -60,7 +62,7 @@ def cwe(draw: Callable[[str], random.Random], length: int) -> Recipe:
 
     def build(count: int, paddings: int) -> Draft:
         entries = asked * common + others[:count] * rare + others[count : count + 1] * paddings
-        draft = _list_prompt(entries, asked, draw("order"))
+        draft = _list_prompt(entries, asked, request.draw("order"))
         return Draft(example + draft.context, draft.question, draft.answer_prefix, draft.answers)
 
     return Recipe(build, maximum=len(others), paddings=rare)
@@ -76,16 +78,16 @@ def _list_prompt(entries: list[str], common: list[str], rng: random.Random) -> D
     )
 
 
-def fwe(draw: Callable[[str], random.Random], length: int) -> Recipe:
+def fwe(request: Request) -> Recipe:
     """Coded words whose counts fall with the square of their rank; the most frequent one is dots."""
-    count = min(max(length // 50, 5), lexicon.CODED_WORDS)
-    vocabulary = [templates.DOTS, *draw("words").sample(lexicon.coded_words(), count - 1)]
+    count = min(max(request.length // 50, RANKS), lexicon.CODED_WORDS)
+    vocabulary = [templates.DOTS, *request.draw("words").sample(lexicon.coded_words(), count - 1)]
     shares = [1 / (ZETA_2 * rank**2) for rank in range(1, count + 1)]
 
     def build(total: int, paddings: int) -> Draft:
         text = [word for word, share in zip(vocabulary, shares, strict=True) for _ in range(int(total * share))]
         text += [templates.DOTS] * paddings
-        draw("order").shuffle(text)
+        request.draw("order").shuffle(text)
         return Draft(
             templates.FWE.context.format(context=" ".join(text)),
             templates.FWE.question,
