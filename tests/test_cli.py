@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import magicpig.cli.bench as pinning
 from magicpig import doctor, generation, machine
 from magicpig.bench import attention
+from magicpig.capture import load_capture
 from magicpig.cli import app, main
 from magicpig.cli.files import OutputFile
 from magicpig.kernels import native
@@ -88,7 +89,7 @@ def edit_config(model, **changes):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["doctor"], ["demo"], ["bench"], ["bench", "attention"]], ids=" ".join
+    "command", [[], ["generate"], ["doctor"], ["demo"], ["capture"], ["bench"], ["bench", "attention"]], ids=" ".join
 )
 def test_every_command_has_help(command):
     result = run(*command, "--help")
@@ -530,6 +531,59 @@ def test_doctor_reports_wrong_kernels(form, monkeypatch):
     assert "OK " not in result.stdout
 
 
+# --- capture ----------------------------------------------------------------------------------------------------------
+
+
+def capture(model, tmp_path, *arguments, text=PROMPT):
+    (tmp_path / "text").write_text(text)
+    return run("capture", "--model", model, "--text", tmp_path / "text", "--out", tmp_path / "out", *arguments)
+
+
+def test_capture_writes_what_load_capture_reads(model_dir, tmp_path):
+    result = capture(model_dir, tmp_path, "--layers", "1", "--kv-heads", "0", "--steps", 3, "--length", 200)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert re.search(r"tokens +200, queries of the last 3", result.stderr)
+    captured = load_capture(tmp_path / "out")
+    (each,) = captured.layers.values()
+    assert list(captured.layers) == [1]
+    assert (each.tokens, each.steps, each.heads, each.kv_heads) == (200, 3, 2, 1)
+    assert captured.about["model"] == "tiny"
+    assert captured.about["tokens_read"] == 200
+
+
+def test_capture_of_a_task_has_the_queries_of_the_answer(model_dir, tmp_path):
+    result = run(
+        "capture", "--model", model_dir, "--out", tmp_path / "out", "--task", "fwe", "--length", 2000, "--steps", 5
+    )
+    assert result.exit_code == 0, result.output
+    captured = load_capture(tmp_path / "out")
+    assert captured.about["text"] == {"task": "fwe", "length": 2000, "index": 0, "seed": 0}
+    assert captured.about["tokens_read"] == 1950  # 50 are for the answer
+    assert {each.tokens for each in captured.layers.values()} == {1954}  # the fifth token is written, but not read
+
+
+def test_capture_reads_a_text_or_a_task(model_dir, tmp_path):
+    assert_refused(run("capture", "--model", model_dir, "--out", tmp_path / "out"), "either --text or --task")
+    assert_refused(capture(model_dir, tmp_path, "--task", "fwe"), "either --text or --task")
+    refused = run("capture", "--model", model_dir, "--out", tmp_path / "out", "--task", "niah")
+    assert_refused(refused, "niah")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--layers", "0,x"], "--layers: '0,x' is not a list"),
+        (["--layers", "2"], "layers=2: the model has layers 0 to 1"),
+        (["--kv-heads", "5"], "kv_heads=5"),
+        (["--steps", "1000"], "steps=1000 must be between 1 and the 300 tokens"),
+    ],
+)
+def test_capture_refuses_what_is_not_there(model_dir, tmp_path, arguments, cause):
+    assert_refused(capture(model_dir, tmp_path, *arguments), cause)
+    assert not (tmp_path / "out").exists()
+
+
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
@@ -709,7 +763,7 @@ def test_a_full_disk_is_reported(tmp_path, model_dir, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     result = generate(model_dir, "--output", tmp_path / "answer")
     assert result.exit_code == 2
     assert "No space left on device" in result.stderr

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from magicpig.cli.bench import attention, pin_threads
+from magicpig.cli.capture import capture
 from magicpig.cli.demo import demo
 from magicpig.cli.doctor import doctor
 from magicpig.cli.errors import OneLineErrors
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(demo)
+app.command()(capture)
 app.command()(doctor)
 
 measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)

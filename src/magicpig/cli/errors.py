@@ -56,7 +56,8 @@ def _is_known(error: Exception) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
         return True
     # Imported late: `magicpig --help` should not wait for torch.
+    from magicpig.capture import CaptureError
     from magicpig.generation import ModelError
     from magicpig.integrations.transformers import UnsupportedModelError
 
-    return isinstance(error, (ModelError, UnsupportedModelError))
+    return isinstance(error, (CaptureError, ModelError, UnsupportedModelError))
