@@ -140,11 +140,14 @@ def _settings(model: Model, matrix: Matrix, dtype: str, chunk: int) -> dict[str,
             "dtype": dtype,
             "chunk": chunk,
         },
-        "model": {
-            "name": model.directory.resolve().name,
-            "sha256": _sha256(sorted(model.directory.glob("*.safetensors"))),
-        },
+        "model": identity(model),
     }
+
+
+def identity(model: Model) -> dict[str, str]:
+    """Which weights these are: the name of their directory, and a checksum."""
+    weights = sorted(model.directory.glob("*.safetensors"))
+    return {"name": model.directory.resolve().name, "sha256": _sha256(weights)}
 
 
 def _sha256(paths: Iterable[Path]) -> str:
