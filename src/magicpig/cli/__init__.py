@@ -14,6 +14,7 @@ from magicpig.cli.capture import capture
 from magicpig.cli.demo import demo
 from magicpig.cli.doctor import doctor
 from magicpig.cli.errors import OneLineErrors
+from magicpig.cli.evaluate import evaluate
 from magicpig.cli.generate import generate
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(doctor)
 measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)
 measure.command("attention")(attention)
 app.add_typer(measure, name="bench")
+app.add_typer(evaluate, name="eval")
 
 
 def _print_version(wanted: bool) -> None:

@@ -57,7 +57,9 @@ def _is_known(error: Exception) -> bool:
         return True
     # Imported late: `magicpig --help` should not wait for torch.
     from magicpig.capture import CaptureError
+    from magicpig.evaluation.matrix import MatrixError
+    from magicpig.evaluation.results import ResultsError
     from magicpig.generation import ModelError
     from magicpig.integrations.transformers import UnsupportedModelError
 
-    return isinstance(error, (CaptureError, ModelError, UnsupportedModelError))
+    return isinstance(error, (CaptureError, MatrixError, ModelError, ResultsError, UnsupportedModelError))

@@ -172,4 +172,4 @@ def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str,
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,232 @@
+"""`magicpig eval`: how good are the answers of sampled attention?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from magicpig.cli.errors import InputError
+from magicpig.cli.options import Dtype
+
+if TYPE_CHECKING:
+    from magicpig.evaluation.results import Results
+
+WHAT = "What is evaluated"
+HOW = "How"
+DATA = "Data"
+
+evaluate = typer.Typer(help="Evaluate answers: tasks with known answers, samplers side by side.", no_args_is_help=True)
+
+
+class ChatTemplate(str, Enum):
+    """Whether prompts are wrapped as a user's message; auto does so where the tokenizer has a template."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+@evaluate.command()
+def ruler(
+    model: Annotated[
+        Path, typer.Option(help="Directory of a transformers model: config.json, safetensors weights, tokenizer.")
+    ],
+    out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Tasks and groups of them, separated by commas; see `magicpig eval tasks`.", rich_help_panel=WHAT
+        ),
+    ] = "generated",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of prompt and answer together, as 32768 or 32K.", rich_help_panel=WHAT)
+    ] = "4K",
+    samplers: Annotated[
+        str,
+        typer.Option(
+            help="Samplers with their settings, for example full,lsh,lsh:K=9,L=120,topk:0.02,window: a bare number is "
+            "the budget, rows per head and step or a share of the keys.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "full,lsh",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="question-dense: the whole prompt is read exactly. question-sparse: only the document is, question "
+            "and answer are sampled. Or both.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "question-dense",
+    samples: Annotated[int, typer.Option(min=1, help="Samples per task and length.", rich_help_panel=WHAT)] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the tasks.", rich_help_panel=WHAT)] = 0,
+    dense_layers: Annotated[
+        str | None,
+        typer.Option(help="Layers that are read in full, as 0,16, or none. [default: 0,16,32,48]", rich_help_panel=HOW),
+    ] = None,
+    exact_below: Annotated[
+        int, typer.Option(min=0, help="Shorter contexts are read in full.", rich_help_panel=HOW)
+    ] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Shorten answers below what the task allows.", rich_help_panel=HOW)
+    ] = None,
+    chat_template: Annotated[
+        ChatTemplate, typer.Option(help="Wrap prompts as a user's message for a chat model.", rich_help_panel=HOW)
+    ] = ChatTemplate.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the network; auto is what the weights are stored in.", rich_help_panel=HOW)
+    ] = Dtype.auto,
+    prefill_chunk: Annotated[int, typer.Option(min=64, help="Tokens read at a time.", rich_help_panel=HOW)] = 1024,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
+    ] = False,
+    filler: Annotated[
+        Path | None,
+        typer.Option(help="A UTF-8 text to hide needles in, instead of made-up text.", rich_help_panel=DATA),
+    ] = None,
+    squad: Annotated[Path | None, typer.Option(help="SQuAD v2 questions, for qa_1.", rich_help_panel=DATA)] = None,
+    hotpotqa: Annotated[Path | None, typer.Option(help="HotpotQA questions, for qa_2.", rich_help_panel=DATA)] = None,
+) -> None:
+    """Ask a local model the tasks of RULER (arXiv 2404.06654), with full and with sampled attention side by side.
+
+    Each text is read once and shared by all samplers. Stop the run whenever you like; the same command goes on.
+    """
+    notes = Console(stderr=True, highlight=False)
+    with notes.status("Looking into the model and the data"):
+        from transformers import logging
+
+        from magicpig import generation
+        from magicpig.evaluation import matrix as matrices
+        from magicpig.evaluation.run import evaluate
+        from magicpig.evaluation.tasks import Sources
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        chosen = matrices.parse_tasks(tasks), matrices.parse_lengths(lengths)
+        methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=_layers(dense_layers))
+        protocols = matrices.parse_protocols(protocol)
+        opened = generation.open_model(model, trust_remote_code=trust_remote_code)
+        templated = chat_template is ChatTemplate.auto and bool(opened.tokenizer.chat_template)
+        matrix = matrices.Matrix(
+            *chosen,
+            methods,
+            protocols,
+            samples=samples,
+            seed=seed,
+            chat=templated or chat_template is ChatTemplate.on,
+            new_tokens=max_new_tokens,
+            sources=Sources(filler, squad, hotpotqa),
+        )
+    with _progress(notes) as progress:
+        bar = progress.add_task("Preparing", total=None)
+        try:
+            results = evaluate(
+                opened,
+                matrix,
+                out,
+                dtype=dtype.value,
+                chunk=prefill_chunk,
+                on_start=lambda done, total: progress.reset(bar, completed=done, total=total),
+                on_step=lambda step, work: progress.update(bar, description=escape(step), advance=work),
+            )
+        except KeyboardInterrupt:
+            notes.print(f"What is finished is in {escape(str(out))}; the same command goes on from there.")
+            raise
+    _show(results)
+
+
+@evaluate.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A results file, finished or not.")],
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every cell as one JSON object.")] = False,
+) -> None:
+    """Show the accuracy in a results file, with its confidence interval, and how much was read for it."""
+    from magicpig.evaluation.results import read_results
+    from magicpig.evaluation.table import markdown, summarise, tables
+
+    if as_markdown and as_json:
+        raise InputError("pass either --markdown or --json")
+    results = read_results(file)
+    cells = summarise(results)
+    if as_json:
+        print(json.dumps({"header": results.header, "cells": [asdict(cell) for cell in cells]}, indent=2))
+    elif as_markdown:
+        print("\n\n".join(markdown(table) for table in tables(cells)))
+    else:
+        _show(results)
+
+
+@evaluate.command()
+def tasks(
+    model: Annotated[
+        Path | None, typer.Option(help="Say how long texts must be at least for this model's tokenizer.")
+    ] = None,
+) -> None:
+    """List the tasks and groups of tasks."""
+    from magicpig.evaluation.matrix import GROUPS
+    from magicpig.evaluation.tasks import TASKS, minimum_length
+
+    tokenizer = None
+    if model is not None:
+        from magicpig.generation import open_model
+
+        tokenizer = open_model(model).tokenizer
+    table = Table("task", "asks for", "answer", "minimum", box=box.SIMPLE_HEAD, pad_edge=False)
+    for task in TASKS.values():
+        least = str(minimum_length(task.name, tokenizer)) if tokenizer and not task.source else ""
+        asks = task.about + (f", from --{task.source}" if task.source else "")
+        table.add_row(task.name, asks, str(task.tokens_to_generate), least)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("in tokens: the answer; the least length of prompt and answer, with --model\n")
+    for name, members in GROUPS.items():
+        console.print(f"{name}: {', '.join(members)}")
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return () if text == "none" else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--dense-layers {text!r} is neither whole numbers with commas nor none") from None
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _show(results: Results) -> None:
+    from magicpig.evaluation.table import summarise, tables
+
+    console = Console(highlight=False)
+    if not results.lines:
+        console.print("no sample is finished yet")
+    for each in tables(summarise(results)):
+        console.print(each.title)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for index, name in enumerate(each.head):
+            table.add_column(escape(name), justify="left" if index < 2 else "right", overflow="fold")
+        for block in each.blocks:
+            for row in block:
+                table.add_row(*map(escape, row))
+            table.add_section()
+        console.print(table)

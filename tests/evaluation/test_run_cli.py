@@ -1,0 +1,146 @@
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from magicpig.cli import app
+
+MATRIX = ("--tasks", "vt,cwe", "--lengths", "1000,1K", "--samplers", "full,lsh:K=4,L=20", "--protocol", "both")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)], prog_name="magicpig")
+
+
+def ruler(model_dir, out, *arguments, matrix=MATRIX):
+    options = ("--samples", 1, "--max-new-tokens", 2, *arguments)
+    return run("ruler", "--model", model_dir, "--out", out, *matrix, *options)
+
+
+def assert_refused(result, *causes):
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("magicpig: error: ")
+    for cause in causes:
+        assert str(cause) in line
+
+
+@pytest.fixture(scope="module")
+def results(model_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "r.jsonl"
+    result = ruler(model_dir, path)
+    assert result.exit_code == 0, result.output
+    return path, result.stdout
+
+
+@pytest.mark.parametrize("command", ["ruler", "show", "tasks"])
+def test_every_command_has_help(command):
+    assert f"Usage: magicpig eval {command}" in run(command, "--help").stdout
+
+
+def test_the_summary_has_both_protocols(results):
+    _, shown = results
+    assert shown.count("accuracy in %") == 2
+    assert re.search(r"1K +vt +\d+\.\d \(\d+-\d+\) +\d+\.\d \(\d+-\d+\)", shown)
+    assert re.search(r"1000 +keys read, mean +all +\d+\.\d%", shown)
+
+
+def test_show_is_the_same_summary(results):
+    path, shown = results
+    assert run("show", path).stdout == shown
+
+
+def test_show_for_other_programs(results):
+    path, _ = results
+    answer = json.loads(run("show", path, "--json").stdout)
+    assert {cell["task"] for cell in answer["cells"]} == {"vt", "cwe", "average"}
+    assert answer["header"]["settings"]["samples"] == 1
+    assert "| 1K | vt |" in run("show", path, "--markdown").stdout
+    assert_refused(run("show", path, "--markdown", "--json"), "either --markdown or --json")
+
+
+def test_show_of_what_has_no_results(results, tmp_path):
+    path, _ = results
+    begun = tmp_path / "begun.jsonl"
+    begun.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n")
+    assert run("show", begun).stdout == "no sample is finished yet\n"
+    assert_refused(run("show", tmp_path / "missing.jsonl"), "No such file")
+
+
+def test_tasks_are_listed(model_dir):
+    plain, measured = run("tasks").stdout, run("tasks", "--model", model_dir).stdout
+    assert re.search(r"niah_single_1 +one number in repeated noise +128 *\n", plain)
+    assert re.search(r"niah_single_1 +one number in repeated noise +128 +\d+ *\n", measured)
+    assert "aggregation: cwe, fwe" in plain
+
+
+def test_settings_of_all_samplers(model_dir, tmp_path):
+    path = tmp_path / "r.jsonl"
+    options = ("--dense-layers", "none", "--exact-below", 5000, "--dtype", "bfloat16", "--seed", 5)
+    assert ruler(model_dir, path, *options, matrix=("--lengths", "1K", "--tasks", "vt")).exit_code == 0
+    settings = json.loads(path.read_text().splitlines()[0])["settings"]
+    assert settings["samplers"]["lsh"]["dense_layers"] == []
+    assert settings["samplers"]["lsh"]["exact_below"] == 5000
+    assert settings["dtype"] == "bfloat16"
+    assert settings["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--tasks", "niah_singel_1"], "did you mean niah_single_1"),
+        (["--samplers", "full,lhs"], "did you mean lsh"),
+        (["--protocol", "dense"], "unknown protocol"),
+        (["--lengths", "100"], "length=100 is below the minimum of task vt"),
+        (["--lengths", "64K"], "beyond the model's limit of 8192"),
+        (["--chat-template", "on"], "no chat template"),
+        (["--tasks", "qa_2"], "hotpotqa"),
+        (["--tasks", "qa_1", "--squad", "missing.json"], "missing.json"),
+        (["--dense-layers", "first"], "--dense-layers 'first'"),
+        (["--dense-layers", "-1"], "negative layer"),
+        (["--model", "missing"], "missing: no such directory"),
+        (["--out", "missing/r.jsonl"], "missing/r.jsonl: No such file or directory"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, cause, model_dir, tmp_path):
+    assert_refused(ruler(model_dir, tmp_path / "r.jsonl", *arguments), cause)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_other_settings_is_left_alone(model_dir, results):
+    path, _ = results
+    before = path.read_bytes()
+    assert_refused(ruler(model_dir, path, "--seed", 1), "settings.seed = 0, now it is 1")
+    assert path.read_bytes() == before
+
+
+def test_interrupted_in_a_terminal_it_says_how_to_go_on(model_dir, tmp_path):
+    path = tmp_path / "r.jsonl"
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-m", "magicpig", "eval", "ruler", "--model", model_dir, "--out", path, *MATRIX]
+    running = subprocess.Popen([*command, "--samples", "1000"], stdout=inside, stderr=inside, start_new_session=True)
+    os.close(inside)
+    deadline = time.monotonic() + 120
+    while (not path.exists() or path.read_bytes().count(b"\n") < 9) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    shown = b""
+    try:
+        while block := os.read(terminal, 4096):
+            shown += block
+    except OSError:  # how a pseudo-terminal ends
+        pass
+    os.close(terminal)
+    assert running.wait() == 130
+    assert b"vt 1000 #" in shown
+    assert b"the same command goes on from there" in b" ".join(shown.split())
+    assert b"Traceback" not in shown
+    assert path.read_bytes().endswith(b"}\n")
