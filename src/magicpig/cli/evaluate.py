@@ -112,7 +112,7 @@ def ruler(
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         chosen = matrices.parse_tasks(tasks), matrices.parse_lengths(lengths)
-        methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=_layers(dense_layers))
+        methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=parse_layers(dense_layers))
         protocols = matrices.parse_protocols(protocol)
         opened = generation.open_model(model, trust_remote_code=trust_remote_code)
         templated = chat_template is ChatTemplate.auto and bool(opened.tokenizer.chat_template)
@@ -126,7 +126,7 @@ def ruler(
             new_tokens=max_new_tokens,
             sources=Sources(filler, squad, hotpotqa),
         )
-    with _progress(notes) as progress:
+    with work_progress(notes) as progress:
         bar = progress.add_task("Preparing", total=None)
         try:
             results = evaluate(
@@ -193,7 +193,8 @@ def tasks(
         console.print(f"{name}: {', '.join(members)}")
 
 
-def _layers(text: str | None) -> tuple[int, ...] | None:
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """What --dense-layers says, as `Config` wants it. Raises InputError."""
     if text is None:
         return None
     try:
@@ -202,7 +203,8 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
         raise InputError(f"--dense-layers {text!r} is neither whole numbers with commas nor none") from None
 
 
-def _progress(console: Console) -> Progress:
+def work_progress(console: Console) -> Progress:
+    """A bar for one task whose description says what is going on; nothing at all where nobody watches."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
