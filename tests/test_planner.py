@@ -27,6 +27,16 @@ def test_plan_bounds_what_a_store_takes(tokens: int, sampled: bool) -> None:
     assert held.index <= planned.kept.index <= held.index + 2 * offsets + 2 * CONFIG.L * 2 * CONFIG.block
 
 
+@pytest.mark.parametrize("sampler", ["topk", "quest"])
+def test_samplers_without_tables_are_planned_without_them(sampler: str) -> None:
+    config = Config(sampler=sampler, exact_below=100, block=64)
+    store = KVStore(2, 40, torch.bfloat16, config, sampled=True)
+    store.append(torch.randn(2, 5000, 40), torch.randn(2, 5000, 40))
+    store.settle()
+    planned = plan([LayerShape(2, 40, True)], config, sequences=1, tokens=5000, dtype=torch.bfloat16)
+    assert planned.kept.index == store.nbytes().index == (2 * 309 * 2 * 40 * 2 if sampler == "quest" else 0)
+
+
 def test_layers_and_sequences_add_up() -> None:
     layers = [LayerShape(2, 64, True), LayerShape(2, 64, False), LayerShape(2, 64, False, window=128)]
     one = plan(layers, CONFIG, sequences=1, tokens=10_000, dtype=torch.bfloat16)

@@ -1,6 +1,7 @@
 """One decode step of one layer: append the new token, attend over what is exact and over a sample of the rest.
 
-`decode_step` is the fused, native step. What it computes, told in verbs, is `kernels/reference.py`.
+`decode_step` is the fused, native step. What it computes, told in verbs, is `kernels/reference.py`. Where a sampler of
+samplers.py chooses rows of the body, the native step attends over the exact rows alone, and the others are added here.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from magicpig import samplers
+from magicpig.config import Config
 from magicpig.kernels import native
 from magicpig.kernels._native import LshSampler
+from magicpig.kernels.attend.reference import merge, with_sink_logits
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample, StepInfo
 
@@ -42,17 +46,7 @@ def decode_step(
             store.index_due()
         if store.length >= store.writable_to:
             store.make_room()
-    result = native.decode_step(
-        [store.view for store in stores],
-        _sampler(stores),
-        query.contiguous(),
-        keys.contiguous(),
-        values.contiguous(),
-        scale=scale,
-        softcap=_checked_softcap(softcap),
-        sink_logits=_checked_sinks(sink_logits, query.shape[1]),
-    )
-    return AttentionState(result.output, result.lse)
+    return _step(query, keys, values, stores, scale, softcap, sink_logits)[0]
 
 
 def attend_stores(
@@ -65,20 +59,8 @@ def attend_stores(
 ) -> tuple[AttentionState, StepInfo]:
     """The same attention without a new token, with the sample of every head. Shapes as in `decode_step`."""
     _check_query(query, stores, scale)
-    B, H, _ = query.shape
-    result = native.decode_step(
-        [store.view for store in stores],
-        _sampler(stores),
-        query.contiguous(),
-        None,
-        None,
-        scale=scale,
-        softcap=_checked_softcap(softcap),
-        sink_logits=_checked_sinks(sink_logits, H),
-        capture=True,
-    )
-    samples = [[Sample(*result.samples[b * H + h]) for h in range(H)] for b in range(B)]
-    return AttentionState(result.output, result.lse), step_info(samples, stores[0].kv_heads)
+    state, samples = _step(query, None, None, stores, scale, softcap, sink_logits, capture=True)
+    return state, step_info(samples, stores[0].kv_heads)
 
 
 def step_info(samples: list[list[Sample]], kv_heads: int) -> StepInfo:
@@ -95,12 +77,89 @@ def step_info(samples: list[list[Sample]], kv_heads: int) -> StepInfo:
     )
 
 
+def _step(
+    query: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    stores: Sequence[KVStore],
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    *,
+    capture: bool = False,
+) -> tuple[AttentionState, list[list[Sample]]]:
+    """The checked step, and with `capture` the sample of every head of every sequence."""
+    (B, H, _), dtype = query.shape, query.dtype
+    softcap, sink_logits = _checked_softcap(softcap), _checked_sinks(sink_logits, H)
+    choosing = any(store.sampled and store.config.sampler in samplers.NAMES for store in stores)
+    if choosing:  # then there is something to merge, before anything is rounded and before sink logits join
+        query = query.float()
+        keys, values = (None if x is None else x.float() for x in (keys, values))
+    result = native.decode_step(
+        [store.view for store in stores],
+        _sampler(stores),
+        query.contiguous(),
+        None if keys is None else keys.contiguous(),
+        None if values is None else values.contiguous(),
+        scale=scale,
+        softcap=softcap,
+        sink_logits=None if choosing else sink_logits,
+        capture=capture,
+    )
+    state = AttentionState(result.output, result.lse)
+    samples = [[Sample(*result.samples[b * H + h]) for h in range(H)] for b in range(B)] if capture else []
+    if not choosing:
+        return state, samples
+    for b, store in enumerate(stores):
+        if not store.settled:
+            continue
+        exact = AttentionState(state.output[b], state.lse[b])
+        chosen, drawn = _attend_chosen(query[b], store, scale, softcap)
+        merged = merge([exact, chosen])
+        state.output[b], state.lse[b] = merged.output, merged.lse
+        if capture:
+            samples[b] = drawn
+    if sink_logits is not None:
+        state = with_sink_logits(state, sink_logits.expand_as(state.lse))
+    return AttentionState(state.output.to(dtype), state.lse), samples
+
+
+def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) -> tuple[AttentionState, list[Sample]]:
+    """Attention of the heads (H, D) of one sequence over rows that samplers.py chooses, and which these are."""
+    first = store.config.sinks
+    body = [keys for keys, _ in store.blocks(first, store.indexed_to)]
+    samples = [
+        Sample(first + sample.ids, sample.log_u)
+        for sample in samplers.draw(
+            store.config,
+            query,
+            body,
+            position=store.length,
+            scale=scale,
+            softcap=softcap or None,
+            pages=store.pages,
+        )
+    ]
+    store.count_drawn([len(sample.ids) for sample in samples])
+    group = len(query) // store.kv_heads
+    states = [
+        native.attend(q, store.rows(h // group), sample.ids, sample.log_u, scale=scale, softcap=softcap)
+        for h, (q, sample) in enumerate(zip(query, samples, strict=True))
+    ]
+    state = AttentionState(torch.stack([s.output for s in states]), torch.stack([s.lse for s in states]))
+    return state, samples
+
+
 def _sampler(stores: Sequence[KVStore]) -> LshSampler | None:
     """The hash directions of the stores that sample; they must all have the same."""
     settled = [store for store in stores if store.settled]
-    if len({(store.config.K, store.config.L, store.config.min_hits, store.config.seed) for store in settled}) > 1:
-        raise ValueError("stores differ in K, L, min_hits or seed; one step takes stores of one setting")
+    if len({_setting(store.config) for store in settled}) > 1:
+        raise ValueError("stores differ in sampler, K, L, min_hits or seed; one step takes stores of one setting")
     return settled[0].sampler if settled else None
+
+
+def _setting(config: Config) -> tuple[str, int, int, int, int]:
+    return config.sampler, config.K, config.L, config.min_hits, config.seed
 
 
 def _check_query(query: Tensor, stores: Sequence[KVStore], scale: float) -> None:

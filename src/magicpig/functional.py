@@ -8,11 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from magicpig.config import Config
+from magicpig import samplers
+from magicpig.config import Config, SamplerName
 from magicpig.decode import attend_stores, step_info
 from magicpig.kernels import native, reference
+from magicpig.kernels.attend.reference import attend as attend_rows
 from magicpig.store import KVStore
-from magicpig.types import Sample, StepInfo
+from magicpig.types import AttentionState, Sample, StepInfo
 
 
 def attend(
@@ -20,7 +22,9 @@ def attend(
     keys: Tensor,
     values: Tensor,
     *,
-    sampler: Literal["lsh", "full"] = "lsh",
+    sampler: SamplerName = "lsh",
+    budget: float = 512,
+    centre: bool = True,
     K: int = 10,
     L: int = 150,
     min_hits: int = 2,
@@ -33,6 +37,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, StepInfo]:
     """Attention of one new token over N keys, exact (`sampler="full"`) or from a sample (MagicPIG, arXiv 2410.16179).
 
+    Other samplers, with a `budget` of rows, are there for comparison: docs/algorithm.md.
+
     query: (B, H, 1, D); keys, values: (B, G, N, D) with H a multiple of G; float32, bfloat16, float16 or float64, CPU.
     Settings are those of `Config`; scale defaults to 1 / sqrt(D). There is no length below which sampling is left out.
     kernels: "native", or "reference" for the plain PyTorch specification (the default for float64).
@@ -43,7 +49,18 @@ def attend(
     are in none of them.
     Raises ValueError on bad shapes, dtypes, devices, settings, and on keys or values that are not finite.
     """
-    config = Config(sampler=sampler, K=K, L=L, min_hits=min_hits, seed=seed, sinks=sinks, recent=recent, exact_below=0)
+    config = Config(
+        sampler=sampler,
+        budget=budget,
+        centre=centre,
+        K=K,
+        L=L,
+        min_hits=min_hits,
+        seed=seed,
+        sinks=sinks,
+        recent=recent,
+        exact_below=0,
+    )
     _check(query, keys, values)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not math.isfinite(scale):
@@ -70,11 +87,13 @@ def _attend_reference(
     query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, StepInfo]:
     states, samples = [], []
+    short = keys.shape[2] <= config.sinks + config.recent
     for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
-        if config.sampler == "full":
+        if config.sampler == "full" or short:
             state = reference.attend_full(q, k, v, scale=scale, softcap=softcap)
-            nothing = Sample(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
-            drawn = [nothing] * len(q)
+            drawn = [_nothing()] * len(q)
+        elif config.sampler != "lsh":
+            state, drawn = _attend_chosen(q, k, v, config, scale, softcap)
         else:
             state, drawn = reference.attend_lsh(
                 q,
@@ -84,6 +103,7 @@ def _attend_reference(
                 L=config.L,
                 min_hits=config.min_hits,
                 seed=config.seed,
+                centre=config.centre,
                 sinks=config.sinks,
                 recent=config.recent,
                 scale=scale,
@@ -93,6 +113,31 @@ def _attend_reference(
         samples.append(drawn)
     output = torch.stack([state.output for state in states])[:, :, None].to(query.dtype)
     return output, torch.stack([state.lse for state in states]), step_info(samples, keys.shape[1])
+
+
+def _attend_chosen(
+    query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
+) -> tuple[AttentionState, list[Sample]]:
+    """Attention of one sequence, (H, D) over (G, N, D), with rows of the body chosen as in samplers.py."""
+    N, first = keys.shape[1], config.sinks
+    working = torch.promote_types(query.dtype, torch.float32)
+    samples = [_nothing()] * len(query)
+    if config.sampler in samplers.NAMES:
+        body = [keys[:, first : N - config.recent]]
+        chosen = samplers.draw(config, query.to(working), body, position=N, scale=scale, softcap=softcap)
+        samples = [Sample(first + sample.ids, sample.log_u) for sample in chosen]
+    exact = torch.cat([torch.arange(first), torch.arange(N - config.recent, N)])
+    states, group = [], len(query) // len(keys)
+    for h, sample in enumerate(samples):
+        rows = torch.cat([exact, sample.ids])
+        log_u = torch.cat([torch.zeros(len(exact)), sample.log_u])
+        k, v = keys[h // group, rows], values[h // group, rows]
+        states.append(attend_rows(query[h : h + 1], k, v, scale=scale, log_u=log_u, softcap=softcap))
+    return AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states])), samples
+
+
+def _nothing() -> Sample:
+    return Sample(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from magicpig.config import Config
 from magicpig.kernels import native
+from magicpig.kernels.pages import PAGE_ROWS
 from magicpig.machine import available_memory, cgroup_limit
 from magicpig.store import YOUNG, block_capacity
 from magicpig.types import MemoryUse
@@ -65,7 +66,7 @@ def plan(
     kept, transient = MemoryUse(0, 0), 0
     for layer in layers:
         kept += _kept(layer, config, tokens, dtype)
-        transient = max(transient, _transient(layer, config, tokens))
+        transient = max(transient, _transient(layer, config, tokens, dtype))
     return MemoryPlan(sequences, tokens, MemoryUse(kept.rows * sequences, kept.index * sequences), transient)
 
 
@@ -99,15 +100,23 @@ def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) ->
     body = _body(layer, config, tokens)
     if body == 0:
         return MemoryUse(rows, 0)
+    if config.sampler == "quest":
+        pages = -(-body // PAGE_ROWS)
+        return MemoryUse(rows, layer.kv_heads * pages * 2 * layer.head_dim * dtype.itemsize)
+    if config.sampler != "lsh":
+        return MemoryUse(rows, 0)
     # A segment is closed once another of YOUNG keys no longer fits; one more may be growing.
     segments = -(-body // (native.SEGMENT_ROWS - YOUNG)) + 1
     tables = layer.kv_heads * config.L
     return MemoryUse(rows, tables * (2 * body + segments * 4 * (2**config.K + 1)))
 
 
-def _transient(layer: LayerShape, config: Config, tokens: int) -> int:
-    """Codes and the new tables of one segment while the old ones are still there."""
-    body = min(_body(layer, config, tokens), native.SEGMENT_ROWS)
+def _transient(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) -> int:
+    """Codes and the new tables of one segment while the old ones are still there; for Quest, keys side by side."""
+    body = _body(layer, config, tokens)
+    if config.sampler != "lsh":
+        return layer.kv_heads * body * layer.head_dim * dtype.itemsize if config.sampler == "quest" else 0
+    body = min(body, native.SEGMENT_ROWS)
     return layer.kv_heads * config.L * (2 * 2 * body + 4 * (2**config.K + 1)) if body else 0
 
 

@@ -14,7 +14,7 @@ where they write. Knows nothing of attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from magicpig.config import Config
 from magicpig.kernels import native
 from magicpig.kernels._native import LshSampler, StoreView
+from magicpig.kernels.pages import PAGE_ROWS, page_ranges
 from magicpig.types import MemoryUse
 
 SMALLEST_BLOCK = 256  # rows; doubles up to native.BLOCK_ROWS
@@ -89,6 +90,7 @@ class KVStore:
         self._width = native.padded(head_dim)
         self._blocks: list[_Block] = []
         self._segments: tuple[native.Segment, ...] = ()
+        self.pages = torch.empty(2, kv_heads, 0, head_dim, dtype=dtype)  # `page_ranges` of the body, for Quest
         self._drift_sum = torch.zeros(kv_heads, head_dim)
         self._drift_keys = 0
         self._spread = 0.0
@@ -106,10 +108,15 @@ class KVStore:
 
     @property
     def sampler(self) -> LshSampler | None:
-        """What the native step needs to sample, or None where it does not: nothing is settled, or others choose."""
-        config = self.config
-        if not self.settled or config.sampler != "lsh":
+        """What the kernels need to sample, or None while everything is exact.
+
+        Where the rows of the body are not chosen by hashing (samplers.py), it finds none: there are no tables.
+        """
+        if not self.settled:
             return None
+        config = self.config
+        if config.sampler != "lsh":
+            return shared_sampler(self.head_dim, 1, 1, 1, 0)
         return shared_sampler(self.head_dim, config.K, config.L, config.min_hits, config.seed)
 
     @property
@@ -131,15 +138,28 @@ class KVStore:
             return 0.0
         return float((self._drift_sum / self._drift_keys).norm(dim=1).max()) / self._spread
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views (keys (G, n, D), values (G, n, D)) in position order. Keys have `mean` subtracted once settled."""
-        for rows in self._pieces(0, self.length):
+    def blocks(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views (keys (G, n, D), values (G, n, D)) of [begin, end) in position order.
+
+        Keys have `mean` subtracted, which is zero unless a settled store hashes them.
+        """
+        for rows in self._pieces(begin, self.length if end is None else end):
             yield rows[:, :, : self.head_dim], rows[:, :, self._width : self._width + self.head_dim]
+
+    def rows(self, head: int) -> list[Tensor]:
+        """The rows of one kv head as the kernels read them: blocks (capacity, 2 Dp), key and value side by side."""
+        return [block.rows[head] for block in self._blocks]
+
+    def count_drawn(self, sample_sizes: Sequence[int]) -> None:
+        """Adds to `stats` what the query heads read that the native step did not see."""
+        view = self.view
+        view.sampled_rows += sum(sample_sizes)
+        view.max_share = max(view.max_share, max(sample_sizes) / (self.indexed_to - self.config.sinks))
 
     def nbytes(self) -> MemoryUse:
         """Bytes of memory held, shared parts included."""
         rows = sum(block.rows.nbytes for block in self._blocks)
-        return MemoryUse(rows, sum(segment.nbytes for segment in self._segments))
+        return MemoryUse(rows, sum(segment.nbytes for segment in self._segments) + self.pages.nbytes)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Stores T >= 1 more tokens: keys and values (G, T, D), finite, of any float dtype. Indexes nothing yet."""
@@ -207,11 +227,7 @@ class KVStore:
         del self._blocks[length // native.BLOCK_ROWS + 1 :]  # the next token's block stays
         if self.settled and length - self.config.recent < self.indexed_to:
             # The newest rows become exact again: a store keeps a recent window whenever it has the tokens.
-            end = max(self.config.sinks, length - self.config.recent)
-            kept = [segment for segment in self._segments if segment.first < end]
-            if kept and kept[-1].first + kept[-1].count > end:
-                kept[-1] = native.shorten(kept[-1], end - kept[-1].first)
-            self._set_segments(kept, end)
+            self._index(max(self.config.sinks, length - self.config.recent))
         self._blocks_changed()
         self._schedule()
 
@@ -237,7 +253,9 @@ class KVStore:
         other.view.set_mean(self.mean.contiguous().data_ptr())
         other.view.length = self.length
         if self.settled:
-            other._set_segments(self._segments, self.indexed_to)
+            other._set_segments(self._segments)
+            other.pages = self.pages
+            other.view.indexed_to = self.indexed_to
         other._blocks_changed()
         self.writable_to = 0
         other._schedule()
@@ -296,24 +314,41 @@ class KVStore:
         self._spread = (squares / (self.length * self.kv_heads)) ** 0.5
 
     def _index(self, end: int) -> None:
-        """Moves [indexed_to, end) to the body, and hashes it if it is to be found by its hashes."""
+        """Moves the end of the body, and brings the index that its sampler needs up to it."""
+        if self.config.sampler == "lsh":
+            self._index_tables(end)
+        elif self.config.sampler == "quest":
+            self._index_pages(end)
+        self.view.indexed_to = end
+
+    def _index_tables(self, end: int) -> None:
+        """Hashes [indexed_to, end), or cuts tables off; merges small segments so that a look-up touches few of them."""
         sampler, config = self.sampler, self.config
-        if sampler is None:
-            self.view.indexed_to = end
-            return
-        segments, begin = list(self._segments), self.indexed_to
+        assert sampler is not None
+        segments, begin = [segment for segment in self._segments if segment.first < end], self.indexed_to
+        if segments and segments[-1].first + segments[-1].count > end:
+            segments[-1] = native.shorten(segments[-1], end - segments[-1].first)
         while begin < end:
             n = min(end - begin, native.SEGMENT_ROWS)
             codes = native.hash_rows(list(self._pieces(begin, begin + n)), sampler, config.L)
             segments.append(native.build(codes, config.K, begin))
             begin += n
-            # Small segments are merged so that a look-up touches few of them.
             while len(segments) > 1 and _should_merge(segments[-2].count, segments[-1].count):
                 newest = segments.pop()
                 segments[-1] = native.extend(segments[-1], newest)
-        self._set_segments(segments, end)
+        self._set_segments(segments)
 
-    def _set_segments(self, segments: list[native.Segment] | tuple[native.Segment, ...], indexed_to: int) -> None:
+    def _index_pages(self, end: int) -> None:
+        """Makes the pages anew from the first that is not the same as before and whole."""
+        sinks = self.config.sinks
+        same = (min(end, self.indexed_to) - sinks) // PAGE_ROWS
+        pages, begin = self.pages[:, :, :same], sinks + same * PAGE_ROWS
+        if begin < end:
+            keys = torch.cat([keys for keys, _ in self.blocks(begin, end)], 1)
+            pages = torch.cat([pages, page_ranges(keys)], 2)
+        self.pages = pages
+
+    def _set_segments(self, segments: Sequence[native.Segment]) -> None:
         self._segments = tuple(segments)
         self.view.set_segments(
             [segment.offsets.data_ptr() for segment in segments],
@@ -321,7 +356,6 @@ class KVStore:
             [segment.first for segment in segments],
             [segment.count for segment in segments],
         )
-        self.view.indexed_to = indexed_to
 
     def _schedule(self) -> None:
         """`due`: the length at which there is something to index; `writable_to`: the end of the writable rows."""

@@ -29,6 +29,7 @@ def attend_lsh(
     scale: float,
     softcap: float | None = None,
     seed: int = 0,
+    centre: bool = True,
     planes: Tensor | None = None,
 ) -> tuple[AttentionState, list[Sample]]:
     """Estimate attention from the keys that hashing samples and the first ``sinks`` and last ``recent`` ones.
@@ -37,6 +38,7 @@ def attend_lsh(
     keys    (G, N, D)
     values  (G, N, Dv)
     planes  (D, L * K) as from `make_planes`, which is otherwise called with ``seed``
+    centre  False hashes the keys as they are, to see what centring is for
 
     Returns output (H, Dv) with lse (H,), and for every query head its sample: ascending positions among the N
     tokens, and their natural-log inclusion probabilities. With N <= sinks + recent attention is exact and the
@@ -58,7 +60,7 @@ def attend_lsh(
         # Keys live in a narrow cone opposite to the queries and would hardly ever collide with them.
         # Softmax does not notice when all keys move together; hashing does.
         body = key[~static]
-        centred = body - body.mean(0)
+        centred = body - body.mean(0) if centre else body
         tables = build(hash_vectors(centred, planes, K), K)
 
         for head in group.unsqueeze(1):
