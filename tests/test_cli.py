@@ -147,12 +147,20 @@ def test_json_is_all_there_is_on_stdout(model_dir):
     assert answer["versions"]["torch"] == torch.__version__
 
 
+def test_a_sampler_for_comparison_keeps_to_its_budget(model_dir):
+    answer = json.loads(generate(model_dir, "--json", "--exact-below", 0, "--sampler", "topk", "--budget", 0.1).stdout)
+    assert (answer["settings"]["sampler"], answer["settings"]["budget"]) == ("topk", 0.1)
+    assert answer["cache"]["sampled_share_mean"] == answer["cache"]["sampled_share_max"] == 23 / (300 - 4 - 64)
+    assert answer["cache"]["index_bytes"] == 0
+
+
 def test_text_equals_that_of_transformers_alone(model_dir):
     model = LlamaForCausalLM.from_pretrained(model_dir, local_files_only=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     expected = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, 300:].tolist()
-    for arguments in ([], ["--sampler", "full"], ["--prefill-chunk", 64]):
+    everything = ["--exact-below", 0, "--sampler", "oracle", "--budget", 1000]
+    for arguments in ([], ["--sampler", "full"], ["--prefill-chunk", 64], everything):
         assert json.loads(generate(model_dir, "--json", *arguments, new=12).stdout)["token_ids"] == expected
 
 
@@ -239,7 +247,8 @@ def test_output_file_gets_what_is_printed(model_dir, tmp_path):
         (["--min-hits", "0"], "min_hits=0"),
         (["--sinks", "-1"], "sinks=-1"),
         (["--seed", "-1"], "seed=-1"),
-        (["--sampler", "topk"], "topk"),
+        (["--sampler", "top-k"], "top-k"),
+        (["--budget", "0"], "budget=0"),
         (["--dtype", "int8"], "int8"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--temperature", "-1"], "--temperature"),

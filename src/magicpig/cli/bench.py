@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import STDIO, OutputFile
-from magicpig.cli.options import Dtype, Sampler, checked
+from magicpig.cli.options import Dtype, checked
 from magicpig.config import Config
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def attention(
     setting: Annotated[
         list[str] | None, typer.Option(help="K,L of the hash tables; may be given several times. [default: 10,150]")
     ] = None,
-    sampler: Annotated[Sampler, typer.Option(help="The sampler to measure; only lsh samples.")] = Sampler.lsh,
+    sampler: Annotated[Literal["lsh", "full"], typer.Option(help="The sampler to measure; only lsh samples.")] = "lsh",
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Length of a query, key or value.")] = 128,
@@ -59,7 +59,7 @@ def attention(
     """
     contexts = [_number(part, "--context") for part in context.split(",")]
     configs = [_config(text) for text in setting or ["10,150"]]
-    if sampler is Sampler.full:
+    if sampler == "full":
         raise InputError("--sampler full has no step to measure: exact attention is in every run")
     if dtype is Dtype.auto:
         raise InputError("--dtype auto is for models; choose float32, bfloat16 or float16")

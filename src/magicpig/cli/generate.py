@@ -13,9 +13,9 @@ from rich.table import Table
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
-from magicpig.cli.options import Dtype, Sampler, checked
+from magicpig.cli.options import Dtype, checked
 from magicpig.cli.report import cache_as_dict, prefill_progress
-from magicpig.config import Config
+from magicpig.config import Config, SamplerName
 from magicpig.machine import versions
 
 if TYPE_CHECKING:
@@ -53,9 +53,19 @@ def generate(
         typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this mass.", rich_help_panel=ANSWER),
     ] = 1.0,
     sampler: Annotated[
-        Sampler,
-        typer.Option(help="lsh reads the keys that hashing picks, full reads them all.", rich_help_panel=METHOD),
-    ] = Sampler.lsh,
+        SamplerName,
+        typer.Option(
+            help="lsh reads the keys that hashing picks, full reads them all; the others are for comparison.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "lsh",
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="Keys that a sampler for comparison reads per head and step; below 1, a share of them.",
+            rich_help_panel=METHOD,
+        ),
+    ] = DEFAULTS.budget,
     K: Annotated[
         int, typer.Option("-K", help="Bits per hash table: more samples fewer keys.", rich_help_panel=METHOD)
     ] = DEFAULTS.K,
@@ -107,7 +117,8 @@ def generate(
         raise InputError("--prompt is not valid UTF-8")
     config = checked(
         Config,
-        sampler=sampler.value,
+        sampler=sampler,
+        budget=budget,
         K=K,
         L=L,
         min_hits=min_hits,

@@ -11,13 +11,6 @@ from magicpig.cli.errors import InputError
 T = TypeVar("T")
 
 
-class Sampler(str, Enum):
-    """How body keys are picked."""
-
-    lsh = "lsh"
-    full = "full"
-
-
 class Dtype(str, Enum):
     """Floating point types; auto is what a model's weights are stored in."""
 
@@ -33,3 +26,13 @@ def checked(make: Callable[..., T], *arguments: Any, **settings: Any) -> T:
         return make(*arguments, **settings)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """What --dense-layers says, as `Config` wants it. Raises InputError."""
+    if text is None:
+        return None
+    try:
+        return () if text == "none" else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--dense-layers {text!r} is neither whole numbers with commas nor none") from None
