@@ -89,7 +89,9 @@ def edit_config(model, **changes):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["doctor"], ["demo"], ["capture"], ["bench"], ["bench", "attention"]], ids=" ".join
+    "command",
+    [[], ["generate"], ["doctor"], ["demo"], ["capture"], ["figures"], ["bench"], ["bench", "attention"]],
+    ids=" ".join,
 )
 def test_every_command_has_help(command):
     result = run(*command, "--help")
@@ -591,6 +593,69 @@ def test_capture_reads_a_text_or_a_task(model_dir, tmp_path):
 def test_capture_refuses_what_is_not_there(model_dir, tmp_path, arguments, cause):
     assert_refused(capture(model_dir, tmp_path, *arguments), cause)
     assert not (tmp_path / "out").exists()
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def figures(model, out, *arguments):
+    small = (
+        "--length",
+        1000,
+        "--tasks",
+        "fwe",
+        "--needles",
+        "fwe",
+        "--samplers",
+        "full,lsh",
+        "--texts",
+        1,
+        "--steps",
+        2,
+    )
+    return run("figures", "--model", model, "--out", out, "--dense-layers", "none", "--samples", 1, *small, *arguments)
+
+
+def test_figures_are_pictures_and_the_numbers_behind_them(model_dir, tmp_path):
+    result = figures(model_dir, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    names = ("figure1", "figure2", "figure3", "centring")
+    expected = {name + suffix for name in names for suffix in (".png", ".svg", ".jsonl")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected | {
+        "figure1-results.jsonl",
+        "centring-results.jsonl",
+    }
+    for name in names:
+        header, *rows = map(json.loads, (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines())
+        assert header["figure"] == name
+        assert header["model"]["name"] == "tiny"
+        assert header["made"]["versions"]["torch"] == torch.__version__
+        assert "date" not in header["made"]
+        assert rows
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert figures(model_dir, tmp_path / "out", "--only", "1,3").exit_code == 0  # accuracies are not measured again
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--only", "1,4"], "--only '4': there is no such figure"),
+        (["--samplers", "full"], "--samplers: there is nothing to compare"),
+        (["--samplers", "lhs"], "unknown sampler 'lhs'; did you mean lsh"),
+        (["--tasks", "few"], "unknown task 'few'; did you mean"),
+        (["--length", "50", "--only", "2"], "length=50 is below the minimum of task fwe"),
+        (["--length", "1M", "--only", "1"], "length '1M' is not a number"),
+    ],
+)
+def test_figures_refuse_what_cannot_be_drawn(model_dir, tmp_path, arguments, cause):
+    assert_refused(figures(model_dir, tmp_path / "out", *arguments), cause)
+
+
+def test_figures_need_a_directory_that_can_be_written(model_dir, tmp_path):
+    (tmp_path / "out").touch()
+    assert_refused(figures(model_dir, tmp_path / "out", "--only", "2"), f"cannot write to {tmp_path / 'out'}")
+    assert_refused(figures(model_dir, tmp_path / "a" / "b", "--only", "2"), "No such file or directory")
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

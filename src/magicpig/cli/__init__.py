@@ -15,6 +15,7 @@ from magicpig.cli.demo import demo
 from magicpig.cli.doctor import doctor
 from magicpig.cli.errors import OneLineErrors
 from magicpig.cli.evaluate import evaluate
+from magicpig.cli.figures import figures
 from magicpig.cli.generate import generate
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(demo)
 app.command()(capture)
+app.command()(figures)
 app.command()(doctor)
 
 measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)
