@@ -85,33 +85,26 @@ def fit(recipe: Recipe, meter: Meter, limit: int) -> tuple[Draft, int]:
     """
     units = recipe.minimum
     draft = recipe.build(units, 0)
-    tokens = meter.exact(draft.prompt)
+    tokens, estimate = meter.exact(draft.prompt), meter.estimate(draft.prompt)
     if tokens > limit:
         return draft, tokens
 
-    estimate, slope = meter.estimate(draft.prompt), 1.0
+    slope = 1.0  # tokens for one estimated token
     for _ in range(_ROUNDS):
-        base = tokens - slope * estimate
-        best = _largest(
-            lambda n: base + slope * meter.estimate(recipe.build(n, 0).prompt),  # noqa: B023
-            limit,
-            recipe.minimum,
-            recipe.maximum,
-            step=16,
-        )
-        if best == units:
+        before = units, tokens, estimate
+        units = _most_units(recipe, meter, limit, offset=tokens - slope * estimate, slope=slope)
+        if units == before[0]:
             break
-        before = tokens, estimate
-        units, draft = best, recipe.build(best, 0)
+        draft = recipe.build(units, 0)
         tokens, estimate = meter.exact(draft.prompt), meter.estimate(draft.prompt)
-        if estimate != before[1]:
-            slope = max(0.1, (tokens - before[0]) / (estimate - before[1]))
+        if estimate != before[2]:
+            slope = max(0.1, (tokens - before[1]) / (estimate - before[2]))
     while tokens > limit:
         units -= 1
         draft = recipe.build(units, 0)
         tokens = meter.exact(draft.prompt)
 
-    drafts: dict[int, tuple[Draft, int]] = {0: (draft, tokens)}
+    drafts = {0: (draft, tokens)}
 
     def filled(count: int) -> int:
         if count not in drafts:
@@ -120,6 +113,13 @@ def fit(recipe: Recipe, meter: Meter, limit: int) -> tuple[Draft, int]:
         return drafts[count][1]
 
     return drafts[_largest(filled, limit, 0, recipe.paddings, step=limit - tokens)]
+
+
+def _most_units(recipe: Recipe, meter: Meter, limit: int, *, offset: float, slope: float) -> int:
+    def cost(units: int) -> float:
+        return offset + slope * meter.estimate(recipe.build(units, 0).prompt)
+
+    return _largest(cost, limit, recipe.minimum, recipe.maximum, step=16)
 
 
 def _largest(cost: Callable[[int], float], limit: int, low: int, high: int | None, *, step: int) -> int:
