@@ -32,11 +32,10 @@ def capture(
         typer.Option(help="Or a generated text, of this task; see `magicpig eval tasks`.", rich_help_panel=TEXT),
     ] = None,
     length: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            min=1,
-            help="Read this many tokens of the text; of a task, prompt and answer together.  "
-            "[default: all, of a task 16384]",
+            help="Read this many tokens of the text, as 16384 or 16K; of a task, prompt and answer together. "
+            "[default: all, of a task 16K]",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -86,15 +85,17 @@ def capture(
             from magicpig import generation
             from magicpig.capture import Capture
             from magicpig.capture.record import record
+            from magicpig.evaluation.matrix import parse_lengths
             from magicpig.evaluation.tasks import generate
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
+            wanted = None if length is None else parse_lengths(length)[0]
             opened = generation.open_model(model, trust_remote_code=trust_remote_code)
             if content is not None:
-                ids = generation.encode(opened, content)[:length]
+                ids = generation.encode(opened, content)[:wanted]
             else:
-                sample = checked(generate, task, opened.tokenizer, length or TASK_LENGTH, index=index, seed=seed)
+                sample = checked(generate, task, opened.tokenizer, wanted or TASK_LENGTH, index=index, seed=seed)
                 ids = generation.encode(opened, sample.prompt, new_tokens=new_tokens)
             network = generation.load(opened, dtype=dtype.value)
         with prefill_progress(notes) as progress:
