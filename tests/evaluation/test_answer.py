@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from magicpig.config import Config
-from magicpig.evaluation.answer import answers
+from magicpig.evaluation.answer import answers, read_document
 from magicpig.evaluation.matrix import PROTOCOLS, Method, parse_methods
 from magicpig.integrations.transformers import MagicPigCache, attach, detach
 
@@ -31,7 +31,8 @@ CONTEXT, QUESTION = tokens(600), tokens(40, 1)
 
 def ask(network, protocol, *methods, context=CONTEXT, new_tokens=12, stop=(), **options):
     runs = [(protocol, Method("", method)) for method in methods]
-    given = answers(network, context, QUESTION, runs, new_tokens=new_tokens, stop=stop, **options)
+    document = read_document(network, context, **options)
+    given = answers(network, document, QUESTION, runs, new_tokens=new_tokens, stop=stop)
     return [answer.token_ids for answer in given]
 
 
@@ -100,12 +101,18 @@ def test_an_answer_ends_at_its_stop_token(attached):
 
 def test_one_token_is_never_sampled_when_the_question_is_dense(attached):
     runs = [(protocol, Method("", SOME)) for protocol in PROTOCOLS]
-    dense, sparse = answers(attached, CONTEXT, QUESTION, runs, new_tokens=1, stop=())
+    dense, sparse = answers(attached, read_document(attached, CONTEXT), QUESTION, runs, new_tokens=1, stop=())
     assert dense.cache.sampled_share_mean is None
     assert 0 < sparse.cache.sampled_share_mean < 1
 
 
-def test_the_context_is_read_once(attached):
+def test_a_document_is_read_once_for_all_questions(attached):
     seen = []
-    ask(attached, "question-sparse", SOME, EVERYTHING, Config(sampler="full"), chunk=200, on_context=seen.append)
+    document = read_document(attached, CONTEXT, chunk=200, on_chunk=seen.append)
     assert seen == [200, 200, 200]
+    runs = [(protocol, Method("", config)) for protocol in PROTOCOLS for config in (SOME, Config(sampler="full"))]
+    first = [answer.token_ids for answer in answers(attached, document, QUESTION, runs, new_tokens=5, stop=())]
+    list(answers(attached, document, tokens(30, 3), runs, new_tokens=5, stop=()))
+    again = [answer.token_ids for answer in answers(attached, document, QUESTION, runs, new_tokens=5, stop=())]
+    assert first == again
+    assert document.report().tokens == len(CONTEXT)

@@ -11,6 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from magicpig.cli import app
+from magicpig.config import SAMPLERS, Config
+from magicpig.evaluation import harness
+from magicpig.evaluation.results import read_results
 
 MATRIX = ("--tasks", "vt,cwe", "--lengths", "1000,1K", "--samplers", "full,lsh:K=4,L=20", "--protocol", "both")
 
@@ -41,7 +44,7 @@ def results(model_dir, tmp_path_factory):
     return path, result.stdout
 
 
-@pytest.mark.parametrize("command", ["ruler", "show", "tasks"])
+@pytest.mark.parametrize("command", ["ruler", "show", "tasks", "lm-eval"])
 def test_every_command_has_help(command):
     assert f"Usage: magicpig eval {command}" in run(command, "--help").stdout
 
@@ -144,3 +147,70 @@ def test_interrupted_in_a_terminal_it_says_how_to_go_on(model_dir, tmp_path):
     assert b"the same command goes on from there" in b" ".join(shown.split())
     assert b"Traceback" not in shown
     assert path.read_bytes().endswith(b"}\n")
+
+
+def test_every_sampler_under_both_protocols(model_dir, tmp_path):
+    others = [name for name in SAMPLERS if name not in ("full", "window", "lsh")]
+    methods = ["full", "lsh", "window", *(f"{name}:0.05" for name in others)]
+    matrix = (
+        "--lengths",
+        "1K",
+        "--tasks",
+        "niah_multivalue,cwe",
+        "--samplers",
+        ",".join(methods),
+        "--protocol",
+        "both",
+    )
+    path = tmp_path / "r.jsonl"
+    result = ruler(model_dir, path, matrix=matrix)
+    assert result.exit_code == 0, result.output
+    lines = read_results(path).lines
+    assert len(lines) == 2 * 2 * len(methods)
+    for line in lines:
+        sampler = line["sampler"].partition(":")[0]
+        if sampler in ("full", "window"):
+            assert line["share_mean"] == {"full": None, "window": 0.0}[sampler]
+        elif sampler in others:
+            assert 0.03 < line["share_mean"] < 0.06
+            assert line["share_mean"] <= line["share_max"] < 0.1
+        if sampler in ("full", "window", "topk"):
+            assert line["index_bytes"] == 0
+        elif sampler in ("lsh", "quest"):
+            assert line["index_bytes"] > 0
+
+
+# --- lm-eval ----------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_are_exported_for_the_harness(tmp_path):
+    result = run("lm-eval", "--export", tmp_path / "tasks", "--lengths", "4K,8K")
+    assert result.exit_code == 0, result.output
+    assert "magicpig_niah_single_1" in result.stdout.split()
+    assert (tmp_path / "tasks" / "magicpig_niah_single_1.yaml").is_file()
+
+
+def test_the_harness_gets_what_was_asked_for(model_dir, tmp_path, monkeypatch):
+    asked = {}
+
+    def harnessed(model, tasks, **options):
+        asked.update(options, directory=model.directory, tasks=tasks)
+        scores = {"alias": "magicpig_vt", "4096,none": 0.25, "4096_stderr,none": 0.125, "acc,none": 1.0}
+        return {"results": {"magicpig_vt": scores}}
+
+    monkeypatch.setattr(harness, "run", harnessed)
+    options = ("--tasks", "vt", "--sampler", "lsh:K=9", "--lengths", "8K", "--limit", 3, "--chat", "--seed", 4)
+    result = run("lm-eval", "--model", model_dir, *options, "--output", tmp_path / "r.json")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"magicpig_vt +4096 +0.2500 +0.1250", result.stdout)
+    assert re.search(r"magicpig_vt +acc +1.0000", result.stdout)
+    assert json.loads((tmp_path / "r.json").read_text())["results"]["magicpig_vt"]["acc,none"] == 1
+    assert asked["directory"] == model_dir
+    assert asked["config"] == Config(K=9)
+    assert (asked["lengths"], asked["limit"], asked["seed"], asked["chat"]) == ((8192,), 3, 4, True)
+
+
+def test_mistakes_before_the_harness(model_dir):
+    assert_refused(run("lm-eval"), "either --model or --export")
+    assert_refused(run("lm-eval", "--model", model_dir, "--sampler", "full,lsh"), "more than one")
+    assert_refused(run("lm-eval", "--model", model_dir / "missing"), "no such directory")

@@ -6,17 +6,18 @@ import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from magicpig.cli.errors import InputError
-from magicpig.cli.options import Dtype
+from magicpig.cli.files import OutputFile
+from magicpig.cli.options import Dtype, parse_layers
+from magicpig.cli.report import work_progress
 
 if TYPE_CHECKING:
     from magicpig.evaluation.results import Results
@@ -193,27 +194,76 @@ def tasks(
         console.print(f"{name}: {', '.join(members)}")
 
 
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """What --dense-layers says, as `Config` wants it. Raises InputError."""
-    if text is None:
-        return None
-    try:
-        return () if text == "none" else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--dense-layers {text!r} is neither whole numbers with commas nor none") from None
+@evaluate.command("lm-eval")
+def lm_eval(
+    model: Annotated[Path | None, typer.Option(help="Directory of a transformers model.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Our tasks and groups of them, and lm-evaluation-harness' own, separated by commas.")
+    ] = "generated",
+    sampler: Annotated[str, typer.Option(help="One sampler with its settings, as lsh:K=9,L=120.")] = "lsh",
+    lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer together, of our tasks.")] = "4K",
+    samples: Annotated[int, typer.Option(min=1, help="Samples per task and length, of our tasks.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of our tasks.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many questions per task.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples in front of each question.")] = None,
+    chat: Annotated[bool, typer.Option(help="Wrap prompts as a user's message for a chat model.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of the network; auto is what the weights are stored in.")] = Dtype.auto,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Only write our tasks to this directory, for lm_eval --include_path.")
+    ] = None,
+    filler: Annotated[Path | None, typer.Option(help="A UTF-8 text to hide needles in.", rich_help_panel=DATA)] = None,
+    squad: Annotated[Path | None, typer.Option(help="SQuAD v2 questions, for qa_1.", rich_help_panel=DATA)] = None,
+    hotpotqa: Annotated[Path | None, typer.Option(help="HotpotQA questions, for qa_2.", rich_help_panel=DATA)] = None,
+    output: Annotated[Path | None, typer.Option(help="Write all results to this file, as JSON.")] = None,
+) -> None:
+    """Run lm-evaluation-harness on a local model with sampled attention, or export our tasks for it.
 
+    Its own tasks may download their data. Needs the extra: pip install 'magicpig[eval]'.
+    """
+    if (model is None) == (export is None):
+        raise InputError("pass either --model or --export")
+    from magicpig.evaluation import harness, matrix
+    from magicpig.evaluation.tasks import Sources
 
-def work_progress(console: Console) -> Progress:
-    """A bar for one task whose description says what is going on; nothing at all where nobody watches."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    method, *others = matrix.parse_methods(sampler)
+    if others:
+        raise InputError(f"--sampler {sampler!r} is more than one")
+    ours: dict[str, Any] = {
+        "lengths": matrix.parse_lengths(lengths),
+        "samples": samples,
+        "seed": seed,
+        "sources": Sources(filler, squad, hotpotqa),
+    }
+    if export is not None:
+        for name in harness.export(export, **ours):
+            print(name)
+        return
+    assert model is not None
+    from magicpig.generation import open_model
+
+    with OutputFile(output) as file:
+        results = harness.run(
+            open_model(model, trust_remote_code=trust_remote_code),
+            tasks,
+            config=method.config,
+            limit=limit,
+            fewshot=fewshot,
+            chat=chat,
+            dtype=dtype.value,
+            **ours,
+        )
+        file.write(json.dumps(results, indent=2, default=str) + "\n")
+    table = Table("task", "metric", "value", "standard error", box=box.SIMPLE_HEAD, pad_edge=False)
+    for task, found in results["results"].items():
+        for metric, value in found.items():
+            name = metric.partition(",")[0]
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = found.get(metric.replace(name, f"{name}_stderr", 1))
+                table.add_row(task, name, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
+    Console(highlight=False).print(table)
 
 
 def _show(results: Results) -> None:

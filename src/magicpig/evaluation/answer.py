@@ -1,7 +1,8 @@
-"""One prompt, answered by several samplers under both protocols. Its context is read once; what differs is forked."""
+"""Questions about one document, answered by several samplers. What they share is read once; what differs is forked."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,31 +19,41 @@ EXACT = Config(sampler="full")
 
 @dataclass(frozen=True)
 class Answer:
-    """token_ids: what was generated, the token that ended it included. cache: what was held and read for it."""
+    """What was generated, and what it took.
+
+    token_ids: the token that ended it included. cache: what was held and read. index_s: seconds of indexing.
+    decode_s: seconds of all decode steps, one for each token but the first.
+    """
 
     token_ids: list[int]
     cache: CacheReport
+    index_s: float
+    decode_s: float
+
+
+def read_document(
+    network: Any, tokens: list[int], *, chunk: int = 1024, on_chunk: Callable[[int], None] = lambda tokens: None
+) -> MagicPigCache:
+    """A cache in which an attached network has read ``tokens`` exactly. chunk, on_chunk: as in `generation.read`."""
+    document = MagicPigCache(network.config, EXACT)
+    read(network, tokens, document, chunk=chunk, on_chunk=on_chunk)
+    return document
 
 
 def answers(
     network: Any,
-    context: list[int],
+    document: MagicPigCache,
     question: list[int],
     runs: Iterable[tuple[str, Method]],
     *,
     new_tokens: int,
     stop: Collection[int],
-    chunk: int = 1024,
-    on_context: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Answer]:
-    """The greedy answer of an attached network in each run, a protocol and a method. Nothing depends on other runs.
+    """The greedy answer of each run, a protocol and a method. It does not depend on other runs or questions.
 
-    question-dense: context and question are read exactly, and every token after the first is sampled (as in MagicPIG,
-    arXiv 2410.16179). question-sparse: the context is read exactly and indexed; question and answer are sampled.
-    on_context is called with the tokens of each chunk of the context as it is read.
+    question-dense: the question is read exactly as the document was, and every token after the first is sampled (as in
+    MagicPIG, arXiv 2410.16179). question-sparse: the document is indexed, then question and answer are sampled.
     """
-    document = MagicPigCache(network.config, EXACT)
-    read(network, context, document, chunk=chunk, on_chunk=on_context)
     asked: tuple[MagicPigCache, Tensor] | None = None
     exact: Answer | None = None
     for protocol, method in runs:
@@ -52,16 +63,25 @@ def answers(
             continue
         if sampled and protocol == "question-sparse":
             cache = document.fork(_decoding(method.config, len(question)))
-            cache.settle()
+            index_s = _settle(cache)
             logits = read(network, question, cache, chunk=len(question))
         else:
             if asked is None:
-                whole = document.fork()
-                asked = whole, read(network, question, whole, chunk=chunk)
+                dense = document.fork()
+                asked = dense, read(network, question, dense)
             cache, logits = asked[0].fork(method.config), asked[1]
-        answer = Answer(greedy(network, logits, cache, max_new_tokens=new_tokens, stop=stop), cache.report())
+            index_s = _settle(cache)
+        start = time.perf_counter()
+        token_ids = greedy(network, logits, cache, max_new_tokens=new_tokens, stop=stop)
+        answer = Answer(token_ids, cache.report(), index_s, time.perf_counter() - start)
         exact = exact if sampled else answer
         yield answer
+
+
+def _settle(cache: MagicPigCache) -> float:
+    start = time.perf_counter()
+    cache.settle()
+    return time.perf_counter() - start
 
 
 def _decoding(config: Config, tokens: int) -> Config:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from magicpig.evaluation.answer import EXACT, Answer, answers
+from magicpig.evaluation.answer import EXACT, Answer, answers, read_document
 from magicpig.evaluation.matrix import Matrix, MatrixError
 from magicpig.evaluation.results import Results, ResultsFile, read_results
 from magicpig.evaluation.tasks import Sample, generate, score
@@ -56,17 +57,15 @@ def evaluate(
             sample = make_sample(model, matrix, task, length, index)
             new_tokens = min(sample.tokens_to_generate, matrix.new_tokens or sample.tokens_to_generate)
             context, question = make_prompt(model, matrix, sample, new_tokens)
+            document = read_document(network, context, chunk=chunk, on_chunk=partial(on_step, name))
             lines = []
-            for (protocol, method), answer in zip(
-                runs,
-                answers(network, context, question, runs, new_tokens=new_tokens, stop=stop, chunk=chunk),
-                strict=True,
-            ):
+            given = answers(network, document, question, runs, new_tokens=new_tokens, stop=stop)
+            for (protocol, method), answer in zip(runs, given, strict=True):
                 key = {"task": task, "length": length, "index": index, "protocol": protocol, "sampler": method.name}
                 lines.append(key | {"prompt_tokens": len(context) + len(question)} | _judged(model, sample, answer))
                 on_step(f"{name} {protocol} {method.name}", length)
             file.append(lines)
-            on_step(name, length)
+            on_step(name, length - len(context))
     return read_results(path)
 
 
