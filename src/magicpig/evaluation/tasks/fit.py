@@ -22,7 +22,7 @@ _ROUNDS = 6  # of correcting the estimate; two or three are usual
 class Tokenizer(Protocol):
     """What is asked of a tokenizer; transformers' tokenizers are such."""
 
-    def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Mapping[str, Any]: ...
+    def __call__(self, text: Any, *, add_special_tokens: bool = True, verbose: bool = True) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Meter:
 
     def exact(self, text: str) -> int:
         """The tokens of the text, with the special tokens that the tokenizer adds."""
-        return len(self._tokenizer(text)["input_ids"])
+        # Prompts may be longer than the tokenizer thinks its model can read.
+        return len(self._tokenizer(text, verbose=False)["input_ids"])
 
     def estimate(self, text: str) -> int:
         """The tokens of the text's pieces, each encoded by itself."""
