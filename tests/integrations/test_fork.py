@@ -21,6 +21,10 @@ SETTINGS = {
     "another lsh": Config(**{**SMALL, "K": 3, "sinks": 5, "recent": 11, "seed": 3}),
     "one dense layer": Config(**{**SMALL, "dense_layers": (1,)}),
     "full": FULL,
+    "keys as they are": Config(**{**SMALL, "centre": False}),
+    "window": Config(**{**SMALL, "sampler": "window"}),
+    "quest": Config(**{**SMALL, "sampler": "quest", "budget": 0.3}),
+    "oracle": Config(**{**SMALL, "sampler": "oracle", "budget": 10}),
 }
 FAMILIES = ["llama", "gemma2", "gpt_oss"]  # plain; softcap beside sliding layers; sink logits beside sliding layers
 
