@@ -31,8 +31,8 @@ def draw(
 ) -> list[Sample]:
     """The rows that each of the query heads reads of the body, by `config.sampler` and within `config.budget`.
 
-    query: (H, D), float32 or float64; body: keys (G, n_i, D), piece by piece. position: of the query's token; with
-    `config.seed` it says what is drawn. pages: `page_ranges` of the body, which are otherwise made where needed.
+    query: (H, D), float32 or float64; body: keys (G, n_i, D), piece by piece. position: how many tokens there are so
+    far; with `config.seed` it says what is drawn. pages: `page_ranges` of the body, otherwise made where needed.
     Returns a sample for each head, whose ids count from the body's first row. A budget of the whole body reads it.
     """
     n = sum(piece.shape[1] for piece in body)

@@ -2,7 +2,8 @@
 
 Rows are addressed by position. They lie in blocks of 4096, `[G, capacity, key | value]`; only the last block is ever
 moved, while it is small. A store begins exact and uncentred. `settle` freezes the mean of the body keys, subtracts it
-from every key (attention does not change: softmax is shift invariant) and indexes the body. From then on
+from every key (attention does not change: softmax is shift invariant) and indexes the body; for samplers that do not
+hash, keys stay as they are. From then on
 
     [0, sinks)             exact
     [sinks, indexed_to)    sampled

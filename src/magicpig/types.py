@@ -24,7 +24,7 @@ class Sample:
     """The keys one query head drew.
 
     ids: (S,) int64 token positions, ascending.
-    log_u: (S,) natural logarithm of each key's inclusion probability.
+    log_u: (S,) natural logarithm of each key's inclusion probability, by which its weight is divided.
     """
 
     ids: Tensor

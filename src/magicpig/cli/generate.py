@@ -85,7 +85,7 @@ def generate(
         int, typer.Option(help="Contexts with fewer tokens are read in full.", rich_help_panel=METHOD)
     ] = DEFAULTS.exact_below,
     seed: Annotated[
-        int, typer.Option(help="Seed of the hashing and of --temperature.", rich_help_panel=METHOD)
+        int, typer.Option(help="Seed of the sampling of keys and of --temperature.", rich_help_panel=METHOD)
     ] = DEFAULTS.seed,
     dtype: Annotated[
         Dtype, typer.Option(help="What the model computes in; auto is what its weights are stored in.")

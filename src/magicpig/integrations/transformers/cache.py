@@ -382,7 +382,8 @@ class LayerReport:
     tokens: tokens held. indexed: of these, the ones that are sampled; the others are read by every step.
     sampled_share_mean, sampled_share_max: of the indexed keys, the share that a query head read in a decode step;
     None before the first sampled step.
-    kv_bytes: memory of keys and values. index_bytes: memory of the hash tables. What beams share is counted for each.
+    kv_bytes: memory of keys and values. index_bytes: memory of the hash tables, or of what else finds keys. What beams
+    share is counted for each.
     full_step_bytes: keys and values that one step of full attention over `tokens` reads.
     read_step_bytes: keys and values that one step reads now, at the mean share; query heads that share a key/value
     head are counted as if no two of them drew the same row.
