@@ -616,7 +616,8 @@ def figures(model, out, *arguments):
     return run("figures", "--model", model, "--out", out, "--dense-layers", "none", "--samples", 1, *small, *arguments)
 
 
-def test_figures_are_pictures_and_the_numbers_behind_them(model_dir, tmp_path):
+def test_figures_are_pictures_and_the_numbers_behind_them(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "commit", lambda: "a commit")
     result = figures(model_dir, tmp_path / "out")
     assert result.exit_code == 0, result.output
     names = ("figure1", "figure2", "figure3", "centring")
@@ -630,6 +631,7 @@ def test_figures_are_pictures_and_the_numbers_behind_them(model_dir, tmp_path):
         assert header["figure"] == name
         assert header["model"]["name"] == "tiny"
         assert header["made"]["versions"]["torch"] == torch.__version__
+        assert header["made"]["commit"] == "a commit"
         assert "date" not in header["made"]
         assert rows
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

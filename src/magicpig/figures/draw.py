@@ -117,7 +117,7 @@ def draw_centring(rows: Rows) -> Figure:
     shares.set_title("Keys sampled")
     shares.set_xlim(0)
     shares.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-    legend_below(figure, [accuracy], columns=3)
+    legend_below(figure, [accuracy, shares])
     return figure
 
 
@@ -145,18 +145,10 @@ def _draw_spread(axes: Axes, rows: Rows) -> None:
             axes.plot(SHARES, row["mass"], color=colour, linewidth=0.7, alpha=0.6, linestyle=dashes)
         if chosen:
             axes.plot([], [], color=colour, label=f"{label} ({len(chosen)})")
-    axes.plot([TAIL_SHARE], [TAIL_MASS], color=BLACK, marker="o", linestyle="", markersize=4)
-    axes.annotate(
-        f"long-tailed: below here\n({100 * TAIL_MASS:.0f} % in {100 * TAIL_SHARE:.0f} % of the keys)",
-        (TAIL_SHARE, TAIL_MASS),
-        (0.97, 0.30),
-        textcoords="axes fraction",
-        ha="right",
-        fontsize=7.5,
-        arrowprops={"arrowstyle": "-", "color": BLACK, "linewidth": 0.6},
-    )
+    axes.plot([TAIL_SHARE, TAIL_SHARE, SHARES[0]], [0.3, TAIL_MASS, TAIL_MASS], color=BLACK, linestyle=":", linewidth=1)
     _mass_axes(axes)
-    axes.legend(loc="lower right")
+    rule = f"long-tailed: top {_percent(TAIL_SHARE)} hold < {_percent(TAIL_MASS)}"
+    axes.legend(loc="lower right", title=rule, title_fontsize=7.5, frameon=True, framealpha=1, edgecolor="white")
 
 
 def _draw_sink(axes: Axes, rows: Rows) -> None:
@@ -201,7 +193,7 @@ def _mass_axes(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(_percent)
 
 
-def _percent(share: float, _: float) -> str:
+def _percent(share: float, _: float = 0) -> str:
     return f"{100 * share:.0f} %"
 
 

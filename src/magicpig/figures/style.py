@@ -7,6 +7,7 @@ tell apart; markers and dashes say the same once more. The same numbers give the
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,15 +134,16 @@ def percent_ticks(axis: Axis, lowest: float, highest: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend_below(figure: Figure, axes: list[Axes], columns: int | None = None) -> None:
-    """One legend for all panels, each entry once, in the order of `LOOKS`; by default as wide as the panels allow."""
-    columns = min(4, 2 * len(axes)) if columns is None else columns
+def legend_below(figure: Figure, axes: list[Axes]) -> None:
+    """One legend for all panels, each entry once, in the order of `LOOKS`, in rows of about the same length."""
     found: dict[str, Artist] = {}
     for each in axes:
         handles, labels = each.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     order = [look.label for look in LOOKS.values()]
     labels = sorted(found, key=lambda label: order.index(label) if label in order else len(order))
+    rows = math.ceil(len(labels) / min(4, 2 * len(axes)))
+    columns = math.ceil(len(labels) / rows)
     figure.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=columns)
 
 
