@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from magicpig.config import Config
 from magicpig.decode import attend_stores, decode_step
 from magicpig.doctor import self_check
 from magicpig.kernels import native
+from magicpig.provenance import provenance
 from magicpig.store import KVStore
 
 EVICTION_BYTES = 128 << 20  # more than any last-level cache we know of holds for one process
@@ -105,17 +105,7 @@ class Result:
 def describe(shape: Shape, config: Config, repeats: int, steps: int) -> dict[str, object]:
     """Machine, software and settings: what somebody else needs to repeat the measurement."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.cpu_model(),
-        "usable_cpus": machine.usable_cpus(),
-        "memory_total": machine.total_memory(),
-        "isa": native.isa(),
-        "threads": native.threads(),
-        "torch_threads": torch.get_num_threads(),
-        "pool": native.pool(),
-        "environment": machine.environment(),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
+        **provenance(),
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
