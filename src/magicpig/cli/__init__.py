@@ -17,6 +17,7 @@ from magicpig.cli.errors import OneLineErrors
 from magicpig.cli.evaluate import evaluate
 from magicpig.cli.figures import figures
 from magicpig.cli.generate import generate
+from magicpig.cli.pocket import pocket
 
 app = typer.Typer(
     name="magicpig",
@@ -37,6 +38,7 @@ measure = typer.Typer(help="Measure, in a way that can be repeated and compared.
 measure.command("attention")(attention)
 app.add_typer(measure, name="bench")
 app.add_typer(evaluate, name="eval")
+app.add_typer(pocket, name="pocket")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,84 @@
+"""`magicpig pocket`: make the small model that ships with the package."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from magicpig.cli.errors import InputError
+from magicpig.cli.files import OutputFile
+from magicpig.cli.report import work_progress
+
+if TYPE_CHECKING:
+    from magicpig.pocket.train import Progress
+
+pocket = typer.Typer(help="Make the small model that ships with the package.", no_args_is_help=True)
+
+
+class Preset(str, Enum):
+    """What there is in `magicpig.pocket.train.PRESETS`."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+@pocket.command()
+def train(
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoint, log and model. A run goes on where it was stopped.")
+    ],
+    preset: Annotated[
+        Preset, typer.Option(help="cpu: hours on two cores. gpu: a wider model and more steps.")
+    ] = Preset.cpu,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the lessons.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: all]")] = None,
+) -> None:
+    """Train the pocket model on made-up texts, short ones first. Stop it at will; the same command goes on."""
+    notes = Console(stderr=True, highlight=False)
+    with notes.status("Preparing"):
+        import torch
+
+        from magicpig.pocket import train as training
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if preset is Preset.gpu and not torch.cuda.is_available():
+            raise InputError("preset=gpu needs a CUDA device and there is none; use cpu")
+    chosen = training.PRESETS[preset.value]
+    with work_progress(notes) as progress:
+        bar = progress.add_task("Starting", total=chosen.steps)
+
+        def report(now: Progress) -> None:
+            right = " ".join(f"{kind} {share:.0%}" for kind, share in now.right.items())
+            progress.update(bar, completed=now.step + 1, description=f"{now.length} tokens: {right}")
+
+        try:
+            device = "cuda" if preset is Preset.gpu else "cpu"
+            model = training.train(out, chosen, seed=seed, device=device, report=report)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        except KeyboardInterrupt:
+            raise InputError(f"stopped; the same command goes on from the checkpoint in {out}") from None
+    training.save(model, out / "model")
+    notes.print(
+        f"The model is in {out / 'model'}. Next: magicpig eval ruler --model {out / 'model'}, magicpig pocket card"
+    )
+
+
+@pocket.command()
+def card(
+    results: Annotated[Path, typer.Argument(help="Results of `magicpig eval ruler` for the model, full attention.")],
+    model: Annotated[Path, typer.Option(help="Folder of the model; its README.md is written.")],
+    command: Annotated[str, typer.Option(help="The command that trained it.")] = "magicpig pocket train --preset cpu",
+    machine: Annotated[str, typer.Option(help="Where and how long, in words.")] = "",
+) -> None:
+    """Write the model card of a pocket model, with the table of its own evaluation."""
+    from magicpig.evaluation.results import read_results
+    from magicpig.pocket.card import write
+
+    with OutputFile(model / "README.md") as file:
+        file.write(write(model, read_results(results), command=command, machine=machine))
