@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from magicpig import samplers
 from magicpig.config import Config
 from magicpig.kernels import native
 from magicpig.kernels._native import LshSampler
 from magicpig.kernels.attend.reference import merge, with_sink_logits
+from magicpig.samplers import NAMES, draw
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample, StepInfo
 
@@ -91,7 +91,7 @@ def _step(
     """The checked step, and with `capture` the sample of every head of every sequence."""
     (B, H, _), dtype = query.shape, query.dtype
     softcap, sink_logits = _checked_softcap(softcap), _checked_sinks(sink_logits, H)
-    choosing = any(store.sampled and store.config.sampler in samplers.NAMES for store in stores)
+    choosing = any(store.sampled and store.config.sampler in NAMES for store in stores)
     if choosing:  # then there is something to merge, before anything is rounded and before sink logits join
         query = query.float()
         keys, values = (None if x is None else x.float() for x in (keys, values))
@@ -130,7 +130,7 @@ def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) 
     body = [keys for keys, _ in store.blocks(first, store.indexed_to)]
     samples = [
         Sample(first + sample.ids, sample.log_u)
-        for sample in samplers.draw(
+        for sample in draw(
             store.config,
             query,
             body,

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from magicpig import samplers
 from magicpig.config import Config, SamplerName
 from magicpig.decode import attend_stores, step_info
 from magicpig.kernels import native, reference
 from magicpig.kernels.attend.reference import attend as attend_rows
+from magicpig.samplers import NAMES, draw
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample, StepInfo
 
@@ -122,9 +122,9 @@ def _attend_chosen(
     N, first = keys.shape[1], config.sinks
     working = torch.promote_types(query.dtype, torch.float32)
     samples = [_nothing()] * len(query)
-    if config.sampler in samplers.NAMES:
+    if config.sampler in NAMES:
         body = [keys[:, first : N - config.recent]]
-        chosen = samplers.draw(config, query.to(working), body, position=N, scale=scale, softcap=softcap)
+        chosen = draw(config, query.to(working), body, position=N, scale=scale, softcap=softcap)
         samples = [Sample(first + sample.ids, sample.log_u) for sample in chosen]
     exact = torch.cat([torch.arange(first), torch.arange(N - config.recent, N)])
     states, group = [], len(query) // len(keys)
