@@ -96,6 +96,14 @@ def test_work_adds_up_also_after_an_interruption(model, tmp_path, finished):
     assert lines(path) == lines(finished)
 
 
+def test_two_processes_write_the_same_lines_in_order(model, one_thread, tmp_path):
+    alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    run.evaluate(model, MATRIX, alone)
+    run.evaluate(model, MATRIX, shared, jobs=2)
+    assert lines(shared) == lines(alone)
+    assert read_results(shared).header["made"]["jobs"] == 2
+
+
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path

@@ -87,6 +87,9 @@ def ruler(
         Dtype, typer.Option(help="Of the network; auto is what the weights are stored in.", rich_help_panel=HOW)
     ] = Dtype.auto,
     prefill_chunk: Annotated[int, typer.Option(min=64, help="Tokens read at a time.", rich_help_panel=HOW)] = 1024,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes that share samples and processors.", rich_help_panel=HOW)
+    ] = 1,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
     ] = False,
@@ -136,6 +139,7 @@ def ruler(
                 out,
                 dtype=dtype.value,
                 chunk=prefill_chunk,
+                jobs=jobs,
                 on_start=lambda done, total: progress.reset(bar, completed=done, total=total),
                 on_step=lambda step, work: progress.update(bar, description=escape(step), advance=work),
             )

@@ -13,11 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import logging
+
 from magicpig.evaluation.answer import EXACT, Answer, answers, read_document
 from magicpig.evaluation.matrix import Matrix, MatrixError
 from magicpig.evaluation.results import Results, ResultsFile, read_results
 from magicpig.evaluation.tasks import Sample, generate, score
-from magicpig.generation import Model, encode, encode_in_two, load, stop_tokens
+from magicpig.evaluation.workers import in_order
+from magicpig.generation import Model, encode, encode_in_two, load, open_model, stop_tokens
 from magicpig.integrations.transformers import attach
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.planner import check, plan
@@ -32,12 +36,14 @@ def evaluate(
     *,
     dtype: str = "auto",
     chunk: int = 1024,
+    jobs: int = 1,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[str, int], None] = lambda step, work: None,
 ) -> Results:
     """Run what is missing in the results file at ``path``, and return all that is in it.
 
-    dtype: of the network, as in `generation.load`. chunk: tokens read at a time.
+    dtype: of the network, as in `generation.load`. chunk: tokens read at a time. jobs: processes that share the samples
+    and the processors; small models gain, as Python takes much of their time and runs on one processor.
     on_start is called with the work that was done before and all work, on_step with what was just done and how much
     that was. Work is counted in tokens: each text once for reading it and once for each answer.
     Raises MatrixError, ResultsError or ModelError, one line each, and MemoryError.
@@ -45,28 +51,60 @@ def evaluate(
     check_matrix(model, matrix)
     cells, runs = list(matrix.cells()), list(matrix.runs())
     work = [length * (1 + len(runs)) for _, length, _ in cells]
-    with ResultsFile(path, _settings(model, matrix, dtype, chunk), provenance(), group=len(runs)) as file:
+    made = provenance() | {"jobs": jobs}
+    with ResultsFile(path, _settings(model, matrix, dtype, chunk), made, group=len(runs)) as file:
         on_start(sum(work[: file.done]), sum(work))
-        if file.done < len(cells):
-            network = attach(load(model, dtype=dtype), EXACT)
-            _check_memory(network, matrix)
-            stop = stop_tokens(model, network)
-        for task, length, index in cells[file.done :]:
-            name = f"{task} {length} #{index}"
-            on_step(name, 0)
-            sample = make_sample(model, matrix, task, length, index)
-            new_tokens = min(sample.tokens_to_generate, matrix.new_tokens or sample.tokens_to_generate)
-            context, question = make_prompt(model, matrix, sample, new_tokens)
-            document = read_document(network, context, chunk=chunk, on_chunk=partial(on_step, name))
-            lines = []
-            given = answers(network, document, question, runs, new_tokens=new_tokens, stop=stop)
-            for (protocol, method), answer in zip(runs, given, strict=True):
-                key = {"task": task, "length": length, "index": index, "protocol": protocol, "sampler": method.name}
-                lines.append(key | {"prompt_tokens": len(context) + len(question)} | _judged(model, sample, answer))
-                on_step(f"{name} {protocol} {method.name}", length)
-            file.append(lines)
-            on_step(name, length - len(context))
+        todo = cells[file.done :]
+        if todo and jobs == 1:
+            examiner = Examiner(model, matrix, dtype, chunk)
+            for cell in todo:
+                file.append(examiner.lines(cell, on_step))
+        elif todo:
+            prepare = partial(_examine, model.directory, model.trust_remote_code, matrix, dtype, chunk, jobs)
+            for (task, length, index), lines in zip(todo, in_order(prepare, todo, jobs), strict=True):
+                file.append(lines)
+                on_step(f"{task} {length} #{index}", length * (1 + len(runs)))
     return read_results(path)
+
+
+class Examiner:
+    """A loaded model that is asked the samples of a matrix. copies: how many of it share the memory."""
+
+    def __init__(self, model: Model, matrix: Matrix, dtype: str, chunk: int, *, copies: int = 1) -> None:
+        self.model, self.matrix, self.chunk = model, matrix, chunk
+        self.network = attach(load(model, dtype=dtype), EXACT)
+        self.stop = stop_tokens(model, self.network)
+        _check_memory(self.network, matrix, copies)
+
+    def lines(
+        self, cell: tuple[str, int, int], on_step: Callable[[str, int], None] = lambda step, work: None
+    ) -> list[dict[str, Any]]:
+        """The lines of one sample in the results file. on_step: as in `evaluate`."""
+        model, matrix, (task, length, index) = self.model, self.matrix, cell
+        name = f"{task} {length} #{index}"
+        on_step(name, 0)
+        sample = make_sample(model, matrix, task, length, index)
+        new_tokens = min(sample.tokens_to_generate, matrix.new_tokens or sample.tokens_to_generate)
+        context, question = make_prompt(model, matrix, sample, new_tokens)
+        document = read_document(self.network, context, chunk=self.chunk, on_chunk=partial(on_step, name))
+        on_step(name, length - len(context))
+        lines, runs = [], list(matrix.runs())
+        given = answers(self.network, document, question, runs, new_tokens=new_tokens, stop=self.stop)
+        for (protocol, method), answer in zip(runs, given, strict=True):
+            key = {"task": task, "length": length, "index": index, "protocol": protocol, "sampler": method.name}
+            lines.append(key | {"prompt_tokens": len(context) + len(question)} | _judged(model, sample, answer))
+            on_step(f"{name} {protocol} {method.name}", length)
+        return lines
+
+
+def _examine(
+    directory: Path, trust_remote_code: bool, matrix: Matrix, dtype: str, chunk: int, jobs: int
+) -> Callable[[tuple[str, int, int]], list[dict[str, Any]]]:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    model = open_model(directory, trust_remote_code=trust_remote_code)
+    return Examiner(model, matrix, dtype, chunk, copies=jobs).lines
 
 
 def check_matrix(model: Model, matrix: Matrix) -> None:
@@ -158,7 +196,7 @@ def _sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _check_memory(network: Any, matrix: Matrix) -> None:
+def _check_memory(network: Any, matrix: Matrix, copies: int) -> None:
     """The longest text is held as it was read and, with the index of the hungriest sampler, once more."""
     tokens = matrix.lengths[-1]
     plans = [
@@ -168,4 +206,5 @@ def _check_memory(network: Any, matrix: Matrix) -> None:
         for method in matrix.methods
     ]
     worst = max(plans, key=lambda each: each.total)
-    check(replace(worst, kept=MemoryUse(2 * worst.kept.rows, worst.kept.index)))
+    kept = MemoryUse(2 * copies * worst.kept.rows, copies * worst.kept.index)
+    check(replace(worst, sequences=copies, kept=kept, transient=copies * worst.transient))
