@@ -30,10 +30,14 @@ Rows = list[dict[str, Any]]
 
 
 def figures(
-    model: Annotated[
-        Path, typer.Option(help="Directory of a transformers model: config.json, safetensors weights, tokenizer.")
-    ],
     out: Annotated[Path, typer.Option(help="Directory for the pictures and numbers; made if it is missing.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a transformers model: config.json, safetensors weights, tokenizer. "
+            "[default: the pocket model]"
+        ),
+    ] = None,
     only: Annotated[str, typer.Option(help="Which figures, separated by commas.")] = ",".join(NAMES),
     length: Annotated[str, typer.Option(help="Tokens of prompt and answer together, as 16384 or 16K.")] = "16K",
     tasks: Annotated[
@@ -78,13 +82,17 @@ def figures(
     with notes.status("Looking into the model"):
         from transformers import logging
 
-        from magicpig import generation
+        from magicpig import generation, pocket
         from magicpig.evaluation import matrix as matrices
         from magicpig.figures import accuracy
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        opened = generation.open_model(model, trust_remote_code=trust_remote_code)
+        try:
+            directory = pocket.path() if model is None else model
+        except FileNotFoundError as error:
+            raise InputError(f"{error}, or pass --model") from None
+        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
         shared = {"exact_below": 0, "dense_layers": parse_layers(dense_layers)}
         methods = accuracy.methods(None if samplers is None else samplers.split(","), **shared)
         common: dict[str, Any] = {
