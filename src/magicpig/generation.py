@@ -227,6 +227,25 @@ def generate(
 
 
 @torch.inference_mode()
+def fill(
+    network: Any,
+    ids: list[int],
+    cache: MagicPigCache,
+    *,
+    chunk: int = 1024,
+    on_chunk: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Feed ``ids``, at least one, to an attached network, ``chunk`` at a time, for what ``cache`` then holds of them.
+
+    on_chunk is called with the number of tokens of each chunk.
+    """
+    with cache.filling():
+        for piece in torch.tensor([ids], device=network.device).split(even_chunk(len(ids), chunk), 1):
+            _forward(network, piece, cache)
+            on_chunk(piece.shape[1])
+
+
+@torch.inference_mode()
 def read(
     network: Any,
     ids: list[int],
@@ -235,15 +254,19 @@ def read(
     chunk: int = 1024,
     on_chunk: Callable[[int], None] = lambda tokens: None,
 ) -> Tensor:
-    """Feed ``ids``, at least one, to an attached network, ``chunk`` at a time; ``cache`` says how it attends.
+    """As `fill`, for the logits of the next token, (vocabulary,); ``cache`` says how it attends."""
+    last = len(ids) - even_chunk(len(ids), chunk)
+    if last > 0:
+        fill(network, ids[:last], cache, chunk=chunk, on_chunk=on_chunk)
+    logits = _forward(network, torch.tensor([ids[max(0, last) :]], device=network.device), cache)
+    on_chunk(len(ids) - max(0, last))
+    return logits
 
-    Returns the logits of the next token, (vocabulary,). on_chunk is called with the number of tokens of each chunk.
-    """
+
+def _forward(network: Any, ids: Tensor, cache: MagicPigCache) -> Tensor:
     only_last = {"logits_to_keep": 1} if network._supports_logits_to_keep() else {}
-    for piece in torch.tensor([ids], device=network.device).split(even_chunk(len(ids), chunk), 1):
-        with _finite(network):
-            logits: Tensor = network(piece, past_key_values=cache, **only_last).logits[0, -1]
-        on_chunk(piece.shape[1])
+    with _finite(network):
+        logits: Tensor = network(ids, past_key_values=cache, **only_last).logits[0, -1]
     return logits
 
 

@@ -229,3 +229,46 @@ def test_the_report_adds_up(tiny: Tiny, tokens: Tokens) -> None:
     for name in ("kv_bytes", "index_bytes", "full_step_bytes", "read_step_bytes"):
         assert getattr(report, name) == getattr(dense, name) + getattr(sampled, name)
     assert report.sampled_share_mean == sampled.sampled_share_mean
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_cache_filled_without_the_last_layers_attention_holds_the_same(
+    tiny: Tiny, tokens: Tokens, family: str
+) -> None:
+    model = attach(tiny(family), Config(exact_below=0, dense_layers=()))
+    ids = tokens(2, 120)
+    whole, filled = MagicPigCache(model.config), MagicPigCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :100], past_key_values=whole)
+        with filled.filling():
+            model(ids[:, :60], past_key_values=filled)
+            model(ids[:, 60:100], past_key_values=filled)
+        model(ids[:, :100], past_key_values=(again := MagicPigCache(model.config)))
+        logits = [model(ids[:, 100:], past_key_values=cache).logits for cache in (whole, filled, again)]
+    # Two chunks add in another order than one.
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits[2], logits[0])
+    if family == "llama":
+        last = whole.layers[-1].stores[0], filled.layers[-1].stores[0]
+        for (k, v), (k2, v2) in zip(*(list(store.blocks()) for store in last), strict=True):
+            torch.testing.assert_close(k2, k, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(v2, v, rtol=1e-4, atol=1e-4)
+
+
+def test_filling_skips_the_attention_of_the_last_layer_only(tiny: Tiny, tokens: Tokens) -> None:
+    model = attach(tiny("llama"), Config())
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given, i=i: seen.__setitem__(i, given[0]))
+        for i, layer in enumerate(model.model.layers)
+    ]
+    cache = MagicPigCache(model.config)
+    with torch.no_grad(), cache.filling():
+        model(tokens(1, 30), past_key_values=cache)
+    zero = [not bool(seen[i].any()) for i in sorted(seen)]
+    assert zero == [False] * (len(zero) - 1) + [True]
+    with torch.no_grad():
+        model(tokens(1, 30), past_key_values=MagicPigCache(model.config))
+    assert all(bool(x.any()) for x in seen.values())
+    for hook in hooks:
+        hook.remove()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from magicpig.config import Config
 from magicpig.evaluation.matrix import Method
-from magicpig.generation import greedy, read
+from magicpig.generation import fill, greedy, read
 from magicpig.integrations.transformers import CacheReport, MagicPigCache
 
 EXACT = Config(sampler="full")
@@ -34,9 +34,9 @@ class Answer:
 def read_document(
     network: Any, tokens: list[int], *, chunk: int = 1024, on_chunk: Callable[[int], None] = lambda tokens: None
 ) -> MagicPigCache:
-    """A cache in which an attached network has read ``tokens`` exactly. chunk, on_chunk: as in `generation.read`."""
+    """A cache in which an attached network has read ``tokens`` exactly. chunk, on_chunk: as in `generation.fill`."""
     document = MagicPigCache(network.config, EXACT)
-    read(network, tokens, document, chunk=chunk, on_chunk=on_chunk)
+    fill(network, tokens, document, chunk=chunk, on_chunk=on_chunk)
     return document
 
 

@@ -8,6 +8,8 @@ hands the new keys and values on as `PendingTokens`, and the attention function 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -85,6 +87,21 @@ class MagicPigCache(Cache):
             for store in layer.stores if isinstance(layer, MagicPigLayer) else ():
                 store.settle()
 
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """For prefill of which only the keys and values are wanted: the outputs and logits of the model mean nothing.
+
+        Nothing depends on the last layer's attention but these, so it only stores its tokens.
+        """
+        last = self.layers[-1]
+        if isinstance(last, MagicPigLayer):
+            last.attends = False
+        try:
+            yield
+        finally:
+            if isinstance(last, MagicPigLayer):
+                last.attends = True
+
     def report(self) -> CacheReport:
         """What the cache holds, and what decoding has read so far."""
         return CacheReport(tuple(_report(index, layer) for index, layer in enumerate(self.layers)))
@@ -122,6 +139,7 @@ class MagicPigLayer(CacheLayerMixin):
         # Set while an assistant proposes tokens: several new tokens are then decoding, and `crop` will follow. Only the
         # first proposals come together with the prompt and are judged by exact attention, as the prompt is.
         self.record_past = False
+        self.attends = True
         self.query_heads = 0
         self._forget()
 
@@ -221,7 +239,7 @@ class MagicPigLayer(CacheLayerMixin):
             decode = True
         if not decode:
             store.append(k, v)
-            return attend_store(q, store, **rule).output
+            return attend_store(q, store, **rule).output if self.attends else torch.zeros_like(q)
         if self.record_past and store.length < store.due < store.length + n:
             # Indexing happens on the way. If `crop` then goes back before it, it must not have happened.
             self._undo[row] = _Checkpoint(store.fork(), k, v)
