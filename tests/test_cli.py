@@ -660,37 +660,6 @@ def test_figures_need_a_directory_that_can_be_written(model_dir, tmp_path):
     assert_refused(figures(model_dir, tmp_path / "a" / "b", "--only", "2"), "No such file or directory")
 
 
-# --- demo -------------------------------------------------------------------------------------------------------------
-
-
-def test_demo_as_tables(tmp_path):
-    path = tmp_path / "[short].txt"
-    path.write_text("A short text. ")
-    result = run("demo", "--file", path, "--tokens", 200, "--new-tokens", 3)
-    assert result.exit_code == 0, result.output
-    plain = " ".join(result.stdout.split())
-    assert "Read 200 bytes of" in plain
-    assert "repeated because it is too short" in plain
-    assert "tokens per second" in plain
-    assert "of 2 steps" in plain
-
-
-def test_demo_as_json():
-    result = run("demo", "--tokens", 2100, "--new-tokens", 3, "--json")
-    answer = json.loads(result.stdout)
-    assert answer["tokens"] == 2100
-    assert [layer["kind"] for layer in answer["errors"]] == ["dense", "sampled", "sampled", "sampled"]
-    assert answer["report"]["sampled_share_mean"] > 0
-
-
-def test_demo_of_nothing(tmp_path):
-    path = tmp_path / "empty.txt"
-    path.write_text("")
-    assert_refused(run("demo", "--file", path), path, "is empty")
-    assert_refused(run("demo", "--file", tmp_path / "missing.txt"), "No such file")
-    assert_refused(run("demo", "--tokens", 0), "--tokens")
-
-
 # --- bench ------------------------------------------------------------------------------------------------------------
 
 SMALL = ["--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--repeats", 1, "--steps", 2, "--dtype", "float32"]

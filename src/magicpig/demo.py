@@ -1,221 +1,175 @@
-"""A randomly initialised Llama reads a real document and writes on, with all keys and with a sample of them.
+"""Questions with known answers about two long documents, with full attention and with a sample of the keys.
 
-Reads the prompt once, exactly. From there two caches go on side by side, one exact and one sampled, given the same
-tokens in turns, so that what differs between them is the attention and nothing else.
+One document hides numbers among sentences: a question needs one place of it. The other is full of words to be counted:
+the question needs all of it. Each is read once; both attentions answer from the same cache.
 """
 
 from __future__ import annotations
 
-import pydoc_data.topics
-import statistics
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import metadata
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from magicpig.config import Config
-from magicpig.generation import even_chunk
-from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
+from magicpig.evaluation.answer import EXACT, Answer, answers, read_document
+from magicpig.evaluation.matrix import MatrixError, Method
+from magicpig.evaluation.tasks import Sample, generate, score, templates
+from magicpig.generation import Model, encode_in_two, load, stop_tokens
+from magicpig.integrations.transformers import attach
 from magicpig.kernels import native
 
-PROBES = 4  # steps in which the two attentions are compared layer by layer
-CHUNK = 2048
+METHODS = (Method("full attention", EXACT), Method("sampled", Config(exact_below=0)))
+RUNS = [("question-dense", method) for method in METHODS]
+SPEED_TOKENS = 33  # the first of them comes from reading the question
+
+_NEEDLE = re.compile(
+    re.escape(templates.needle("numbers", "KEY", "VALUE")).replace("KEY", "(.+?)").replace("VALUE", r"(\d+)")
+)
 
 
 @dataclass(frozen=True)
-class LayerError:
-    """Relative L2 error of one layer's attention output against exact attention given the same query, over heads."""
+class Question:
+    """expected: the right answers. said, scores: by method, as in `METHODS`; a score is 0 to 1."""
 
-    layer: int
-    kind: str
-    mean: float
-    max: float
+    text: str
+    expected: tuple[str, ...]
+    said: list[str]
+    scores: list[float]
+
+
+@dataclass(frozen=True)
+class Document:
+    """tokens: its length. read_s: seconds that reading it took."""
+
+    about: str
+    tokens: int
+    read_s: float
+    questions: list[Question]
+
+
+@dataclass(frozen=True)
+class Performance:
+    """What a method took, over both documents.
+
+    share_mean, share_max: of the keys, what a head of a sampled layer read in a step; None if it read all.
+    index_s, index_bytes: of the larger index. tokens_per_s: in `SPEED_TOKENS` more tokens.
+    """
+
+    method: str
+    config: Config
+    share_mean: float | None
+    share_max: float | None
+    index_s: float
+    index_bytes: int
+    tokens_per_s: float
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What was seen. Seconds for prefill and index, milliseconds per token for decoding (medians)."""
+    """What was seen. sampled_layers: those that do not read all keys anyway."""
 
-    document: str
-    tokens: int
-    new_tokens: int
-    repeated: bool
+    model: str
     parameters: int
     dtype: str
-    config: Config
-    prefill_s: float
-    index_s: float
-    full_ms: float
-    sampled_ms: float
-    same_token: int
-    text: str
-    errors: list[LayerError]
-    report: CacheReport
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        return self.tokens / self.prefill_s
+    layers: int
+    sampled_layers: list[int]
+    documents: list[Document]
+    performance: list[Performance]
 
 
-def project_text() -> tuple[str, str]:
-    """A name and the text of the project's own documentation, and of Python's where that is not at hand."""
-    tree = Path(__file__).resolve().parents[2]
-    pages = [tree / "README.md", *sorted((tree / "docs").rglob("*.md"))] if (tree / "docs").is_dir() else []
-    own = "\n".join(page.read_text(encoding="utf-8") for page in pages if page.is_file())
-    own = own or str(metadata("magicpig").json.get("description", ""))
-    return "the documentation of this project, then of Python", own + "".join(pydoc_data.topics.topics.values())
-
-
-def build_model(dtype: torch.dtype, *, layers: int = 4, hidden: int = 512, seed: int = 0) -> Any:
-    """A Llama with random weights over bytes: 8 query heads on 2 key/value heads of dimension 64."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1 << 20,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        initializer_range=hidden**-0.5,  # keeps the size of activations, and so logits of size 1
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model: Any = LlamaForCausalLM(config)
-    return model.to(dtype).eval()
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the processor computes in it, float32 elsewhere: emulated bfloat16 is slower than float32."""
-    return torch.bfloat16 if native.isa() == "avx512bf16" else torch.float32
-
-
-@torch.inference_mode()
 def run(
-    text: str,
-    document: str,
+    model: Model,
     *,
     tokens: int = 32768,
-    new_tokens: int = 32,
-    config: Config | None = None,
-    model: Any = None,
-    on_prefill: Callable[[int], None] = lambda tokens: None,
+    seed: int = 0,
+    on_start: Callable[[str, int], None] = lambda about, tokens: None,
+    on_read: Callable[[int], None] = lambda tokens: None,
 ) -> Demo:
-    """Read ``tokens`` bytes of ``text``, repeated if it is too short, and write ``new_tokens`` more.
+    """Let an opened model read two documents and question it; `tokens` of prompt and answer each.
 
-    config: by default the paper's (10, 150) with layer 0 exact. on_prefill: called with the tokens of each chunk read.
-    Raises ValueError if there is nothing to read or to write.
+    on_start is called with what is about to be read and its tokens, on_read with the tokens of each chunk read.
+    Raises MatrixError if a document cannot have this length, ModelError if the model cannot read it.
     """
-    data = text.encode()
-    if not data:
-        raise ValueError("the document is empty")
-    if tokens < 1 or new_tokens < 3:
-        raise ValueError(f"tokens={tokens}, new_tokens={new_tokens}: at least 1 to read and 3 to write are needed")
-    config = config or Config(dense_layers=(0,))
-    model = build_model(fast_dtype()) if model is None else model
-    attach(model, config)
-    ids = torch.frombuffer(bytearray((data * (-(-tokens // len(data))))[:tokens]), dtype=torch.uint8).long()[None]
-
-    sampled = MagicPigCache(model.config, config)
-    start = time.perf_counter()
-    for chunk in ids.split(even_chunk(tokens, CHUNK), dim=1):
-        logits = model(chunk, past_key_values=sampled, logits_to_keep=1).logits
-        on_prefill(chunk.shape[1])
-    prefill_s = time.perf_counter() - start
-    exact = _exact_copy(sampled, model)
-
-    first = next_id = logits[:, -1:].argmax(-1)
-    written, same = [first], 0
-    times: dict[str, list[float]] = {"full": [], "sampled": []}
-    for _ in range(new_tokens - 1):
-        chosen = {}
-        for name, cache in (("full", exact), ("sampled", sampled)):
-            start = time.perf_counter()
-            chosen[name] = model(next_id, past_key_values=cache).logits[:, -1:].argmax(-1)
-            times[name].append(time.perf_counter() - start)
-        next_id = chosen["sampled"]
-        same += int(torch.equal(chosen["full"], next_id))
-        written.append(next_id)
-    full_ms, sampled_ms = (statistics.median(times[name][1:]) * 1e3 for name in ("full", "sampled"))
-
+    prepared = {
+        "numbers hidden among sentences": list(_needles(model, tokens, seed)),
+        "words to be counted": [_sample(model, "fwe", tokens, seed)],
+    }
+    network = attach(load(model, dtype=fast_dtype()), EXACT)
+    documents: list[Document] = []
+    timed: list[list[Answer]] = []
+    for about, samples in prepared.items():
+        document, probes = _question(model, network, about, samples, on_start, on_read)
+        documents.append(document)
+        timed.append(probes)
+    layers = timed[0][1].cache.layers
     return Demo(
-        document=document,
-        tokens=tokens,
-        new_tokens=new_tokens,
-        repeated=tokens > len(data),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dtype=str(model.dtype).removeprefix("torch."),
-        config=config,
-        prefill_s=prefill_s,
-        index_s=max(0.0, times["sampled"][0] - sampled_ms / 1e3),  # the first step builds the index
-        full_ms=full_ms,
-        sampled_ms=sampled_ms,
-        same_token=same,
-        text=bytes(torch.cat(written, 1)[0].tolist()).decode(errors="replace"),
-        errors=_compare(model, sampled, exact, next_id),
-        report=sampled.report(),
+        model=model.directory.name,
+        parameters=network.num_parameters(),
+        dtype=str(network.dtype).removeprefix("torch."),
+        layers=len(layers),
+        sampled_layers=[layer.layer for layer in layers if layer.kind == "sampled"],
+        documents=documents,
+        performance=[_performance(*row) for row in zip(METHODS, zip(*timed, strict=True), strict=True)],
     )
 
 
-def _exact_copy(cache: MagicPigCache, model: Any) -> MagicPigCache:
-    """A cache with the same tokens that reads all of them in every step."""
-    copy = MagicPigCache(model.config, Config(sampler="full"))
-    layer: Any
-    original: Any
-    for layer, original in zip(copy.layers, cache.layers, strict=True):
-        for keys, values in original.stores[0].blocks():
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys[None], values[None])
-            layer.stores[0].append(keys, values)
-        layer.positions = original.positions
-    return copy
+def fast_dtype() -> str:
+    """What the weights are stored in where the processor computes in bfloat16, which is slow when it is emulated."""
+    return "auto" if native.isa() == "avx512bf16" else "float32"
 
 
-def _compare(model: Any, sampled: MagicPigCache, exact: MagicPigCache, next_id: Tensor) -> list[LayerError]:
-    """Decode `PROBES` tokens with ``sampled``; every layer attends to ``exact`` as well, given the same input."""
-    errors: list[list[Tensor]] = [[] for _ in sampled.layers]
-    with _attending_twice(model, exact, errors):
-        for _ in range(PROBES):
-            next_id = model(next_id, past_key_values=sampled).logits[:, -1:].argmax(-1)
-    return [
-        LayerError(layer.layer, layer.kind, float(torch.stack(each).mean()), float(torch.stack(each).max()))
-        for layer, each in zip(sampled.report().layers, errors, strict=True)
-    ]
+def _question(
+    model: Model,
+    network: Any,
+    about: str,
+    samples: list[Sample],
+    on_start: Callable[[str, int], None],
+    on_read: Callable[[int], None],
+) -> tuple[Document, list[Answer]]:
+    """Ask all questions about one document. Returns, by method, some more tokens to tell the speed from."""
+    parts = [encode_in_two(model, each.context, each.question, new_tokens=each.tokens_to_generate) for each in samples]
+    context, last = parts[0][0], parts[-1][1]
+    on_start(about, len(context))
+    start = time.perf_counter()
+    document = read_document(network, context, on_chunk=on_read)
+    read_s = time.perf_counter() - start
+    stop, questions = stop_tokens(model, network), []
+    for sample, (_, question) in zip(samples, parts, strict=True):
+        given = answers(network, document, question, RUNS, new_tokens=sample.tokens_to_generate, stop=stop)
+        said = [model.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip() for answer in given]
+        text = sample.question.removesuffix(sample.answer_prefix).strip()
+        scores = [score(sample.task, each, sample.answers) for each in said]
+        questions.append(Question(text, sample.answers, said, scores))
+    probes = list(answers(network, document, last, RUNS, new_tokens=SPEED_TOKENS, stop=()))
+    return Document(about, len(context), read_s, questions), probes
 
 
-@contextmanager
-def _attending_twice(model: Any, exact: MagicPigCache, errors: list[list[Tensor]]) -> Iterator[None]:
-    """Collect per head how far each attention output is from that over ``exact``, for the same hidden state."""
-    outputs: list[Tensor] = []
+def _needles(model: Model, tokens: int, seed: int) -> Iterator[Sample]:
+    """A document with four numbers, asked for one by one."""
+    sample = _sample(model, "niah_multikey_1", tokens, seed)
+    for key, value in _NEEDLE.findall(sample.context):
+        _, question, prefix = templates.niah("numbers", [key], 1)
+        yield replace(sample, question=question + prefix, answer_prefix=prefix, answers=(value,))
 
-    def attend_exactly(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        outputs.clear()
-        module.forward(*arguments, **options | {"past_key_values": exact})
 
-    def keep_heads(module: Any, arguments: tuple[Tensor, ...]) -> None:
-        outputs.append(arguments[0].double().unflatten(-1, (model.config.num_attention_heads, -1)))
-
-    def compare(module: Any, *_: Any) -> None:
-        truth, estimate = outputs
-        errors[module.layer_idx].append((estimate - truth).norm(dim=-1) / truth.norm(dim=-1))
-
-    hooks = []
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        hooks.append(attention.register_forward_pre_hook(attend_exactly, with_kwargs=True))
-        hooks.append(attention.o_proj.register_forward_pre_hook(keep_heads))
-        hooks.append(attention.register_forward_hook(compare))
+def _sample(model: Model, task: str, tokens: int, seed: int) -> Sample:
     try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        return generate(task, model.tokenizer, tokens, index=0, seed=seed)
+    except ValueError as error:
+        raise MatrixError(str(error)) from None
+
+
+def _performance(method: Method, probes: tuple[Answer, ...]) -> Performance:
+    means = [probe.cache.sampled_share_mean for probe in probes]
+    shares = [share for share in means if share is not None]
+    return Performance(
+        method=method.name,
+        config=method.config,
+        share_mean=sum(shares) / len(shares) if shares else None,
+        share_max=max((probe.cache.sampled_share_max or 0.0 for probe in probes), default=None) if shares else None,
+        index_s=max(probe.index_s for probe in probes),
+        index_bytes=max(probe.cache.index_bytes for probe in probes),
+        tokens_per_s=sum(len(probe.token_ids) - 1 for probe in probes) / sum(probe.decode_s for probe in probes),
+    )

@@ -8,110 +8,106 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from magicpig.cli.errors import InputError
-from magicpig.cli.files import read_text
-from magicpig.cli.report import cache_as_dict, prefill_progress
+from magicpig.cli.report import prefill_progress
 
 if TYPE_CHECKING:
     from magicpig.demo import Demo
 
+SHOWN = 40  # characters of an answer
+
 
 def demo(
-    file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text to read; this project's documentation by default.")
+    model: Annotated[
+        Path | None, typer.Option(help="Directory of a transformers model; the one in this package by default.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How much to read; a token is one byte.")] = 32768,
-    new_tokens: Annotated[int, typer.Option(min=3, help="How much to write.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of each document, question and answer included.")] = 32768,
+    seed: Annotated[int, typer.Option(min=0, help="Of the documents.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")] = False,
 ) -> None:
-    """Let a small random model read a long document, and compare sampled with full attention.
+    """Ask a small model about two long documents, with full attention and with a sample of the keys side by side.
 
-    Shows speed, memory, the share of keys read and the error of attention, layer by layer. Takes a minute or two.
+    Shows the answers, right or wrong, the share of keys that was read, and the speed. Takes a minute or two.
     """
-    text = None if file is None else read_text(file)
-    if text == "":
-        raise InputError(f"{file} is empty")
     console = Console(stderr=as_json, highlight=False)
-    with console.status("Building the model"):
-        from magicpig import demo as demonstration
+    with console.status("Writing the documents"):
+        from transformers import logging
 
-        source, default_text = demonstration.project_text()
-        model = demonstration.build_model(demonstration.fast_dtype())
+        from magicpig import demo as demonstration
+        from magicpig import generation, pocket
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            opened = generation.open_model(pocket.path() if model is None else model)
+        except FileNotFoundError as error:
+            raise InputError(f"{error}, or pass --model") from None
     with prefill_progress(console) as progress:
-        reading = progress.add_task("Reading the document", total=tokens)
+        bar = progress.add_task("Writing the documents", total=None)
         result = demonstration.run(
-            default_text if text is None else text,
-            source if file is None else str(file),
+            opened,
             tokens=tokens,
-            new_tokens=new_tokens,
-            model=model,
-            on_prefill=lambda count: progress.advance(reading, count),
+            seed=seed,
+            on_start=lambda about, count: progress.reset(bar, description=f"Reading {about}", total=count),
+            on_read=lambda count: progress.advance(bar, count),
         )
     if as_json:
-        described = asdict(result) | {
-            "config": result.config.model_dump(mode="json"),
-            "report": cache_as_dict(result.report),
-            "prefill_tokens_per_s": result.prefill_tokens_per_s,
-        }
+        described = asdict(result)
+        for method in described["performance"]:
+            method["config"] = method["config"].model_dump(mode="json")
         print(json.dumps(described, indent=2))
     else:
         _show(result, console)
 
 
 def _show(result: Demo, console: Console) -> None:
-    report, mib = result.report, 2**20
-    repeated = ", repeated because it is too short" if result.repeated else ""
-    console.print(f"Read {result.tokens:,} bytes of {escape(result.document)}{repeated},")
-    console.print(
-        f"with a Llama of {result.parameters / 1e6:.1f} M random weights ({result.dtype}): "
-        f"{result.prefill_s:.1f} s, {result.prefill_tokens_per_s:,.0f} tokens/s; "
-        f"indexed in {result.index_s:.2f} s.\n"
-    )
-
-    speed = Table("", "full attention", f"sampled, K={result.config.K} L={result.config.L}", "")
-    for column in speed.columns[1:]:
-        column.justify = "right"
-    speed.add_row(
-        "one token",
-        f"{result.full_ms:.1f} ms",
-        f"{result.sampled_ms:.1f} ms",
-        f"{result.full_ms / result.sampled_ms:.1f}x faster",
-    )
-    speed.add_row("tokens per second", f"{1e3 / result.full_ms:.1f}", f"{1e3 / result.sampled_ms:.1f}", "")
-    speed.add_row(
-        "read per token",
-        f"{report.full_step_bytes / mib:.1f} MiB",
-        f"{report.read_step_bytes / mib:.1f} MiB",
-        f"{report.read_step_bytes / report.full_step_bytes:.1%}",
-    )
-    speed.add_row("keys and values", f"{report.kv_bytes / mib:.1f} MiB", f"{report.kv_bytes / mib:.1f} MiB", "")
-    speed.add_row("index", "", f"{report.index_bytes / mib:.1f} MiB", "")
-    console.print(speed)
-
-    layers = Table("layer", "attention", "keys sampled", "at most", "output error", "at most")
-    for column in layers.columns:
-        column.justify = "right"
-    for layer, error in zip(report.layers, result.errors, strict=True):
-        mean, largest = layer.sampled_share_mean, layer.sampled_share_max
-        layers.add_row(
-            str(layer.layer),
-            "exact" if mean is None else "sampled",
-            "all" if mean is None else f"{mean:.2%}",
-            "all" if largest is None else f"{largest:.2%}",
-            f"{error.mean:.1e}",
-            f"{error.max:.1e}",
+    names = [method.method for method in result.performance]
+    console.print(f"{escape(result.model)}: {result.parameters / 1e6:.1f} M weights, {result.dtype}\n")
+    for number, document in enumerate(result.documents, 1):
+        console.print(
+            f"Document {number}: {document.about}; {document.tokens:,} tokens, read in {document.read_s:.1f} s, "
+            f"{document.tokens / document.read_s:,.0f} tokens/s"
         )
-    console.print(layers)
-    console.print(
-        f"Sampled attention chose the same next token as full attention in {result.same_token} "
-        f"of {result.new_tokens - 1} steps."
+        table = Table("question", "right answer", *names, box=box.SIMPLE_HEAD, pad_edge=False)
+        for question in document.questions:
+            given = [_marked(*each) for each in zip(question.said, question.scores, strict=True)]
+            # The last sentence; those before it say how to answer.
+            asked = question.text.rpartition(". ")[2]
+            table.add_row(escape(asked), escape(", ".join(question.expected)), *given)
+        console.print(table)
+
+    mib = 2**20
+    questions = [question for document in result.documents for question in document.questions]
+    table = Table("", *names, box=box.SIMPLE_HEAD, pad_edge=False)
+    right = [sum(question.scores[method] == 1 for question in questions) for method in range(len(names))]
+    table.add_row("right answers", *(f"{count} of {len(questions)}" for count in right))
+    table.add_row(
+        "keys read per step",
+        *(
+            "all" if m.share_mean is None else f"{m.share_mean:.1%}, at most {m.share_max:.1%}"
+            for m in result.performance
+        ),
     )
-    console.print(
-        "[dim]The error is relative to exact attention given the same query. Random weights spread attention nearly "
-        "evenly over all tokens, so it is what the size of the sample alone gives, about one over its square root; "
-        "the text that was written means nothing."
+    table.add_row("tokens per second", *(f"{method.tokens_per_s:.1f}" for method in result.performance))
+    table.add_row(
+        "index",
+        *(f"{m.index_bytes / mib:.1f} MiB in {m.index_s:.1f} s" if m.index_bytes else "" for m in result.performance),
     )
+    console.print(table)
+    config = result.performance[-1].config
+    layers = ", ".join(map(str, result.sampled_layers)) or "none"
+    console.print(
+        f"[dim]Sampled: K={config.K}, L={config.L}, layers {layers} of {result.layers}; the rest read all keys."
+    )
+
+
+def _marked(said: str, score: float) -> str:
+    text = " ".join(said.split())
+    text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    sign = "[green]right[/]" if score == 1 else "[red]wrong[/]" if score == 0 else f"[yellow]{score:.0%} right[/]"
+    return f"{sign}: {escape(text)}"
