@@ -16,6 +16,7 @@ RANGES = {
     "K": (1, 16),
     "L": (2, 1024),  # 2: the default of min_hits
     "min_hits": (1, 127),
+    "bits": (1, 4),
     "seed": (0, 2**63 - 1),
     "sinks": (0, None),
     "recent": (0, None),
@@ -61,7 +62,7 @@ def test_all_that_is_wrong_is_said_in_one_line():
 
 @pytest.mark.parametrize("sampler", ["", "LSH", "top-k", None, 3], ids=repr)
 def test_unknown_samplers_are_refused_with_those_there_are(sampler):
-    with pytest.raises(ValueError, match=r"^sampler=.*'lsh', 'full', .* or 'uniform-tail'$"):
+    with pytest.raises(ValueError, match=r"^sampler=.*'lsh', 'sketch', 'full', .* or 'uniform-tail'$"):
         Config(sampler=sampler)
 
 

@@ -464,7 +464,7 @@ def test_stores_that_do_not_belong_together_are_refused():
             KVStore(G, D - 1, torch.float32, SAMPLED, sampled=True),
             KVStore(G, D, torch.float16, SAMPLED, sampled=True),
         ],
-        r"^stores differ in sampler, K, L, min_hits or seed; ": [
+        r"^stores differ in sampler, K, L, min_hits, bits, budget, epsilon or seed; ": [
             make_store(500, Config(**{**SAMPLED.model_dump(), name: value}))
             for name, value in [("K", 5), ("L", 21), ("min_hits", 3), ("seed", 1)]
         ],

@@ -277,7 +277,7 @@ def bad_settings() -> dict[str, tuple[dict[str, object], str]]:
         "seed": ({"seed": -1}, r"^seed=-1: "),
         "sinks": ({"sinks": -1}, r"^sinks=-1: "),
         "recent": ({"recent": -5}, r"^recent=-5: "),
-        "sampler": ({"sampler": "top-k"}, r"^sampler='top-k': .*'lsh', 'full', .* or 'uniform-tail'$"),
+        "sampler": ({"sampler": "top-k"}, r"^sampler='top-k': .*'lsh', 'sketch', 'full', .* or 'uniform-tail'$"),
         "kernels": ({"kernels": "cuda"}, r"^kernels='cuda' is not one of 'native', 'reference'$"),
         "scale": ({"scale": math.nan}, r"^scale=nan must be finite$"),
         "softcap": ({"softcap": 0.0}, r"^softcap=0.0 must be positive and finite$"),

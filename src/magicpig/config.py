@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 DENSE_LAYERS = (0, 16, 32, 48)  # the paper's, of models with 32 and with 80 layers
 
-SamplerName = Literal["lsh", "full", "window", "topk", "oracle", "oracle-replacement", "quest", "uniform-tail"]
+SamplerName = Literal[
+    "lsh", "sketch", "full", "window", "topk", "oracle", "oracle-replacement", "quest", "uniform-tail"
+]
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 
 
@@ -24,7 +26,14 @@ class Config(BaseModel):
         allow_inf_nan=False,
         description="rows that samplers which can choose read per head and step; below 1, a share of the body",
     )
-    centre: bool = Field(True, description="subtract the mean of the body keys before hashing; False to see why")
+    bits: int = Field(2, ge=1, le=4, description="of a coordinate in a sketch; 3 where heads are 64 wide or less")
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a sketch draws more than the budget until the predicted error of every head is below this",
+    )
+    centre: bool = Field(True, description="subtract the mean of the body keys before indexing; False to see why")
     K: int = Field(10, ge=1, le=16, description="bits per hash table; codes are 16-bit")
     L: int = Field(150, ge=1, le=1024, description="hash tables; (10, 150) samples about 2 % (paper, table 9)")
     min_hits: int = Field(2, ge=1, le=127, description="tables in which a key must collide with the query")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from magicpig.config import Config
 from magicpig.kernels import native
-from magicpig.kernels._native import LshSampler
+from magicpig.kernels._native import LshSampler, SketchSampler
 from magicpig.kernels.attend.reference import merge, with_sink_logits
 from magicpig.samplers import NAMES, draw
 from magicpig.store import KVStore
@@ -59,12 +59,15 @@ def attend_stores(
 ) -> tuple[AttentionState, StepInfo]:
     """The same attention without a new token, with the sample of every head. Shapes as in `decode_step`."""
     _check_query(query, stores, scale)
-    state, samples = _step(query, None, None, stores, scale, softcap, sink_logits, capture=True)
-    return state, step_info(samples, stores[0].kv_heads)
+    state, samples, errors = _step(query, None, None, stores, scale, softcap, sink_logits, capture=True)
+    return state, step_info(samples, errors, stores[0].kv_heads)
 
 
-def step_info(samples: list[list[Sample]], kv_heads: int) -> StepInfo:
-    """The `StepInfo` of samples[b][h], counting the distinct rows that the query heads of each kv head drew."""
+def step_info(samples: list[list[Sample]], predicted_error: Tensor, kv_heads: int) -> StepInfo:
+    """The `StepInfo` of samples[b][h] and the errors (B, H) predicted from them.
+
+    Counts the distinct rows that the query heads of each kv head drew.
+    """
     rows = []
     for heads in samples:
         group = len(heads) // kv_heads
@@ -74,6 +77,7 @@ def step_info(samples: list[list[Sample]], kv_heads: int) -> StepInfo:
         ids=[[sample.ids for sample in heads] for heads in samples],
         log_u=[[sample.log_u for sample in heads] for heads in samples],
         rows=torch.tensor(rows, dtype=torch.int64),
+        predicted_error=predicted_error,
     )
 
 
@@ -87,8 +91,8 @@ def _step(
     sink_logits: Tensor | None,
     *,
     capture: bool = False,
-) -> tuple[AttentionState, list[list[Sample]]]:
-    """The checked step, and with `capture` the sample of every head of every sequence."""
+) -> tuple[AttentionState, list[list[Sample]], Tensor]:
+    """The checked step, with `capture` the sample of every head of every sequence, and the predicted errors (B, H)."""
     (B, H, _), dtype = query.shape, query.dtype
     softcap, sink_logits = _checked_softcap(softcap), _checked_sinks(sink_logits, H)
     choosing = any(store.sampled and store.config.sampler in NAMES for store in stores)
@@ -109,7 +113,7 @@ def _step(
     state = AttentionState(result.output, result.lse)
     samples = [[Sample(*result.samples[b * H + h]) for h in range(H)] for b in range(B)] if capture else []
     if not choosing:
-        return state, samples
+        return state, samples, result.predicted_error
     for b, store in enumerate(stores):
         if not store.settled:
             continue
@@ -117,11 +121,12 @@ def _step(
         chosen, drawn = _attend_chosen(query[b], store, scale, softcap)
         merged = merge([exact, chosen])
         state.output[b], state.lse[b] = merged.output, merged.lse
+        result.predicted_error[b] = math.nan
         if capture:
             samples[b] = drawn
     if sink_logits is not None:
         state = with_sink_logits(state, sink_logits.expand_as(state.lse))
-    return AttentionState(state.output.to(dtype), state.lse), samples
+    return AttentionState(state.output.to(dtype), state.lse), samples, result.predicted_error
 
 
 def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) -> tuple[AttentionState, list[Sample]]:
@@ -150,16 +155,19 @@ def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) 
     return state, samples
 
 
-def _sampler(stores: Sequence[KVStore]) -> LshSampler | None:
-    """The hash directions of the stores that sample; they must all have the same."""
+def _sampler(stores: Sequence[KVStore]) -> LshSampler | SketchSampler | None:
+    """What the stores that sample do it by; they must all have the same."""
     settled = [store for store in stores if store.settled]
     if len({_setting(store.config) for store in settled}) > 1:
-        raise ValueError("stores differ in sampler, K, L, min_hits or seed; one step takes stores of one setting")
+        raise ValueError(f"stores differ in {', '.join(_SETTING)} or seed; one step takes stores of one setting")
     return settled[0].sampler if settled else None
 
 
-def _setting(config: Config) -> tuple[str, int, int, int, int]:
-    return config.sampler, config.K, config.L, config.min_hits, config.seed
+_SETTING = ("sampler", "K", "L", "min_hits", "bits", "budget", "epsilon")
+
+
+def _setting(config: Config) -> tuple[object, ...]:
+    return tuple(getattr(config, name) for name in (*_SETTING, "seed"))
 
 
 def _check_query(query: Tensor, stores: Sequence[KVStore], scale: float) -> None:

@@ -24,6 +24,8 @@ def attend(
     *,
     sampler: SamplerName = "lsh",
     budget: float = 512,
+    bits: int = 2,
+    epsilon: float | None = None,
     centre: bool = True,
     K: int = 10,
     L: int = 150,
@@ -37,7 +39,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, StepInfo]:
     """Attention of one new token over N keys, exact (`sampler="full"`) or from a sample (MagicPIG, arXiv 2410.16179).
 
-    Other samplers, with a `budget` of rows, are there for comparison: docs/algorithm.md.
+    "lsh" is the paper's sampler; "sketch" draws a `budget` of rows by what a few `bits` of each coordinate say of their
+    logits. The others, with a `budget` too, are there for comparison: docs/algorithm.md.
 
     query: (B, H, 1, D); keys, values: (B, G, N, D) with H a multiple of G; float32, bfloat16, float16 or float64, CPU.
     Settings are those of `Config`; scale defaults to 1 / sqrt(D). There is no length below which sampling is left out.
@@ -46,12 +49,14 @@ def attend(
     Returns output (B, H, 1, D) in the query's dtype; lse (B, H), natural log of the (estimated) softmax denominator;
     and info, whose ids[b][h] are the sampled positions, log_u[b][h] their log inclusion probabilities, and rows (B, G)
     the number of distinct sampled rows per kv head. The first `sinks` and last `recent` tokens are always read and
-    are in none of them.
+    are in none of them. predicted_error (B, H) is the relative error of the output that the sample lets expect.
     Raises ValueError on bad shapes, dtypes, devices, settings, and on keys or values that are not finite.
     """
     config = Config(
         sampler=sampler,
         budget=budget,
+        bits=bits,
+        epsilon=epsilon,
         centre=centre,
         K=K,
         L=L,
@@ -86,12 +91,27 @@ def attend(
 def _attend_reference(
     query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, StepInfo]:
-    states, samples = [], []
+    states, samples, errors = [], [], []
     short = keys.shape[2] <= config.sinks + config.recent
     for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
         if config.sampler == "full" or short:
             state = reference.attend_full(q, k, v, scale=scale, softcap=softcap)
             drawn = [_nothing()] * len(q)
+        elif config.sampler == "sketch":
+            state, drawn = reference.attend_sketch(
+                q,
+                k,
+                v,
+                bits=config.bits,
+                budget=config.rows(keys.shape[2] - config.sinks - config.recent),
+                epsilon=config.epsilon,
+                seed=config.seed,
+                centre=config.centre,
+                sinks=config.sinks,
+                recent=config.recent,
+                scale=scale,
+                softcap=softcap,
+            )
         elif config.sampler != "lsh":
             state, drawn = _attend_chosen(q, k, v, config, scale, softcap)
         else:
@@ -109,10 +129,13 @@ def _attend_reference(
                 scale=scale,
                 softcap=softcap,
             )
+        error = reference.predicted_errors(state, drawn, q, k, v, scale=scale, softcap=softcap)
         states.append(state)
         samples.append(drawn)
+        errors.append(error if config.sampler not in NAMES else torch.full_like(error, math.nan))
     output = torch.stack([state.output for state in states])[:, :, None].to(query.dtype)
-    return output, torch.stack([state.lse for state in states]), step_info(samples, keys.shape[1])
+    info = step_info(samples, torch.stack(errors), keys.shape[1])
+    return output, torch.stack([state.lse for state in states]), info
 
 
 def _attend_chosen(

@@ -103,6 +103,8 @@ def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) ->
     if config.sampler == "quest":
         pages = -(-body // PAGE_ROWS)
         return MemoryUse(rows, layer.kv_heads * pages * 2 * layer.head_dim * dtype.itemsize)
+    if config.sampler == "sketch":
+        return MemoryUse(rows, layer.kv_heads * _sketch_bytes(layer, config, body))
     if config.sampler != "lsh":
         return MemoryUse(rows, 0)
     # A segment is closed once another of YOUNG keys no longer fits; one more may be growing.
@@ -112,12 +114,22 @@ def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) ->
 
 
 def _transient(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) -> int:
-    """Codes and the new tables of one segment while the old ones are still there; for Quest, keys side by side."""
+    """Codes and the new index of one segment while the old one is still there; for Quest, keys side by side."""
     body = _body(layer, config, tokens)
+    if config.sampler == "sketch":
+        return layer.kv_heads * _sketch_bytes(layer, config, min(body, native.SEGMENT_ROWS)) if body else 0
     if config.sampler != "lsh":
         return layer.kv_heads * body * layer.head_dim * dtype.itemsize if config.sampler == "quest" else 0
     body = min(body, native.SEGMENT_ROWS)
     return layer.kv_heads * config.L * (2 * 2 * body + 4 * (2**config.K + 1)) if body else 0
+
+
+def _sketch_bytes(layer: LayerShape, config: Config, keys: int) -> int:
+    """Of one kv head: words and scales of whole blocks. Segments are as many as for tables, one of them growing."""
+    planes = (2, 1) if config.bits == 3 else (config.bits,)
+    words = sum(-(-layer.head_dim * width // 32) for width in planes)
+    segments = -(-keys // (native.SEGMENT_ROWS - YOUNG)) + 1
+    return (keys + segments * native.SKETCH_KEYS) * (4 * words + 2) + 4 * segments
 
 
 def _body(layer: LayerShape, config: Config, tokens: int) -> int:

@@ -16,7 +16,7 @@ where they write. Knows nothing of attention.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -24,12 +24,13 @@ from torch import Tensor
 
 from magicpig.config import Config
 from magicpig.kernels import native
-from magicpig.kernels._native import LshSampler, StoreView
+from magicpig.kernels._native import LshSampler, SketchSampler, StoreView
 from magicpig.kernels.pages import PAGE_ROWS, page_ranges
 from magicpig.types import MemoryUse
 
 SMALLEST_BLOCK = 256  # rows; doubles up to native.BLOCK_ROWS
 YOUNG = 4096  # keys: segments below this are merged on every append, larger ones only with equals
+PREDICTING = ("lsh", "sketch")  # samplers whose steps predict their own error
 _NEVER = 1 << 62
 
 
@@ -37,6 +38,39 @@ _NEVER = 1 << 62
 def shared_sampler(head_dim: int, K: int, L: int, min_hits: int, seed: int) -> LshSampler:
     """The hash directions, shared by every layer, head and request with the same setting."""
     return native.make_sampler(head_dim, K, L, min_hits, seed)
+
+
+@lru_cache(maxsize=8)
+def shared_sketcher(head_dim: int, bits: int, seed: int, budget: float, epsilon: float | None) -> SketchSampler:
+    """The rotation, and what is drawn by it, shared in the same way."""
+    return native.make_sketcher(head_dim, bits, seed, budget=budget, epsilon=epsilon or 0.0)
+
+
+@dataclass(frozen=True)
+class PredictedErrors:
+    """The predicted errors of the sampled heads of all steps: how many, their sum, the largest, and a histogram."""
+
+    count: int
+    sum: float
+    largest: float
+    bins: tuple[int, ...]  # see PredictedErrors in kernels/native/step.h
+
+    def quantile(self, share: float) -> float:
+        """The error that this share of the heads and steps is below: the upper end of its bin, 9 % above at most."""
+        wanted, seen = share * self.count, 0
+        for i, heads in enumerate(self.bins):
+            seen += heads
+            if seen >= wanted:
+                return min(self.largest, float(2.0 ** ((i + 1) / 8 - 12)))
+        return self.largest
+
+    def __add__(self, other: PredictedErrors) -> PredictedErrors:
+        return PredictedErrors(
+            self.count + other.count,
+            self.sum + other.sum,
+            max(self.largest, other.largest),
+            tuple(a + b for a, b in zip(self.bins, other.bins, strict=True)),
+        )
 
 
 @dataclass
@@ -50,6 +84,7 @@ class StepStats:
     sampled_rows: int
     body_rows: int
     max_share: float
+    predicted: PredictedErrors
 
     @property
     def mean_share(self) -> float:
@@ -91,6 +126,7 @@ class KVStore:
         self._width = native.padded(head_dim)
         self._blocks: list[_Block] = []
         self._segments: tuple[native.Segment, ...] = ()
+        self._sketches: tuple[native.SketchSegment, ...] = ()
         self.pages = torch.empty(2, kv_heads, 0, head_dim, dtype=dtype)  # `page_ranges` of the body, for Quest
         self._drift_sum = torch.zeros(kv_heads, head_dim)
         self._drift_keys = 0
@@ -108,7 +144,7 @@ class KVStore:
         return int(self.view.indexed_to)
 
     @property
-    def sampler(self) -> LshSampler | None:
+    def sampler(self) -> LshSampler | SketchSampler | None:
         """What the kernels need to sample, or None while everything is exact.
 
         Where the rows of the body are not chosen by hashing (samplers.py), it finds none: there are no tables.
@@ -116,6 +152,8 @@ class KVStore:
         if not self.settled:
             return None
         config = self.config
+        if config.sampler == "sketch":
+            return shared_sketcher(self.head_dim, config.bits, config.seed, config.budget, config.epsilon)
         if config.sampler != "lsh":
             return shared_sampler(self.head_dim, 1, 1, 1, 0)
         return shared_sampler(self.head_dim, config.K, config.L, config.min_hits, config.seed)
@@ -127,7 +165,9 @@ class KVStore:
     @property
     def stats(self) -> StepStats:
         view = self.view
-        return StepStats(view.steps, view.sampled_rows, view.body_rows, view.max_share)
+        count, total, largest, bins = view.predicted
+        predicted = PredictedErrors(count, total, largest, tuple(bins))
+        return StepStats(view.steps, view.sampled_rows, view.body_rows, view.max_share, predicted)
 
     @property
     def drift(self) -> float:
@@ -160,7 +200,8 @@ class KVStore:
     def nbytes(self) -> MemoryUse:
         """Bytes of memory held, shared parts included."""
         rows = sum(block.rows.nbytes for block in self._blocks)
-        return MemoryUse(rows, sum(segment.nbytes for segment in self._segments) + self.pages.nbytes)
+        index = sum(segment.nbytes for segment in self._segments) + sum(sketch.nbytes for sketch in self._sketches)
+        return MemoryUse(rows, index + self.pages.nbytes)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Stores T >= 1 more tokens: keys and values (G, T, D), finite, of any float dtype. Indexes nothing yet."""
@@ -197,12 +238,12 @@ class KVStore:
     def settle(self) -> None:
         """Centres the keys and indexes the body. Does nothing in a dense layer, when short, or when done before.
 
-        Only hashing needs centred keys and an index; other samplers look at the rows as they are.
+        Only hashes and sketches need centred keys and an index; other samplers look at the rows as they are.
         """
         begin, end = self.config.sinks, self.length - self.config.recent
         if self.settled or not self.sampled or end <= begin or self.length < self.config.exact_below:
             return
-        if self.config.sampler == "lsh" and self.config.centre:
+        if self.config.sampler in ("lsh", "sketch") and self.config.centre:
             self._centre(begin, end)
         self.settled = True
         self._index(end)
@@ -255,6 +296,7 @@ class KVStore:
         other.view.length = self.length
         if self.settled:
             other._set_segments(self._segments)
+            other._set_sketches(self._sketches)
             other.pages = self.pages
             other.view.indexed_to = self.indexed_to
         other._blocks_changed()
@@ -318,6 +360,8 @@ class KVStore:
         """Moves the end of the body, and brings the index that its sampler needs up to it."""
         if self.config.sampler == "lsh":
             self._index_tables(end)
+        elif self.config.sampler == "sketch":
+            self._index_sketch(end)
         elif self.config.sampler == "quest":
             self._index_pages(end)
         self.view.indexed_to = end
@@ -325,7 +369,7 @@ class KVStore:
     def _index_tables(self, end: int) -> None:
         """Hashes [indexed_to, end), or cuts tables off; merges small segments so that a look-up touches few of them."""
         sampler, config = self.sampler, self.config
-        assert sampler is not None
+        assert isinstance(sampler, LshSampler)
         segments, begin = [segment for segment in self._segments if segment.first < end], self.indexed_to
         if segments and segments[-1].first + segments[-1].count > end:
             segments[-1] = native.shorten(segments[-1], end - segments[-1].first)
@@ -338,6 +382,22 @@ class KVStore:
                 newest = segments.pop()
                 segments[-1] = native.extend(segments[-1], newest)
         self._set_segments(segments)
+
+    def _index_sketch(self, end: int) -> None:
+        """Sketches [indexed_to, end), or forgets keys; small segments are joined as those of tables are."""
+        sampler = self.sampler
+        assert isinstance(sampler, SketchSampler)
+        segments, begin = [segment for segment in self._sketches if segment.first < end], self.indexed_to
+        if segments and segments[-1].first + segments[-1].count > end:
+            segments[-1] = replace(segments[-1], count=end - segments[-1].first)
+        while begin < end:
+            n = min(end - begin, native.SEGMENT_ROWS)
+            segments.append(native.sketch(list(self._pieces(begin, begin + n)), sampler, begin))
+            begin += n
+            while len(segments) > 1 and _should_merge(segments[-2].count, segments[-1].count):
+                newest = segments.pop()
+                segments[-1] = native.join(segments[-1], newest)
+        self._set_sketches(segments)
 
     def _index_pages(self, end: int) -> None:
         """Makes the pages anew from the first that is not the same as before and whole."""
@@ -356,6 +416,17 @@ class KVStore:
             [segment.ids.data_ptr() for segment in segments],
             [segment.first for segment in segments],
             [segment.count for segment in segments],
+        )
+
+    def _set_sketches(self, segments: Sequence[native.SketchSegment]) -> None:
+        self._sketches = tuple(segments)
+        self.view.set_sketches(
+            [segment.words.data_ptr() for segment in segments],
+            [segment.scales.data_ptr() for segment in segments],
+            [segment.largest.data_ptr() for segment in segments],
+            [segment.first for segment in segments],
+            [segment.count for segment in segments],
+            [segment.blocks for segment in segments],
         )
 
     def _schedule(self) -> None:

@@ -37,11 +37,14 @@ class StepInfo:
 
     ids[b][h], log_u[b][h]: the `Sample` of query head h of sequence b (empty where attention was exact).
     rows: (B, G) int64, distinct sampled rows read per key/value head (the exact set is not counted).
+    predicted_error: (B, H), what the sample says of the relative L2 error of the output, one standard error; 0 where
+    attention was exact, NaN where the sampler is one for comparison.
     """
 
     ids: list[list[Tensor]]
     log_u: list[list[Tensor]]
     rows: Tensor
+    predicted_error: Tensor
 
 
 @dataclass(frozen=True)

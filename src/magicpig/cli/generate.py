@@ -238,6 +238,12 @@ def _summary(result: Generation) -> Table:
         table.add_row("keys sampled", "none: every key was read")
     else:
         table.add_row("keys sampled", f"{mean:.2%} on average, at most {largest:.2%}")
+    if cache.predicted_error_mean is not None:
+        table.add_row(
+            "predicted error",
+            f"{cache.predicted_error_mean:.1%} on average, {cache.predicted_error_p95:.1%} at the 95th percentile of "
+            f"the worst layer, at most {cache.predicted_error_max:.1%}",
+        )
     table.add_row(
         "memory", f"{cache.kv_bytes / mib:,.1f} MiB of keys and values, {cache.index_bytes / mib:,.1f} MiB of index"
     )

@@ -16,6 +16,8 @@ LAW_SIZE: int = 4096
 
 TILE: int = 64
 
+SKETCH_KEYS: int = 64
+
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...
 def isa_levels(supported_only: bool) -> list[str]: ...
@@ -85,7 +87,8 @@ def merge(parts: int, heads: int, dim: int, outputs: int, lses: int, output: int
 def convert(from_dtype: int, source: int, count: int, to_dtype: int, to: int) -> None: ...
 def decode_step(
     stores: Sequence[StoreView],
-    sampler: LshSampler | None,
+    lsh: LshSampler | None,
+    sketch: SketchSampler | None,
     dtype: int,
     query_heads: int,
     query: int,
@@ -96,13 +99,77 @@ def decode_step(
     sink_logits: int,
     output: int,
     lse: int,
+    predicted_error: int,
     capture: bool,
 ) -> list[
     tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None,))], Annotated[NDArray[numpy.uint8], dict(shape=(None,))]]
 ]: ...
+def sketch(
+    dtype: int,
+    rows: Sequence[int],
+    count: int,
+    row_bytes: int,
+    sampler: SketchSampler,
+    first: int,
+    blocks: int,
+    words: int,
+    scales: int,
+) -> None: ...
+def copy_sketch(
+    words: int,
+    scales: int,
+    count: int,
+    blocks: int,
+    heads: int,
+    key_words: int,
+    to_words: int,
+    to_scales: int,
+    first: int,
+    to_blocks: int,
+) -> None: ...
+def score(
+    sampler: SketchSampler,
+    queries: int,
+    heads: int,
+    offsets: int,
+    largest: float,
+    scale: float,
+    softcap: float,
+    words: int,
+    scales: int,
+    count: int,
+    fixed: int,
+    whole: int,
+) -> list[tuple[int, int, float]]: ...
+def draw(
+    fixed: int,
+    heads: Sequence[tuple[int, int, float]],
+    count: int,
+    budget: int,
+    seed: int,
+    head: int,
+    position: int,
+    doublings: int,
+    weights: int,
+) -> tuple[int, int, list[int], list[float]]: ...
 
 class LshSampler:
     def __init__(self, head_dim: int, K: int, L: int, min_hits: int, directions: int, log_u: int) -> None: ...
+
+class SketchSampler:
+    def __init__(
+        self,
+        head_dim: int,
+        bits: int,
+        seed: int,
+        budget: float,
+        epsilon: float,
+        limit: float,
+        distance: float,
+        rotation: int,
+    ) -> None: ...
+    @property
+    def words(self) -> int: ...
 
 class StoreView:
     def __init__(self, dtype: int, heads: int, head_dim: int, sinks: int) -> None: ...
@@ -132,8 +199,19 @@ class StoreView:
     def max_share(self) -> float: ...
     @max_share.setter
     def max_share(self, arg: float, /) -> None: ...
+    @property
+    def predicted(self) -> tuple[int, float, float, list[int]]: ...
     def set_mean(self, mean: int) -> None: ...
     def set_blocks(self, rows: Sequence[int], head_strides: Sequence[int]) -> None: ...
     def set_segments(
         self, offsets: Sequence[int], ids: Sequence[int], firsts: Sequence[int], counts: Sequence[int]
+    ) -> None: ...
+    def set_sketches(
+        self,
+        words: Sequence[int],
+        scales: Sequence[int],
+        largest: Sequence[int],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        blocks: Sequence[int],
     ) -> None: ...

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from magicpig.collision import log_inclusion
 from magicpig.kernels import _native
-from magicpig.kernels._native import LshSampler, StoreView
+from magicpig.kernels._native import LshSampler, SketchSampler, StoreView
 from magicpig.kernels.hash.reference import make_planes
+from magicpig.kernels.sketch.reference import EXACT_SHARE, LEVEL_DISTANCE, Scores, make_rotation
 from magicpig.types import AttentionState
 
 BLOCK_ROWS: int = _native.BLOCK_ROWS
 SEGMENT_ROWS: int = _native.SEGMENT_ROWS
+SKETCH_KEYS: int = _native.SKETCH_KEYS
 MAX_HEAD_DIM: int = _native.MAX_DIM
 MAX_GROUP = 256
 
@@ -187,6 +189,162 @@ def _empty_segment(G: int, L: int, K: int, n: int, first: int) -> Segment:
     return Segment(empty((G, L, 2**K + 1), torch.uint32), empty((G, L, n), torch.uint16), first)
 
 
+def make_sketcher(
+    head_dim: int, bits: int, seed: int, *, budget: float = 512, epsilon: float = 0.0, limit: float = EXACT_SHARE
+) -> SketchSampler:
+    """The rotation of a setting, and how much is drawn.
+
+    budget: rows of a kv head and step; below 1 a share of the body. epsilon: predicted error that is small enough, or 0
+    to draw once. limit: share of the body; where epsilon would take more, all of it is read.
+    """
+    rotation = make_rotation(head_dim, seed).contiguous()
+    distance = LEVEL_DISTANCE[bits] / head_dim**0.5
+    return SketchSampler(head_dim, bits, seed, budget, epsilon, limit, distance, rotation.data_ptr())
+
+
+@dataclass(frozen=True)
+class SketchSegment:
+    """The sketch of `count` consecutive keys from position `first` on, in blocks of 64. Never changed once made.
+
+    words: (G, blocks, words, 64) int32, the codes; scales: (G, blocks * 64) float16; largest: (G,) float32, which no
+    scale of a head exceeds. There may be more in them than `count` keys.
+    """
+
+    words: Tensor
+    scales: Tensor
+    largest: Tensor
+    first: int
+    count: int
+
+    @property
+    def blocks(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes + self.largest.nbytes
+
+
+def sketch(pieces: Sequence[Tensor], sampler: SketchSampler, first: int) -> SketchSegment:
+    """The sketch of consecutive keys, at least one; pieces as for `hash_rows`."""
+    heads, total = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces)
+    words, scales = _empty_sketch(heads, total, sampler)
+    done = 0
+    for piece in pieces:
+        _require(piece.stride(2) == 1, "rows must be contiguous in the last dimension")
+        _native.sketch(
+            dtype_code(piece.dtype),
+            [piece[g].data_ptr() for g in range(heads)],
+            piece.shape[1],
+            piece.stride(1) * piece.element_size(),
+            sampler,
+            done,
+            words.shape[1],
+            words.data_ptr(),
+            scales.data_ptr(),
+        )
+        done += piece.shape[1]
+    return SketchSegment(words, scales, scales[:, :total].float().amax(1), first, total)
+
+
+def join(a: SketchSegment, b: SketchSegment) -> SketchSegment:
+    """The sketch of a's keys followed by b's."""
+    _require(b.first == a.first + a.count, "b must begin where a ends")
+    G, total = len(a.words), a.count + b.count
+    blocks = -(-total // SKETCH_KEYS)
+    words = empty((G, blocks, a.words.shape[2], SKETCH_KEYS), torch.int32)
+    scales = empty((G, blocks * SKETCH_KEYS), torch.float16)
+    for part, at in ((a, 0), (b, a.count)):
+        _native.copy_sketch(
+            part.words.data_ptr(),
+            part.scales.data_ptr(),
+            part.count,
+            part.blocks,
+            G,
+            words.shape[2],
+            words.data_ptr(),
+            scales.data_ptr(),
+            at,
+            blocks,
+        )
+    return SketchSegment(words, scales, torch.maximum(a.largest, b.largest), a.first, total)
+
+
+def _empty_sketch(heads: int, keys: int, sampler: SketchSampler) -> tuple[Tensor, Tensor]:
+    blocks = -(-keys // SKETCH_KEYS)
+    words = empty((heads, blocks, sampler.words, SKETCH_KEYS), torch.int32)
+    return words, empty((heads, blocks * SKETCH_KEYS), torch.float16)
+
+
+@dataclass(frozen=True)
+class SketchScores:
+    """What a sketch says to the R heads of a group: `scores` as in the reference, and as the draw wants them.
+
+    query: (R, D) int8, the whole numbers of the rotated queries.
+    """
+
+    scores: Scores
+    query: Tensor
+    fixed: Tensor
+    sums: list[tuple[int, int, float]]
+
+
+def score(
+    query: Tensor,
+    segment: SketchSegment,
+    head: int,
+    sampler: SketchSampler,
+    *,
+    scale: float,
+    offset: Tensor | None = None,
+    softcap: float = 0.0,
+) -> SketchScores:
+    """Scores of one kv head's keys for the queries (R, D) float32 of its group."""
+    (R, D), n = query.shape, segment.count
+    width, blocks = padded(D), -(-n // SKETCH_KEYS)
+    lanes, whole = torch.zeros(R, width), torch.empty(R, width, dtype=torch.int8)
+    lanes[:, :D] = query
+    offset = torch.zeros(R) if offset is None else offset.to(torch.float32).contiguous()
+    fixed = torch.empty(blocks, R, SKETCH_KEYS, dtype=torch.int16)
+    sums = _native.score(
+        sampler,
+        lanes.data_ptr(),
+        R,
+        offset.data_ptr(),
+        float(segment.largest[head]),
+        scale,
+        softcap,
+        segment.words[head].data_ptr(),
+        segment.scales[head].data_ptr(),
+        n,
+        fixed.data_ptr(),
+        whole.data_ptr(),
+    )
+    by_head = fixed.transpose(0, 1).reshape(R, -1)[:, :n].to(torch.int64)
+    return SketchScores(Scores(by_head, torch.tensor([s[0] for s in sums])), whole[:, :D], fixed, sums)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """weights: (n,) int64; step and start of the walk; ids: (S,) int64; log_u: (S,) float32."""
+
+    weights: Tensor
+    step: int
+    start: int
+    ids: Tensor
+    log_u: Tensor
+
+
+def draw(scored: SketchScores, budget: int, *, seed: int, head: int, position: int, doublings: int = 0) -> Draw:
+    """The sample of one kv head, as a decode step draws it."""
+    n = scored.scores.fixed.shape[1]
+    weights = torch.empty(-(-n // SKETCH_KEYS) * SKETCH_KEYS, dtype=torch.int32)
+    step, start, ids, log_u = _native.draw(
+        scored.fixed.data_ptr(), scored.sums, n, budget, seed, head, position, doublings, weights.data_ptr()
+    )
+    return Draw(weights[:n].to(torch.int64), step, start, torch.tensor(ids, dtype=torch.int64), torch.tensor(log_u))
+
+
 def interleave(keys: Tensor, values: Tensor) -> Tensor:
     """Rows (n, 2 Dp) = [key | value], zero padded, from keys and values (n, D)."""
     n, D = keys.shape
@@ -283,16 +441,20 @@ def _padded_queries(query: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepResult:
-    """output (B, H, D) in the query's dtype, lse (B, H) float32; samples[b * H + h] = (ids, log_u) when asked for."""
+    """output (B, H, D) in the query's dtype; lse and predicted_error (B, H) float32.
+
+    samples[b * H + h] = (ids, log_u) when asked for.
+    """
 
     output: Tensor
     lse: Tensor
+    predicted_error: Tensor
     samples: list[tuple[Tensor, Tensor]]
 
 
 def decode_step(
     views: list[StoreView],
-    sampler: LshSampler | None,
+    sampler: LshSampler | SketchSampler | None,
     query: Tensor,
     keys: Tensor | None,
     values: Tensor | None,
@@ -302,13 +464,14 @@ def decode_step(
     sink_logits: Tensor | None = None,
     capture: bool = False,
 ) -> StepResult:
-    """One step of one layer: append, hash, look up, attend, merge. As decode.decode_step, which checks; contiguous."""
+    """One step of one layer: append, sample, attend, merge. As decode.decode_step, which checks; contiguous."""
     B, H, D = query.shape
     output = torch.empty(B, H, D, dtype=query.dtype)
-    lse = torch.empty(B, H, dtype=torch.float32)
+    lse, predicted_error = torch.empty(2, B, H, dtype=torch.float32)
     samples = _native.decode_step(
         views,
-        sampler,
+        sampler if isinstance(sampler, LshSampler) else None,
+        sampler if isinstance(sampler, SketchSampler) else None,
         _CODES[query.dtype],
         H,
         query.data_ptr(),
@@ -319,13 +482,14 @@ def decode_step(
         0 if sink_logits is None else sink_logits.data_ptr(),
         output.data_ptr(),
         lse.data_ptr(),
+        predicted_error.data_ptr(),
         capture,
     )
     pairs = [
         (torch.from_numpy(ids).view(torch.int32).to(torch.int64), torch.from_numpy(log_u).view(torch.float32))
         for ids, log_u in samples
     ]
-    return StepResult(output, lse, pairs)
+    return StepResult(output, lse, predicted_error, pairs)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -5,6 +5,8 @@ with another sampler. They handle one query token of one request, keep no state 
 they are given float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,29 +90,31 @@ def attend_sketch(
     sinks: int,
     recent: int,
     scale: float,
+    epsilon: float | None = None,
     softcap: float | None = None,
     seed: int = 0,
-) -> tuple[AttentionState, list[Sample], Tensor]:
+    centre: bool = True,
+) -> tuple[AttentionState, list[Sample]]:
     """Estimate attention from ``budget`` keys per key/value head, drawn by what a sketch says of their logits.
 
-    Shapes, ``sinks`` and ``recent`` as in `attend_lsh`; bits of a code are 1 to 4. The heads of a group share one
-    sample. Returns the state, a sample for every query head, and the predicted relative error of every query head (H,).
+    Shapes, ``sinks``, ``recent`` and what is returned as in `attend_lsh`; bits of a code are 1 to 4. The heads of a
+    group share one sample. With ``epsilon`` the sample is extended until it predicts a smaller relative error for all
+    of them, or would have more than a quarter of the keys: then all are read.
     """
     kv_heads, tokens, head_dim = keys.shape
     if tokens <= sinks + recent:
         nothing = Sample(ids=torch.empty(0, dtype=torch.int64), log_u=torch.empty(0, dtype=torch.float64))
-        exact = attend_full(query, keys, values, scale=scale, softcap=softcap)
-        return exact, [nothing] * len(query), torch.zeros_like(exact.lse)
+        return attend_full(query, keys, values, scale=scale, softcap=softcap), [nothing] * len(query)
     working = torch.promote_types(query.dtype, torch.float32)
     query, keys, values = query.to(working), keys.to(working), values.to(working)
     rotation = sketch.make_rotation(head_dim, seed)
 
-    states, samples, errors = [], [], []
+    states, samples = [], []
     position = torch.arange(tokens)
     static = (position < sinks) | (position >= tokens - recent)
     for g, (group, key, value) in enumerate(zip(_grouped(query, kv_heads), keys, values, strict=True)):
         body = key[~static]
-        mean = body.mean(0)
+        mean = body.mean(0) if centre else torch.zeros_like(body[0])
         codes = sketch.quantise(body - mean, rotation, bits)
         offset = scale * group @ mean
         scores = sketch.score(
@@ -118,20 +122,47 @@ def attend_sketch(
         )
         weights = sketch.weigh(scores)
         step = sketch.step_for(weights, budget)
-        found, log_u = sketch.pick(weights, step, sketch.start_for(seed, g, tokens, step))
-        sample = Sample(ids=sinks + found, log_u=log_u)
-
+        start = sketch.start_for(seed, g, tokens, step)
         exact = attend(group, key[static], value[static], scale=scale, softcap=softcap)
-        rows = key[sample.ids], value[sample.ids]
-        sampled = attend(group, *rows, scale=scale, log_u=sample.log_u, softcap=softcap)
-        state = merge([exact, sampled])
+        doublings = 0
+        while True:
+            found, log_u = sketch.pick(weights, step, start, doublings)
+            if doublings > 0 and budget << doublings > sketch.EXACT_SHARE * len(body):
+                found, log_u = torch.arange(len(body)), torch.zeros(len(body), dtype=torch.float64)
+            sample = Sample(ids=sinks + found, log_u=log_u)
+            rows = key[sample.ids], value[sample.ids]
+            sampled = attend(group, *rows, scale=scale, log_u=sample.log_u, softcap=softcap)
+            state = merge([exact, sampled])
+            error = float(predicted_error(state, group, *rows, sample.log_u, scale=scale, softcap=softcap).max())
+            if epsilon is None or error <= epsilon:
+                break
+            # The error falls with the square root of the rows.
+            doublings += min(20, max(1, math.ceil(2 * math.log2(error / epsilon))))
         states.append(state)
         samples += [sample] * len(group)
-        errors.append(predicted_error(state, group, *rows, sample.log_u, scale=scale, softcap=softcap))
 
     output = torch.cat([state.output for state in states])
     lse = torch.cat([state.lse for state in states])
-    return AttentionState(output=output, lse=lse), samples, torch.cat(errors)
+    return AttentionState(output=output, lse=lse), samples
+
+
+def predicted_errors(
+    state: AttentionState,
+    samples: list[Sample],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """What the samples behind a state say of its error: (H,), see `predicted_error`."""
+    errors, group = [], len(query) // len(keys)
+    for h, sample in enumerate(samples):
+        own = AttentionState(state.output[h : h + 1], state.lse[h : h + 1])
+        rows = keys[h // group, sample.ids], values[h // group, sample.ids]
+        errors.append(predicted_error(own, query[h : h + 1], *rows, sample.log_u, scale=scale, softcap=softcap))
+    return torch.cat(errors)
 
 
 def attend_full(

@@ -27,7 +27,7 @@ from magicpig.config import Config
 from magicpig.decode import decode_step
 from magicpig.integrations.transformers.errors import UnsupportedModelError
 from magicpig.prefill import attend_store
-from magicpig.store import KVStore
+from magicpig.store import PREDICTING, KVStore, PredictedErrors
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 
@@ -372,17 +372,20 @@ class _Checkpoint:
 
 @dataclass
 class _Work:
-    """Sums over query heads and steps: keys sampled, of how many; and the largest share of one step and head."""
+    """Over query heads and steps: keys sampled, of how many; the largest share; the predicted errors."""
 
     sampled: int = 0
     body: int = 0
     largest: float = 0.0
+    predicted: PredictedErrors | None = None
 
     def add(self, store: KVStore) -> None:
         stats = store.stats
         self.sampled += stats.sampled_rows
         self.body += stats.body_rows
         self.largest = max(self.largest, stats.max_share)
+        if stats.predicted.count and store.config.sampler in PREDICTING:
+            self.predicted = stats.predicted if self.predicted is None else self.predicted + stats.predicted
 
 
 def _on_cpu(sink_logits: Tensor | None) -> Tensor | None:
@@ -400,11 +403,13 @@ class LayerReport:
     tokens: tokens held. indexed: of these, the ones that are sampled; the others are read by every step.
     sampled_share_mean, sampled_share_max: of the indexed keys, the share that a query head read in a decode step;
     None before the first sampled step.
+    predicted_error_mean, _p95, _max: of the relative error that each step and query head predicted of its own output;
+    None before that, and for samplers for comparison, which predict nothing.
     kv_bytes: memory of keys and values. index_bytes: memory of the hash tables, or of what else finds keys. What beams
     share is counted for each.
     full_step_bytes: keys and values that one step of full attention over `tokens` reads.
     read_step_bytes: keys and values that one step reads now, at the mean share; query heads that share a key/value
-    head are counted as if no two of them drew the same row.
+    head are counted as if no two of them drew the same row, unless they share their sample.
     """
 
     layer: int
@@ -413,6 +418,9 @@ class LayerReport:
     indexed: int
     sampled_share_mean: float | None
     sampled_share_max: float | None
+    predicted_error_mean: float | None
+    predicted_error_p95: float | None
+    predicted_error_max: float | None
     kv_bytes: int
     index_bytes: int
     full_step_bytes: int
@@ -442,6 +450,22 @@ class CacheReport:
         return max((x.sampled_share_max for x in self.layers if x.sampled_share_max is not None), default=None)
 
     @property
+    def predicted_error_mean(self) -> float | None:
+        """Mean over the layers that predict one."""
+        errors = [x.predicted_error_mean for x in self.layers if x.predicted_error_mean is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def predicted_error_p95(self) -> float | None:
+        """That of the layer where it is largest."""
+        return max((x.predicted_error_p95 for x in self.layers if x.predicted_error_p95 is not None), default=None)
+
+    @property
+    def predicted_error_max(self) -> float | None:
+        """Largest of any layer, step and head."""
+        return max((x.predicted_error_max for x in self.layers if x.predicted_error_max is not None), default=None)
+
+    @property
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes for layer in self.layers)
 
@@ -462,7 +486,7 @@ def _report(index: int, layer: Any) -> LayerReport:
     if not isinstance(layer, MagicPigLayer):
         held = 0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
         tokens = 0 if layer.keys is None or held == 0 else layer.keys.shape[0] * layer.keys.shape[2]
-        return LayerReport(index, "sliding", tokens, 0, None, None, held, 0, held, held)
+        return LayerReport(index, "sliding", tokens, 0, None, None, None, None, None, held, 0, held, held)
     work = layer.work()
     share = work.sampled / work.body if work.body else None
     kind = "dense" if layer.config.is_dense(index) else "sampled"
@@ -472,9 +496,13 @@ def _report(index: int, layer: Any) -> LayerReport:
         kv_bytes, index_bytes = kv_bytes + use.rows, index_bytes + use.index
         row = 2 * store.head_dim * store.dtype.itemsize
         body = max(0, store.indexed_to - store.config.sinks) if store.settled else 0
-        drawn = min(store.kv_heads, layer.query_heads * (share or 0.0)) * body
+        drawing = store.kv_heads if store.config.sampler == "sketch" else layer.query_heads
+        drawn = min(store.kv_heads, drawing * (share or 0.0)) * body
         tokens, indexed = tokens + store.length, indexed + body
         full += store.length * store.kv_heads * row
         read += round(((store.length - body) * store.kv_heads + drawn) * row)
     largest = work.largest if work.body else None
-    return LayerReport(index, kind, tokens, indexed, share, largest, kv_bytes, index_bytes, full, read)
+    predicted: tuple[float | None, float | None, float | None] = (None, None, None)
+    if (errors := work.predicted) is not None:
+        predicted = errors.sum / errors.count, errors.quantile(0.95), errors.largest
+    return LayerReport(index, kind, tokens, indexed, share, largest, *predicted, kv_bytes, index_bytes, full, read)

@@ -109,6 +109,12 @@ inline F log_inclusion(F dots, F norms, const InclusionLaw& law) {
   return left + weight * (gather(law.log_u, low + 1) - left);
 }
 
+inline void scale_spread(int dim, F by, State* state) {
+  for (int d = 0; d < dim; d += W) store(state->spread + d, load(state->spread + d) * by);
+  state->spread_sum *= by[0];
+  state->spread_square *= by[0];
+}
+
 // Logits in `s` (kBatch of them, `count` valid) become softmax terms relative to the state's maximum.
 inline void softmax_terms(float* s, int count, int dim, State* state) {
   for (int j = count; j < kBatch; ++j) s[j] = kLowest;
@@ -120,6 +126,7 @@ inline void softmax_terms(float* s, int count, int dim, State* state) {
     for (int d = 0; d < dim; d += W) store(state->values + d, load(state->values + d) * shrink);
     state->sum *= shrink[0];
     state->max = batch_max;
+    if (state->spread != nullptr) scale_spread(dim, shrink * shrink, state);
   }
   const float base = state->max == kLowest ? 0.0f : state->max;
   F total{};
@@ -131,21 +138,58 @@ inline void softmax_terms(float* s, int count, int dim, State* state) {
   state->sum += sum(total);
 }
 
+// What a batch of drawn rows with softmax terms `p` adds to the variance of each head's output: see State.
+template <class T, int HEADS>
+inline void add_spread(const Batch<T>& batch, int dim, const float (*p)[kBatch], const float* log_u, State* states) {
+  alignas(64) float c[HEADS][kBatch], squares[kBatch];
+  for (int j = 0; j < batch.count; j += kTileRows) {
+    F square[kTileRows] = {};
+    for (int d = dim; d < 2 * dim; d += 2 * W) {
+      for (int r = 0; r < kTileRows; ++r) {
+        F a, b;
+        load_pair(batch.row[j + r] + d, a, b);
+        square[r] += a * a;
+        square[r] += b * b;
+      }
+    }
+    sum4(square, squares + j);
+  }
+  for (int j = batch.count; j < kBatch; ++j) squares[j] = 0.0f;
+  float* acc[HEADS];
+  for (int h = 0; h < HEADS; ++h) {
+    F total{}, square{};
+    for (int j = 0; j < kBatch; j += W) {
+      const F weight = load(p[h] + j);
+      const F uncertain = (1.0f - exp(load(log_u + j))) * weight * weight;
+      store(c[h] + j, uncertain);
+      total += uncertain;
+      square += uncertain * load(squares + j);
+    }
+    states[h].spread_sum += sum(total);
+    states[h].spread_square += sum(square);
+    acc[h] = states[h].spread;
+  }
+  add_values<T, HEADS, false>(batch, dim, c, acc);
+}
+
+// Rows are certain when `log_u` is null; else it has kBatch numbers, of which those past the batch are zero.
 template <class T, int HEADS, bool PREFETCH>
 inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const float* offsets,
-                         LogitRule rule, State* states) {
+                         LogitRule rule, const float* log_u, State* states) {
   alignas(64) float s[HEADS][kBatch];
   float* acc[HEADS];
   constexpr int kHeads = HEADS < kTileHeads ? HEADS : kTileHeads;
   for (int h = 0; h < HEADS; h += kHeads) dots<T, kHeads, false, PREFETCH>(batch, dim, queries + h, s + h, nullptr);
   for (int h = 0; h < HEADS; ++h) {
     for (int j = 0; j < kBatch; j += W) {
-      store(s[h] + j, cap_logits(load(s[h] + j) * rule.scale + offsets[h], rule.softcap));
+      const F logits = cap_logits(load(s[h] + j) * rule.scale + offsets[h], rule.softcap);
+      store(s[h] + j, log_u == nullptr ? logits : logits - load(log_u + j));
     }
     softmax_terms(s[h], batch.count, dim, &states[h]);
     acc[h] = states[h].values;
   }
   add_values<T, HEADS, PREFETCH>(batch, dim, s, acc);
+  if (log_u != nullptr && states->spread != nullptr) add_spread<T, HEADS>(batch, dim, s, log_u, states);
 }
 
 void merge(int dim, const State& from, State* into) {
@@ -157,12 +201,20 @@ void merge(int dim, const State& from, State* into) {
   }
   into->sum = into->sum * keep[0] + from.sum * add[0];
   into->max = top;
+  if (into->spread == nullptr) return;
+  scale_spread(dim, keep * keep, into);
+  if (from.spread == nullptr) return;
+  const F square = add * add;
+  for (int d = 0; d < dim; d += W) store(into->spread + d, load(into->spread + d) + load(from.spread + d) * square);
+  into->spread_sum += from.spread_sum * square[0];
+  into->spread_square += from.spread_square * square[0];
 }
 
-inline void clear(int dim, State* state) {
-  state->max = kLowest;
-  state->sum = 0;
-  memset(state->values, 0, sizeof(float) * dim);
+// An empty state in `values` [dim] and, for rows drawn by chance, `spread` [dim].
+inline State empty(int dim, float* values, float* spread) {
+  memset(values, 0, sizeof(float) * dim);
+  if (spread != nullptr) memset(spread, 0, sizeof(float) * dim);
+  return {kLowest, 0, values, spread, 0, 0};
 }
 
 template <class T>
@@ -175,10 +227,7 @@ void attend_rows_of(int dim, const T* rows, int64_t count, int heads, const floa
     for (int64_t piece = 0; piece < count; piece += kBlockRows) {
       const int64_t end = count < piece + kBlockRows ? count : piece + kBlockRows;
       State part[kGroup];
-      for (int h = 0; h < group; ++h) {
-        part[h].values = values[h];
-        clear(dim, &part[h]);
-      }
+      for (int h = 0; h < group; ++h) part[h] = empty(dim, values[h], nullptr);
       for (int64_t i = piece; i < end; i += kBatch) {
         Batch<T> batch;
         batch.count = (int)(end - i < kBatch ? end - i : kBatch);
@@ -188,15 +237,16 @@ void attend_rows_of(int dim, const T* rows, int64_t count, int heads, const floa
         for (int j = 0; j < batch.requested; ++j) batch.ahead[j] = rows + (i + j + kPrefetchRows) * 2 * dim;
         batch.fill_tile();
         if (group == 4) {
-          attend_batch<T, 4, kPrefetchInOrder>(batch, dim, queries + h0, offsets + h0, rule, part);
+          attend_batch<T, 4, kPrefetchInOrder>(batch, dim, queries + h0, offsets + h0, rule, nullptr, part);
         } else {
           int h = 0;
           if (group >= 2) {
-            attend_batch<T, 2, kPrefetchInOrder>(batch, dim, queries + h0, offsets + h0, rule, part);
+            attend_batch<T, 2, kPrefetchInOrder>(batch, dim, queries + h0, offsets + h0, rule, nullptr, part);
             h = 2;
           }
           if (h < group)
-            attend_batch<T, 1, kPrefetchInOrder>(batch, dim, queries + h0 + h, offsets + h0 + h, rule, part + h);
+            attend_batch<T, 1, kPrefetchInOrder>(batch, dim, queries + h0 + h, offsets + h0 + h, rule, nullptr,
+                                                 part + h);
         }
       }
       for (int h = 0; h < group; ++h) merge(dim, part[h], &states[h0 + h]);
@@ -204,45 +254,90 @@ void attend_rows_of(int dim, const T* rows, int64_t count, int heads, const floa
   }
 }
 
+// The rows of a sample, and their batches.
+template <class T>
+struct SampledRows {
+  const char* const* blocks;
+  const uint32_t* ids;
+  int64_t count;
+  int dim;
+
+  const T* row(int64_t i) const {
+    const int64_t row_bytes = (int64_t)2 * dim * (int64_t)sizeof(T);
+    return (const T*)(blocks[ids[i] >> kBlockShift] + (int64_t)(ids[i] & (kBlockRows - 1)) * row_bytes);
+  }
+  Batch<T> batch(int64_t i, int64_t end) const {
+    Batch<T> batch;
+    batch.count = (int)(end - i < kBatch ? end - i : kBatch);
+    const int64_t later = count - i - kPrefetchRows;
+    batch.requested = later < 0 ? 0 : later < kBatch ? (int)later : kBatch;
+    for (int j = 0; j < batch.count; ++j) batch.row[j] = row(i + j);
+    for (int j = 0; j < batch.requested; ++j) batch.ahead[j] = row(i + j + kPrefetchRows);
+    batch.fill_tile();
+    return batch;
+  }
+};
+
 template <class T>
 void attend_sample_of(int dim, const char* const* blocks, const uint32_t* ids, int64_t count, const float* query,
-                      float offset, LogitRule rule, const float* log_u, const InclusionLaw* law, float* log_u_out,
-                      State* state) {
-  const int64_t row_bytes = (int64_t)2 * dim * (int64_t)sizeof(T);
-  const auto row = [&](uint32_t id) {
-    return (const T*)(blocks[id >> kBlockShift] + (int64_t)(id & (kBlockRows - 1)) * row_bytes);
-  };
-  alignas(64) float values[kMaxDim];
-  State part{kLowest, 0, values};
+                      float offset, LogitRule rule, const InclusionLaw& law, float* log_u_out, State* state) {
+  const SampledRows<T> rows{blocks, ids, count, dim};
+  alignas(64) float values[kMaxDim], spread[kMaxDim];
   for (int64_t piece = 0; piece < count; piece += kBlockRows) {
     const int64_t end = count < piece + kBlockRows ? count : piece + kBlockRows;
-    clear(dim, &part);
+    State part = empty(dim, values, state->spread == nullptr ? nullptr : spread);
     for (int64_t i = piece; i < end; i += kBatch) {
-      Batch<T> batch;
-      batch.count = (int)(end - i < kBatch ? end - i : kBatch);
-      const int64_t later = count - i - kPrefetchRows;
-      batch.requested = later < 0 ? 0 : later < kBatch ? (int)later : kBatch;
-      for (int j = 0; j < batch.count; ++j) batch.row[j] = row(ids[i + j]);
-      for (int j = 0; j < batch.requested; ++j) batch.ahead[j] = row(ids[i + j + kPrefetchRows]);
-      batch.fill_tile();
+      const Batch<T> batch = rows.batch(i, end);
       alignas(64) float s[1][kBatch], norms[kBatch], logs[kBatch];
-      if (log_u == nullptr) {
-        dots<T, 1, true, true>(batch, dim, &query, s, norms);
-        for (int j = batch.count; j < kBatch; ++j) s[0][j] = norms[j] = 0.0f;
-        for (int j = 0; j < kBatch; j += W) store(logs + j, log_inclusion(load(s[0] + j), load(norms + j), *law));
-        if (log_u_out != nullptr) memcpy(log_u_out + i, logs, sizeof(float) * batch.count);
-      } else {
-        dots<T, 1, false, true>(batch, dim, &query, s, nullptr);
-        for (int j = 0; j < kBatch; ++j) logs[j] = j < batch.count ? log_u[i + j] : 0.0f;
-      }
+      dots<T, 1, true, true>(batch, dim, &query, s, norms);
+      for (int j = batch.count; j < kBatch; ++j) s[0][j] = norms[j] = 0.0f;
+      for (int j = 0; j < kBatch; j += W) store(logs + j, log_inclusion(load(s[0] + j), load(norms + j), law));
+      if (log_u_out != nullptr) memcpy(log_u_out + i, logs, sizeof(float) * batch.count);
       for (int j = 0; j < kBatch; j += W) {
         store(s[0] + j, cap_logits(load(s[0] + j) * rule.scale + offset, rule.softcap) - load(logs + j));
       }
       softmax_terms(s[0], batch.count, dim, &part);
       float* acc[1] = {values};
       add_values<T, 1, true>(batch, dim, s, acc);
+      if (part.spread != nullptr) add_spread<T, 1>(batch, dim, s, logs, &part);
     }
     merge(dim, part, state);
+  }
+}
+
+template <class T>
+void attend_shared_of(int dim, const char* const* blocks, const uint32_t* ids, int64_t count, const float* log_u,
+                      int heads, const float* const* queries, const float* offsets, LogitRule rule, State* states) {
+  const SampledRows<T> rows{blocks, ids, count, dim};
+  constexpr int kGroup = 4;
+  alignas(64) float values[kGroup][kMaxDim], spread[kGroup][kMaxDim];
+  for (int h0 = 0; h0 < heads; h0 += kGroup) {
+    const int group = heads - h0 < kGroup ? heads - h0 : kGroup;
+    for (int64_t piece = 0; piece < count; piece += kBlockRows) {
+      const int64_t end = count < piece + kBlockRows ? count : piece + kBlockRows;
+      State part[kGroup];
+      for (int h = 0; h < group; ++h) {
+        part[h] = empty(dim, values[h], states[h0].spread == nullptr ? nullptr : spread[h]);
+      }
+      for (int64_t i = piece; i < end; i += kBatch) {
+        const Batch<T> batch = rows.batch(i, end);
+        alignas(64) float logs[kBatch];
+        for (int j = 0; j < kBatch; ++j) logs[j] = j < batch.count ? log_u[i + j] : 0.0f;
+        if (group == 4) {
+          attend_batch<T, 4, true>(batch, dim, queries + h0, offsets + h0, rule, logs, part);
+          continue;
+        }
+        int h = 0;
+        if (group >= 2) {
+          attend_batch<T, 2, true>(batch, dim, queries + h0, offsets + h0, rule, logs, part);
+          h = 2;
+        }
+        if (h < group) {
+          attend_batch<T, 1, true>(batch, dim, queries + h0 + h, offsets + h0 + h, rule, logs, part + h);
+        }
+      }
+      for (int h = 0; h < group; ++h) merge(dim, part[h], &states[h0 + h]);
+    }
   }
 }
 

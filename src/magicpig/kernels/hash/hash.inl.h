@@ -25,18 +25,6 @@ inline F dot_pair(F acc, U directions, uint32_t x_pair) {
 }
 #endif
 
-inline uint64_t positive(F v) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
-#elif defined(__AVX2__)
-  return (uint64_t)(unsigned)_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ));
-#else
-  uint64_t mask = 0;
-  for (int i = 0; i < W; ++i) mask |= (uint64_t)(v[i] > 0.0f) << i;
-  return mask;
-#endif
-}
-
 template <int M>
 inline void hash_tile(const float* x, int64_t stride, int pairs, const uint16_t* tile, uint64_t* bits, int64_t step) {
   uint64_t word[M] = {};

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <tuple>
 
 #include "index.h"
 #include "kernels.h"
@@ -101,9 +103,9 @@ void attend(int dtype, int dim, const std::vector<Address>& blocks, Address ids,
   const Dtype type = dtype_of(dtype);
   State state = empty_state(dim, values.data());
   kernels().to_lane_order(type, at<const float>(query), dim, lanes.data());
-  kernels().attend_sample(type, dim, reinterpret_cast<const char* const*>(blocks.data()), at<const uint32_t>(ids),
-                          count, lanes.data(), offset, {scale, softcap}, at<const float>(log_u), nullptr, nullptr,
-                          &state);
+  const float* queries[] = {lanes.data()};
+  kernels().attend_shared(type, dim, reinterpret_cast<const char* const*>(blocks.data()), at<const uint32_t>(ids),
+                          count, at<const float>(log_u), 1, queries, &offset, {scale, softcap}, &state);
   write_state(type, dim, state, at<float>(output), at<float>(lse));
 }
 
@@ -134,16 +136,60 @@ void merge_states(int parts, int heads, int dim, Address outputs, Address lses, 
     for (int p = 0; p < parts; ++p) {
       const int64_t i = static_cast<int64_t>(p) * heads + h;
       std::copy_n(at<const float>(outputs) + i * dim, dim, piece.begin());
-      kernels().merge(dim, {at<const float>(lses)[i], 1.0, piece.data()}, &total);
+      kernels().merge(dim, {at<const float>(lses)[i], 1.0, piece.data(), nullptr, 0, 0}, &total);
     }
     // Lane order is natural order for float32.
     write_state(Dtype::f32, dim, total, at<float>(output) + static_cast<int64_t>(h) * dim, at<float>(lse) + h);
   }
 }
 
-Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* sampler, int dtype, int query_heads,
-                    Address query, Address key, Address value, float scale, float softcap, Address sink_logits,
-                    Address output, Address lse, bool capture) {
+// Scores of `count` keys of one kv head: fixed (blocks, heads, kSketchKeys) int16, and of each head the whole numbers of
+// its query (heads, dim) int8, its fraction bits, and the sum of its powers.
+std::vector<std::tuple<int, int, double>> score_sketch(const SketchSampler& sampler, Address queries, int heads,
+                                                       Address offsets, float largest, float scale, float softcap,
+                                                       Address words, Address scales, int64_t count, Address fixed,
+                                                       Address whole) {
+  std::vector<SketchQuery> prepared(heads);
+  std::vector<ScoreRule> rules;
+  std::vector<ScoreSum> sums(heads);
+  for (int h = 0; h < heads; ++h) {
+    prepare_query(sampler, at<const float>(queries) + static_cast<int64_t>(h) * sampler.dim(),
+                  at<const float>(offsets)[h], largest, {scale, softcap}, &prepared[h]);
+    rules.push_back(prepared[h].rule);
+    std::copy_n(prepared[h].values, sampler.dim(), at<int8_t>(whole) + static_cast<int64_t>(h) * sampler.dim());
+  }
+  kernels().score(sampler.layout(), at<const uint32_t>(words), at<const uint16_t>(scales), count, heads, rules.data(),
+                  at<int16_t>(fixed), sums.data());
+  std::vector<std::tuple<int, int, double>> out;
+  for (int h = 0; h < heads; ++h) out.emplace_back(rules[h].fraction_bits, sums[h].base, sums[h].sum);
+  return out;
+}
+
+// The draw from the scores of one kv head: its weights (blocks, kSketchKeys) uint32, the step, the start, the indices of
+// the keys that were drawn, and their log u.
+std::tuple<uint64_t, uint64_t, std::vector<uint32_t>, std::vector<float>> draw_sketch(
+    Address fixed, const std::vector<std::tuple<int, int, double>>& heads, int64_t count, int64_t budget, uint64_t seed,
+    int head, int64_t position, int doublings, Address weights) {
+  std::vector<WeightRule> rules;
+  for (const auto& [fraction_bits, base, sum] : heads) {
+    const ScoreSum one{base, sum};
+    rules.push_back(weight_rule(&one, 1, 1, fraction_bits));
+  }
+  Weights own;
+  own.reset(count, (count + kSketchKeys - 1) / kSketchKeys, budget);
+  own.add(at<const int16_t>(fixed), count, static_cast<int>(heads.size()), rules.data());
+  own.settle_step();
+  std::copy_n(own.weights(), own.blocks() * kSketchKeys, at<uint32_t>(weights));
+  const uint64_t start = start_for(seed, head, position, own.step());
+  std::vector<uint32_t> indices;
+  std::vector<float> log_u;
+  own.pick(start, doublings, &indices, &log_u);
+  return {own.step(), start, indices, log_u};
+}
+
+Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* lsh, const SketchSampler* sketch,
+                    int dtype, int query_heads, Address query, Address key, Address value, float scale, float softcap,
+                    Address sink_logits, Address output, Address lse, Address predicted_error, bool capture) {
   std::vector<HeadSample> samples;
   Step step{.dtype = dtype_of(dtype),
             .query_heads = query_heads,
@@ -154,10 +200,11 @@ Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* sam
             .sink_logits = at<const float>(sink_logits),
             .output = at<void>(output),
             .lse = at<float>(lse),
+            .predicted_error = at<float>(predicted_error),
             .capture = capture ? &samples : nullptr};
   {
     nb::gil_scoped_release release;
-    decode(stores, sampler, step);
+    decode(stores, lsh, sketch, step);
   }
   nb::list out;
   for (const HeadSample& sample : samples) {
@@ -183,6 +230,7 @@ NB_MODULE(_native, m) {
   m.attr("SEGMENT_ROWS") = kSegmentRows;
   m.attr("LAW_SIZE") = kLawSize;
   m.attr("TILE") = kTileDirections;
+  m.attr("SKETCH_KEYS") = kSketchKeys;
 
   m.def("isa", [] { return kernels().name; });
   m.def("use_isa", [](const std::string& name) { use_level(name.c_str()); }, "name"_a);
@@ -252,8 +300,38 @@ NB_MODULE(_native, m) {
         kernels().from_float(dtype_of(to_dtype), wide.data(), count, at<void>(to));
       },
       "from_dtype"_a, "source"_a, "count"_a, "to_dtype"_a, "to"_a, Unlocked());
-  m.def("decode_step", &decode_step, "stores"_a, "sampler"_a.none(), "dtype"_a, "query_heads"_a, "query"_a, "key"_a,
-        "value"_a, "scale"_a, "softcap"_a, "sink_logits"_a, "output"_a, "lse"_a, "capture"_a);
+  m.def("decode_step", &decode_step, "stores"_a, "lsh"_a.none(), "sketch"_a.none(), "dtype"_a, "query_heads"_a,
+        "query"_a, "key"_a, "value"_a, "scale"_a, "softcap"_a, "sink_logits"_a, "output"_a, "lse"_a,
+        "predicted_error"_a, "capture"_a);
+  m.def(
+      "sketch",
+      [](int dtype, const std::vector<Address>& rows, int64_t count, int64_t row_bytes, const SketchSampler& sampler,
+         int64_t first, int64_t blocks, Address words, Address scales) {
+        sketch_rows({.dtype = dtype_of(dtype),
+                     .heads = static_cast<int>(rows.size()),
+                     .count = count,
+                     .row_bytes = row_bytes,
+                     .rows = reinterpret_cast<const char* const*>(rows.data()),
+                     .sampler = sampler,
+                     .first = first,
+                     .blocks = blocks},
+                    at<uint32_t>(words), at<uint16_t>(scales));
+      },
+      "dtype"_a, "rows"_a, "count"_a, "row_bytes"_a, "sampler"_a, "first"_a, "blocks"_a, "words"_a, "scales"_a,
+      Unlocked());
+  m.def(
+      "copy_sketch",
+      [](Address words, Address scales, int64_t count, int64_t blocks, int heads, int key_words, Address to_words,
+         Address to_scales, int64_t first, int64_t to_blocks) {
+        copy_sketch(at<const uint32_t>(words), at<const uint16_t>(scales), count, blocks, heads, key_words,
+                    at<uint32_t>(to_words), at<uint16_t>(to_scales), first, to_blocks);
+      },
+      "words"_a, "scales"_a, "count"_a, "blocks"_a, "heads"_a, "key_words"_a, "to_words"_a, "to_scales"_a, "first"_a,
+      "to_blocks"_a, Unlocked());
+  m.def("score", &score_sketch, "sampler"_a, "queries"_a, "heads"_a, "offsets"_a, "largest"_a, "scale"_a, "softcap"_a,
+        "words"_a, "scales"_a, "count"_a, "fixed"_a, "whole"_a, Unlocked());
+  m.def("draw", &draw_sketch, "fixed"_a, "heads"_a, "count"_a, "budget"_a, "seed"_a, "head"_a, "position"_a,
+        "doublings"_a, "weights"_a, Unlocked());
 
   nb::class_<LshSampler>(m, "LshSampler")
       .def(
@@ -266,6 +344,21 @@ NB_MODULE(_native, m) {
             self->log_u.assign(at<const float>(log_u), at<const float>(log_u) + kLawSize + 1);
           },
           "head_dim"_a, "K"_a, "L"_a, "min_hits"_a, "directions"_a, "log_u"_a);
+
+  nb::class_<SketchSampler>(m, "SketchSampler")
+      .def_prop_ro("words", [](const SketchSampler& self) { return self.layout().words; })
+      .def(
+          "__init__",
+          [](SketchSampler* self, int head_dim, int bits, uint64_t seed, double budget, float epsilon, double limit,
+             float distance, Address rotation) {
+            new (self) SketchSampler{head_dim, bits, seed, budget, epsilon, limit, distance, {}};
+            self->rows.assign(static_cast<size_t>(head_dim) * self->dim(), 0.0f);
+            for (int d = 0; d < head_dim; ++d) {
+              std::copy_n(at<const float>(rotation) + static_cast<int64_t>(d) * head_dim, head_dim,
+                          self->rows.begin() + static_cast<int64_t>(d) * self->dim());
+            }
+          },
+          "head_dim"_a, "bits"_a, "seed"_a, "budget"_a, "epsilon"_a, "limit"_a, "distance"_a, "rotation"_a);
 
   nb::class_<StoreView>(m, "StoreView")
       .def(
@@ -287,6 +380,12 @@ NB_MODULE(_native, m) {
       .def_rw("sampled_rows", &StoreView::sampled_rows)
       .def_rw("body_rows", &StoreView::body_rows)
       .def_rw("max_share", &StoreView::max_share)
+      .def_prop_ro("predicted",
+                   [](const StoreView& self) {
+                     const PredictedErrors& all = self.predicted;
+                     return std::make_tuple(all.count, all.sum, all.largest,
+                                            std::vector<int64_t>(all.bins.begin(), all.bins.end()));
+                   })
       .def(
           "set_mean",
           [](StoreView& self, Address mean) {
@@ -314,5 +413,17 @@ NB_MODULE(_native, m) {
                   {at<const uint32_t>(offsets[i]), at<const uint16_t>(ids[i]), firsts[i], counts[i]});
             }
           },
-          "offsets"_a, "ids"_a, "firsts"_a, "counts"_a);
+          "offsets"_a, "ids"_a, "firsts"_a, "counts"_a)
+      .def(
+          "set_sketches",
+          [](StoreView& self, const std::vector<Address>& words, const std::vector<Address>& scales,
+             const std::vector<Address>& largest, const std::vector<int64_t>& firsts,
+             const std::vector<int64_t>& counts, const std::vector<int64_t>& blocks) {
+            self.sketches.clear();
+            for (size_t i = 0; i < words.size(); ++i) {
+              self.sketches.push_back({at<const uint32_t>(words[i]), at<const uint16_t>(scales[i]),
+                                       at<const float>(largest[i]), firsts[i], counts[i], blocks[i]});
+            }
+          },
+          "words"_a, "scales"_a, "largest"_a, "firsts"_a, "counts"_a, "blocks"_a);
 }

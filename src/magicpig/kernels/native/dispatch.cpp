@@ -9,7 +9,7 @@
 
 namespace magicpig {
 
-extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16, kAvx512Bf16Emulated;
+extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAvx512Bf16Emulated;
 
 namespace {
 
@@ -24,14 +24,18 @@ bool always() { return true; }
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+[[maybe_unused]] bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #if defined(MAGICPIG_HAVE_AVX512BF16)
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #endif
 
 const Level kLevels[] = {
 #if defined(MAGICPIG_HAVE_AVX512BF16)
     {&kAvx512Bf16, has_avx512bf16},
+#endif
+#if defined(MAGICPIG_HAVE_AVX512VNNI)
+    {&kAvx512Vnni, has_avx512vnni},
 #endif
 #if defined(MAGICPIG_HAVE_AVX512)
     {&kAvx512, has_avx512},

@@ -23,6 +23,8 @@ constexpr int kSegmentRows = 65536;  // keys of one index segment: ids have 16 b
 constexpr int kTileDirections = 64;  // hash directions of one packed tile: one 64-bit word of signs
 constexpr int kLawSize = 4096;       // intervals of the table of log inclusion probabilities
 constexpr int kMaxTables = 1024;
+constexpr int kSketchKeys = 64;   // keys of one block of a sketch
+constexpr int kFarthest = 40;     // octaves below the largest score at which a key counts for its floor only
 constexpr int kCollectSlack = 4;  // ids that `collect` may write past those it returns
 
 // The hash directions, packed: [tile][pair of dims][64 directions][2] bfloat16.
@@ -46,17 +48,59 @@ struct LogitRule {
   float softcap;  // 0: none
 };
 
-// An unnormalised attention state of one head: sum of exp(logit - max), and of exp(logit - max) * value in lane order.
+// An unnormalised attention state of one head: sum of x = exp(logit - max), and of x * value in lane order.
+// For rows that were drawn, what the error of the output can be estimated from: with c = (1 - u) x^2, the sums of c, of
+// c |value|^2 and of c * value (kernels/attend/reference.py: predicted_error).
 struct State {
   float max;
   double sum;
   float* values;  // [dim]
+  float* spread;  // [dim] or null: nobody asks
+  double spread_sum;
+  double spread_square;
 };
 
 // log u as a function of the cosine: kLawSize + 1 values on x = sign(c) * (1 - sqrt(1 - |c|)) in [-1, 1].
 struct InclusionLaw {
   const float* log_u;
   float query_norm;
+};
+
+// A random orthogonal matrix, one row of `dim` floats per coordinate of a vector: [head_dim][dim], zero padded.
+struct Rotation {
+  const float* rows;
+  int head_dim;  // D
+  int dim;       // D padded
+};
+
+// The sketch of one kv head's keys is [block of kSketchKeys keys][word][key] of 32-bit words, and a scale per key, a half.
+// A word has the codes of 32 / bits coordinates: that of coordinate 4 k + j at bit 8 j + bits * k. Codes of three bits
+// are two such planes, of the lower two bits and of the highest one.
+struct SketchLayout {
+  int bits;
+  int head_dim;
+  int words;  // of a key
+};
+
+// A query head as it meets a sketch: score = unit * scale of the key * dot of `query` and the key's odd levels.
+struct ScoreRule {
+  const int8_t* query;  // head_dim numbers, zero padded to kLane
+  int32_t correction;   // turns a dot with codes into one with levels: (2^bits - 1) * sum of the numbers
+  int fraction_bits;
+  float unit;                      // of a score in fixed point; before a softcap, of a logit
+  float offset, softcap, octaves;  // with a softcap: joins the logit; the cap; fixed-point units of a logit
+};
+
+// The sum of 2^(score - base) of one head.
+struct ScoreSum {
+  int32_t base;
+  double sum;
+};
+
+// A score of `top` has all the weight of its head.
+struct WeightRule {
+  int32_t top;
+  int fraction_bits;
 };
 
 struct Kernels {
@@ -83,11 +127,29 @@ struct Kernels {
   void (*attend_rows)(Dtype dtype, int dim, const char* rows, int64_t count, int heads, const float* const* queries,
                       const float* offsets, LogitRule rule, State* states);
   // Attention of one query over sampled rows. Row id is at blocks[id >> kBlockShift] + (id & mask) rows.
-  // log u comes from `log_u` when given, else from `law`; then it is also written to `log_u_out` unless null.
+  // log u comes from `law`; it is also written to `log_u_out` unless null.
   void (*attend_sample)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
-                        const float* query, float offset, LogitRule rule, const float* log_u, const InclusionLaw* law,
-                        float* log_u_out, State* state);
+                        const float* query, float offset, LogitRule rule, const InclusionLaw& law, float* log_u_out,
+                        State* state);
+  // Attention of `heads` queries over the same sampled rows, whose log u is given.
+  void (*attend_shared)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
+                        const float* log_u, int heads, const float* const* queries, const float* offsets,
+                        LogitRule rule, State* states);
   void (*merge)(int dim, const State& from, State* into);
+
+  // n vectors (each `stride` floats apart) times the rotation: y [n][dim].
+  void (*turn)(const float* x, int64_t stride, int64_t n, const Rotation& rotation, float* y);
+  // Codes of one turned key, into lane `lane` of a block, and its scale. distance: between levels, relative to the
+  // length of the key.
+  void (*pack)(const float* turned, const Rotation& rotation, int bits, float distance, int lane, uint32_t* block,
+               uint16_t* scale);
+  // Scores of `count` keys from the start of a block on: fixed [block][heads][kSketchKeys], and their sums, one a head.
+  void (*score)(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
+                const ScoreRule* rules, int16_t* fixed, ScoreSum* sums);
+  // Weights [block][kSketchKeys] = unit * mean over heads of the powers of the scores, + floor; zero past `count`.
+  // Also the sum of each block and, in `large`, which keys weigh more than `certain` + floor; returns how many do.
+  int64_t (*weigh)(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules, float unit, int32_t floor,
+                   float certain, uint32_t* weights, uint32_t* block_sums, uint32_t* large);
 };
 
 // The levels this build holds, best first, and whether this machine can run each.

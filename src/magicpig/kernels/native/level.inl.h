@@ -14,6 +14,8 @@ using namespace magicpig;
 #include "attend/attend.inl.h"
 #include "hash/hash.inl.h"
 #include "tables/lookup.inl.h"
+// After those whose helpers it shares.
+#include "sketch/sketch.inl.h"
 
 namespace {
 
@@ -41,14 +43,23 @@ void attend_rows(Dtype dtype, int dim, const char* rows, int64_t count, int head
 }
 
 void attend_sample(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
-                   const float* query, float offset, LogitRule rule, const float* log_u, const InclusionLaw* law,
-                   float* log_u_out, State* state) {
+                   const float* query, float offset, LogitRule rule, const InclusionLaw& law, float* log_u_out,
+                   State* state) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_sample_of<T>(dim, blocks, ids, count, query, offset, rule, log_u, law, log_u_out, state);
+    attend_sample_of<T>(dim, blocks, ids, count, query, offset, rule, law, log_u_out, state);
   });
 }
 
-constexpr Kernels kTable{MAGICPIG_LEVEL,  hash,        count_hits,    collect, to_float, from_float, to_lane_order,
-                         from_lane_order, attend_rows, attend_sample, merge};
+void attend_shared(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
+                   const float* log_u, int heads, const float* const* queries, const float* offsets, LogitRule rule,
+                   State* states) {
+  with_type(dtype, [&]<class T>(const T*) {
+    attend_shared_of<T>(dim, blocks, ids, count, log_u, heads, queries, offsets, rule, states);
+  });
+}
+
+constexpr Kernels kTable{
+    MAGICPIG_LEVEL, hash,          count_hits,    collect, to_float, from_float, to_lane_order, from_lane_order,
+    attend_rows,    attend_sample, attend_shared, merge,   turn,     pack,       score,         weigh};
 
 }  // namespace

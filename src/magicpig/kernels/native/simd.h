@@ -101,8 +101,69 @@ inline F gather(const float* table, I at) {
 #endif
 }
 
+inline U load(const uint32_t* p) {
+  U v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline I splat(int32_t x) { return x - I{}; }
+inline I max(I a, I b) { return a > b ? a : b; }
+
+// Sixteen-bit numbers of W lanes in memory.
+typedef int16_t Short __attribute__((vector_size(W * 2)));
+inline I load(const int16_t* p) {
+  Short v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, I);
+}
+inline void store(int16_t* p, I v) {
+  const Short narrow = __builtin_convertvector(v, Short);
+  memcpy(p, &narrow, sizeof narrow);
+}
+
+// Products of four small unsigned bytes with four signed ones, added up per lane. Without VNNI the sums have 16 bits, which
+// hold kByteDots / (largest unsigned byte) of them before `total` has to be taken.
+#if defined(__AVX512VNNI__)
+constexpr int kByteDots = 1 << 20;
+typedef I ByteSum;
+inline ByteSum add_dot(ByteSum sum, U bytes, I other) {
+  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)other);
+}
+inline I total(ByteSum sum) { return sum; }
+#else
+constexpr int kByteDots = 32767 / (2 * 127);
+typedef int16_t ByteSum __attribute__((vector_size(W * 4)));
+inline ByteSum add_dot(ByteSum sum, U bytes, I other) {
+#if defined(__AVX512BW__)
+  return sum + (ByteSum)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)other);
+#elif defined(__AVX2__)
+  return sum + (ByteSum)_mm256_maddubs_epi16((__m256i)bytes, (__m256i)other);
+#else
+  const ByteSum x = (ByteSum)bytes, y = (ByteSum)other;
+  return sum + (x & 255) * ((y << 8) >> 8) + (x >> 8) * (y >> 8);
+#endif
+}
+inline I total(ByteSum sum) { return (((I)sum << 16) >> 16) + ((I)sum >> 16); }
+#endif
+
 inline F to_f(I v) { return __builtin_convertvector(v, F); }
 inline I truncate(F v) { return __builtin_convertvector(v, I); }
+
+// The nearest whole number, ties to even, of |x| < 2^22.
+inline I nearest(F x) { return (I)(x + 12582912.0f) - 0x4b400000; }
+
+// Bit i of the result: v[i] > 0.
+inline uint64_t positive(F v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return (uint64_t)(unsigned)_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ));
+#else
+  uint64_t mask = 0;
+  for (int i = 0; i < W; ++i) mask |= (uint64_t)(v[i] > 0.0f) << i;
+  return mask;
+#endif
+}
 
 // e^x for x <= 88; 0 below -87; NaN stays NaN. Cephes' expf: argument reduction and a degree-5 polynomial, about 1 ulp.
 inline F exp(F x) {

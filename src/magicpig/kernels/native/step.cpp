@@ -1,10 +1,13 @@
 #include "step.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -24,38 +27,95 @@ T* scratch(std::vector<T>& memory, size_t count) {
   return memory.data();
 }
 
-// A share of the work of one (sequence, kv head): exact rows for all its query heads, or the sample of one of them.
+// What one kv head's sketch says in the course of a step. Reused from step to step; as many exist as ever were in use at
+// a time.
+struct ScanMemory {
+  std::vector<int16_t> fixed;
+  Weights weights;
+  std::vector<uint32_t> ids;
+  std::vector<float> log_u;
+};
+
+class ScanPool {
+ public:
+  std::unique_ptr<ScanMemory> take() {
+    std::lock_guard lock(mutex_);
+    if (free_.empty()) return std::make_unique<ScanMemory>();
+    std::unique_ptr<ScanMemory> memory = std::move(free_.back());
+    free_.pop_back();
+    return memory;
+  }
+  void give(std::unique_ptr<ScanMemory> memory) {
+    std::lock_guard lock(mutex_);
+    free_.push_back(std::move(memory));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<ScanMemory>> free_;
+};
+
+ScanPool scan_pool;
+
+enum class Work { exact, lookup, scan };
+
+// A share of the work of one (sequence, kv head): exact rows for all its query heads, the hashed sample of one of them,
+// or the scores of a stretch of its sketch. Whoever finishes the last unit of a pair draws from the scores and merges.
 struct Unit {
-  int sequence, head;  // b, g
-  int query;           // within the group; -1: exact rows
-  int64_t begin, end;  // exact: positions, the gap between the sinks and indexed_to left out
-  int first_state;     // one state per query head it serves
-  int states;
+  Work work = Work::exact;
+  int sequence = 0, head = 0;  // b, g
+  int query = 0;               // lookup: within the group
+  int64_t begin = 0, end = 0;  // exact: rows, the body left out. scan: keys of a segment
+  int first_state = 0;         // one state per query head it serves; of the scans of a pair only the first has any
+  int states = 0;
+  int segment = 0;          // scan
+  int64_t first_block = 0;  // scan: of the pair's scores
+};
+
+// One (sequence, kv head).
+struct Pair {
+  int first_unit, first_scan;          // scans are its last units
+  std::atomic<int> left;               // units not finished
+  std::mutex mutex;                    // of the next line
+  std::unique_ptr<ScanMemory> scores;  // from its first scan to its draw
 };
 
 // Everything the tasks of one step share.
 struct Plan {
   const std::vector<StoreView*>& stores;
-  const LshSampler* sampler;
+  const LshSampler* lsh;
+  const SketchSampler* sketch;
   const Step& step;
   const Kernels& run = kernels();
   int sequences = static_cast<int>(stores.size());
   int heads = stores[0]->heads, group = step.query_heads / heads, dim = stores[0]->dim, head_dim = stores[0]->head_dim;
   int queries = sequences * step.query_heads;
 
-  float* natural;   // (B H, dim) queries as floats
-  float* lanes;     // the same in lane order
-  float* offsets;   // (B H) logit offset q . mean * scale
-  float* norms;     // (B H) |q|
-  uint64_t* signs;  // (B H, tiles)
-  float* values;    // (states, dim)
+  float* natural;    // (B H, dim) queries as floats
+  float* lanes;      // the same in lane order
+  float* offsets;    // (B H) logit offset q . mean * scale
+  float* norms;      // (B H) |q|
+  float* predicted;  // (B H) predicted errors
+  uint64_t* signs;   // (B H, tiles)
+  float* values;     // (states, dim)
+  float* spreads;    // (states, dim)
   State* states;
-  int64_t* counts;  // (B H) sampled rows
+  int64_t* counts;        // (B H) sampled rows
+  SketchQuery* sketched;  // (B H)
+  ScoreSum* sums;         // (units, R)
   std::vector<Unit> units;
-  std::vector<int> order;       // the large units first: samples, whose size nobody knows, then exact rows
-  std::vector<int> first_unit;  // per (b, g), and one past the last
+  std::vector<int> order;  // looked-up samples, whose size nobody knows, before exact rows
+  std::unique_ptr<Pair[]> pairs;
+  int64_t pair_count;
 
-  bool sampling(int b) const { return stores[b]->indexed_to > stores[b]->sinks && sampler != nullptr; }
+  bool sampling(int b) const {
+    return stores[b]->indexed_to > stores[b]->sinks && (lsh != nullptr || sketch != nullptr);
+  }
+  // One past the last unit of a pair.
+  int end_unit(int64_t pair) const {
+    return pair + 1 < pair_count ? pairs[pair + 1].first_unit : static_cast<int>(units.size());
+  }
+  int64_t first_query(int64_t pair) const { return pair / heads * step.query_heads + pair % heads * group; }
 };
 
 void append(StoreView& store, const Plan& plan, int b) {
@@ -115,55 +175,99 @@ void prepare_query(const Plan& plan, int64_t q) {
   plan.norms[q] = static_cast<float>(std::sqrt(square));
 }
 
-// Exact rows are cut into pieces of one size, whatever the threads and the batch, so that neither changes a bit of the
-// result; a sample is a piece of its own.
+void sketch_query(const Plan& plan, int64_t q) {
+  const int b = static_cast<int>(q / plan.step.query_heads), h = static_cast<int>(q % plan.step.query_heads);
+  float largest_scale = 0;
+  for (const StoreView::SketchSegment& segment : plan.stores[b]->sketches) {
+    largest_scale = std::max(largest_scale, segment.largest[h / plan.group]);
+  }
+  prepare_query(*plan.sketch, plan.natural + q * plan.dim, plan.offsets[q], largest_scale, plan.step.rule,
+                plan.sketched + q);
+}
+
+// Exact rows and sketches are cut into pieces of one size, whatever the threads and the batch, so that neither changes a
+// bit of the result; a hashed sample is a piece of its own.
 void make_units(Plan& plan) {
-  constexpr int64_t kPiece = 2048;
+  constexpr int64_t kRows = 2048, kKeys = 8192;
   int states = 0;
-  for (int b = 0; b < plan.sequences; ++b) {
+  plan.pair_count = static_cast<int64_t>(plan.sequences) * plan.heads;
+  plan.pairs = std::make_unique<Pair[]>(plan.pair_count);
+  for (int64_t p = 0; p < plan.pair_count; ++p) {
+    const int b = static_cast<int>(p / plan.heads), g = static_cast<int>(p % plan.heads);
     const StoreView& store = *plan.stores[b];
     const bool sampling = plan.sampling(b);
     const int64_t body = sampling ? store.indexed_to - store.sinks : 0, rows = store.length - body;
-    for (int g = 0; g < plan.heads; ++g) {
-      plan.first_unit.push_back(static_cast<int>(plan.units.size()));
-      for (int64_t begin = 0; begin < rows; begin += kPiece) {
-        plan.units.push_back({b, g, -1, begin, std::min(rows, begin + kPiece), states, plan.group});
-        states += plan.group;
-      }
-      for (int query = 0; sampling && query < plan.group; ++query) {
-        plan.units.push_back({b, g, query, 0, 0, states, 1});
-        ++states;
+    Unit unit;
+    unit.sequence = b;
+    unit.head = g;
+    const auto add = [&](int own_states) {
+      unit.first_state = states;
+      unit.states = own_states;
+      states += own_states;
+      plan.units.push_back(unit);
+    };
+    const int first = static_cast<int>(plan.units.size());
+    plan.pairs[p].first_unit = first;
+    for (int64_t begin = 0; begin < rows; begin += kRows) {
+      unit.begin = begin;
+      unit.end = std::min(rows, begin + kRows);
+      add(plan.group);
+    }
+    unit.work = Work::lookup;
+    for (unit.query = 0; sampling && plan.lsh != nullptr && unit.query < plan.group; ++unit.query) add(1);
+    plan.pairs[p].first_scan = static_cast<int>(plan.units.size());
+    unit.work = Work::scan;
+    unit.first_block = 0;
+    for (size_t i = 0; sampling && plan.sketch != nullptr && i < store.sketches.size(); ++i) {
+      unit.segment = static_cast<int>(i);
+      for (int64_t begin = 0; begin < store.sketches[i].count; begin += kKeys) {
+        unit.begin = begin;
+        unit.end = std::min(store.sketches[i].count, begin + kKeys);
+        add(unit.first_block == 0 ? plan.group : 0);
+        unit.first_block += (unit.end - begin + kSketchKeys - 1) / kSketchKeys;
       }
     }
+    plan.pairs[p].left = static_cast<int>(plan.units.size()) - first;
   }
-  plan.first_unit.push_back(static_cast<int>(plan.units.size()));
-  for (const bool exact : {false, true}) {
-    for (int u = 0; u < static_cast<int>(plan.units.size()); ++u) {
-      if ((plan.units[u].query < 0) == exact) plan.order.push_back(u);
-    }
+  plan.order.resize(plan.units.size());
+  std::iota(plan.order.begin(), plan.order.end(), 0);
+  // With a sketch pair by pair, so that few are in progress at a time.
+  if (plan.sketch == nullptr) {
+    std::stable_partition(plan.order.begin(), plan.order.end(),
+                          [&](int u) { return plan.units[u].work != Work::exact; });
+  }
+}
+
+// Exact attention of a group over the rows of positions [begin, end).
+void attend_positions(const Plan& plan, int b, int g, int64_t begin, int64_t end, State* states) {
+  const StoreView& store = *plan.stores[b];
+  const int64_t q0 = plan.first_query(static_cast<int64_t>(b) * plan.heads + g);
+  const float* queries[256];
+  for (int r = 0; r < plan.group; ++r) queries[r] = plan.lanes + (q0 + r) * plan.dim;
+  for (int64_t at = begin; at < end;) {
+    const int64_t n = std::min(end - at, kBlockRows - (at & (kBlockRows - 1)));
+    plan.run.attend_rows(store.dtype, plan.dim, store.row(at, g), n, plan.group, queries, plan.offsets + q0,
+                         plan.step.rule, states);
+    at += n;
   }
 }
 
 void attend_exact(const Plan& plan, const Unit& unit) {
   const StoreView& store = *plan.stores[unit.sequence];
-  const int64_t q0 = static_cast<int64_t>(unit.sequence) * plan.step.query_heads + unit.head * plan.group;
-  const float* queries[256];
-  for (int r = 0; r < plan.group; ++r) queries[r] = plan.lanes + (q0 + r) * plan.dim;
+  const int64_t sinks = plan.sampling(unit.sequence) ? store.sinks : store.length;
   const int64_t gap = plan.sampling(unit.sequence) ? store.indexed_to - store.sinks : 0;
-  const auto position = [&](int64_t i) { return gap > 0 && i >= store.sinks ? i + gap : i; };
-  for (int64_t i = unit.begin; i < unit.end;) {
-    const int64_t at = position(i);
-    int64_t n = std::min(unit.end - i, kBlockRows - (at & (kBlockRows - 1)));
-    if (gap > 0 && i < store.sinks) n = std::min(n, store.sinks - i);
-    plan.run.attend_rows(store.dtype, plan.dim, store.row(at, unit.head), n, plan.group, queries, plan.offsets + q0,
-                         plan.step.rule, plan.states + unit.first_state);
-    i += n;
-  }
+  State* states = plan.states + unit.first_state;
+  attend_positions(plan, unit.sequence, unit.head, unit.begin, std::min(unit.end, sinks), states);
+  attend_positions(plan, unit.sequence, unit.head, std::max(unit.begin, sinks) + gap, unit.end + gap, states);
 }
 
-void attend_sampled(const Plan& plan, const Unit& unit) {
+const char* const* row_blocks(const StoreView& store, int head) {
+  return store.row_blocks.data() + static_cast<int64_t>(head) * store.blocks.size();
+}
+
+void attend_lookup(const Plan& plan, const Unit& unit) {
   const StoreView& store = *plan.stores[unit.sequence];
-  const LshSampler& sampler = *plan.sampler;
+  const LshSampler& sampler = *plan.lsh;
   const int64_t q = static_cast<int64_t>(unit.sequence) * plan.step.query_heads + unit.head * plan.group + unit.query;
   const int tiles = sampler.directions().tiles;
 
@@ -192,40 +296,172 @@ void attend_sampled(const Plan& plan, const Unit& unit) {
     log_u_out = sample.log_u.data();
   }
   const InclusionLaw law{sampler.log_u.data(), plan.norms[q]};
-  plan.run.attend_sample(store.dtype, plan.dim,
-                         store.row_blocks.data() + static_cast<int64_t>(unit.head) * store.blocks.size(), ids, found,
-                         plan.lanes + q * plan.dim, plan.offsets[q], plan.step.rule, nullptr, &law, log_u_out,
-                         plan.states + unit.first_state);
+  plan.run.attend_sample(store.dtype, plan.dim, row_blocks(store, unit.head), ids, found, plan.lanes + q * plan.dim,
+                         plan.offsets[q], plan.step.rule, law, log_u_out, plan.states + unit.first_state);
 }
 
-// Merges what the units of one (sequence, kv head) found into its rows of the output.
+void scan(const Plan& plan, const Unit& unit) {
+  const StoreView& store = *plan.stores[unit.sequence];
+  const StoreView::SketchSegment& segment = store.sketches[unit.segment];
+  const SketchLayout layout = plan.sketch->layout();
+  const int64_t index = static_cast<int64_t>(unit.sequence) * plan.heads + unit.head;
+  Pair& pair = plan.pairs[index];
+  ScanMemory* memory;
+  {
+    std::lock_guard lock(pair.mutex);
+    if (pair.scores == nullptr) {
+      pair.scores = scan_pool.take();
+      const Unit& last = plan.units[plan.end_unit(index) - 1];
+      const int64_t blocks = last.first_block + (last.end - last.begin + kSketchKeys - 1) / kSketchKeys;
+      scratch(pair.scores->fixed, static_cast<size_t>(blocks * kSketchKeys * plan.group));
+    }
+    memory = pair.scores.get();
+  }
+  ScoreRule rules[256];
+  const SketchQuery* queries = plan.sketched + plan.first_query(index);
+  for (int r = 0; r < plan.group; ++r) rules[r] = queries[r].rule;
+  const int64_t first = unit.head * segment.blocks * kSketchKeys + unit.begin;
+  plan.run.score(layout, segment.words + first * layout.words, segment.scales + first, unit.end - unit.begin,
+                 plan.group, rules, memory->fixed.data() + unit.first_block * kSketchKeys * plan.group,
+                 plan.sums + (&unit - plan.units.data()) * plan.group);
+}
+
+// The attention of query head r of a pair over everything that has been attended to, in `values` and `spread` [dim].
+State merged(const Plan& plan, int64_t pair, int r, float* values, float* spread) {
+  State state = empty_state(plan.dim, values, spread);
+  for (int u = plan.pairs[pair].first_unit; u < plan.end_unit(pair); ++u) {
+    const Unit& unit = plan.units[u];
+    if (unit.work == Work::lookup) {
+      if (unit.query == r) plan.run.merge(plan.dim, plan.states[unit.first_state], &state);
+    } else if (unit.states > 0) {
+      plan.run.merge(plan.dim, plan.states[unit.first_state + r], &state);
+    }
+  }
+  return state;
+}
+
+// The denominator of the softmax, a sink logit included, as a multiple of exp(top).
+struct Denominator {
+  double top, sum;
+  double weight;  // turns the sum of values into the output
+};
+Denominator denominator(const Plan& plan, const State& state, int h) {
+  if (plan.step.sink_logits == nullptr) return {state.max, state.sum, state.sum > 0 ? 1.0 / state.sum : 0.0};
+  const double logit = plan.step.sink_logits[h], top = std::max(static_cast<double>(state.max), logit);
+  const double shrink = std::exp(state.max - top), sum = state.sum * shrink + std::exp(logit - top);
+  return {top, sum, state.sum > 0 ? shrink / sum : 0.0};
+}
+
+// See predicted_error in kernels/attend/reference.py; there the square is not multiplied out.
+float predicted_error(int dim, const State& state, const Denominator& denominator) {
+  if (!(state.spread_sum > 0)) return 0;
+  double norm = 0, along = 0;
+  for (int d = 0; d < dim; ++d) {
+    const double output = state.values[d] * denominator.weight;
+    norm += output * output;
+    along += output * state.spread[d];
+  }
+  const double away = std::max(0.0, state.spread_square - 2 * along + norm * state.spread_sum);
+  return static_cast<float>(std::sqrt(away / norm) * denominator.weight);
+}
+
+// The largest predicted error of the query heads of a pair.
+float worst_error(const Plan& plan, int64_t pair) {
+  alignas(64) float values[kMaxDim], spread[kMaxDim];
+  float worst = 0;
+  for (int r = 0; r < plan.group; ++r) {
+    const State state = merged(plan, pair, r, values, spread);
+    const int h = static_cast<int>(pair % plan.heads) * plan.group + r;
+    worst = std::max(worst, predicted_error(plan.dim, state, denominator(plan, state, h)));
+  }
+  return worst;
+}
+
+// Draws from the scores of a pair and attends to what was drawn; with an epsilon again to more, until that is enough.
+void draw(const Plan& plan, int64_t index) {
+  Pair& pair = plan.pairs[index];
+  const Unit& first = plan.units[pair.first_scan];
+  const int last = plan.end_unit(index);
+  const SketchSampler& sampler = *plan.sketch;
+  const StoreView& store = *plan.stores[first.sequence];
+  const int64_t q0 = plan.first_query(index), body = store.indexed_to - store.sinks;
+  ScanMemory& memory = *pair.scores;
+
+  WeightRule rules[256];
+  const ScoreSum* sums = plan.sums + static_cast<int64_t>(pair.first_scan) * plan.group;
+  for (int r = 0; r < plan.group; ++r) {
+    rules[r] = weight_rule(sums + r, last - pair.first_scan, plan.group, plan.sketched[q0 + r].rule.fraction_bits);
+  }
+  const double wanted = sampler.budget >= 1 ? sampler.budget : sampler.budget * static_cast<double>(body);
+  const int64_t budget = std::clamp<int64_t>(std::llrint(std::min(wanted, static_cast<double>(body))), 1, body);
+  const Unit& end = plan.units[last - 1];
+  memory.weights.reset(body, end.first_block + (end.end - end.begin + kSketchKeys - 1) / kSketchKeys, budget);
+  for (int u = pair.first_scan; u < last; ++u) {
+    const Unit& unit = plan.units[u];
+    memory.weights.add(memory.fixed.data() + unit.first_block * kSketchKeys * plan.group, unit.end - unit.begin,
+                       plan.group, rules);
+  }
+  memory.weights.settle_step();
+  const uint64_t start = start_for(sampler.seed, first.head, store.length, memory.weights.step());
+
+  const float* queries[256];
+  for (int r = 0; r < plan.group; ++r) queries[r] = plan.lanes + (q0 + r) * plan.dim;
+  State* states = plan.states + first.first_state;
+  const double most = sampler.limit * static_cast<double>(body);
+  for (int doublings = 0;;) {
+    const bool all = doublings > 0 && std::ldexp(static_cast<double>(budget), doublings) > most;
+    for (int r = 0; r < plan.group; ++r) {
+      const int64_t s = first.first_state + r;
+      states[r] = empty_state(plan.dim, plan.values + s * plan.dim, plan.spreads + s * plan.dim);
+    }
+    if (all) {
+      memory.ids.resize(body);
+      for (int64_t i = 0; i < body; ++i) memory.ids[i] = static_cast<uint32_t>(store.sinks + i);
+      memory.log_u.assign(body, 0.0f);
+      attend_positions(plan, first.sequence, first.head, store.sinks, store.indexed_to, states);
+      break;
+    }
+    memory.weights.pick(start, doublings, &memory.ids, &memory.log_u);
+    int u = pair.first_scan;
+    for (uint32_t& id : memory.ids) {
+      while (u + 1 < last && id >= plan.units[u + 1].first_block * kSketchKeys) ++u;
+      const Unit& unit = plan.units[u];
+      id = static_cast<uint32_t>(store.sketches[unit.segment].first + unit.begin +
+                                 (id - unit.first_block * kSketchKeys));
+    }
+    plan.run.attend_shared(store.dtype, plan.dim, row_blocks(store, first.head), memory.ids.data(),
+                           static_cast<int64_t>(memory.ids.size()), memory.log_u.data(), plan.group, queries,
+                           plan.offsets + q0, plan.step.rule, states);
+    if (sampler.epsilon <= 0) break;
+    const float worst = worst_error(plan, index);
+    if (!(worst > sampler.epsilon)) break;
+    // The error falls with the square root of the rows.
+    doublings += std::clamp(static_cast<int>(std::ceil(2 * std::log2(worst / sampler.epsilon))), 1, 20);
+  }
+  for (int r = 0; r < plan.group; ++r) {
+    plan.counts[q0 + r] = static_cast<int64_t>(memory.ids.size());
+    if (plan.step.capture != nullptr) (*plan.step.capture)[q0 + r] = {memory.ids, memory.log_u};
+  }
+  scan_pool.give(std::move(pair.scores));
+}
+
+// Merges what the units of one pair found into its rows of the output.
 void finish(const Plan& plan, int64_t pair) {
   const int b = static_cast<int>(pair / plan.heads), g = static_cast<int>(pair % plan.heads);
   const StoreView& store = *plan.stores[b];
-  alignas(64) float total[kMaxDim], natural[kMaxDim];
+  alignas(64) float total[kMaxDim], spread[kMaxDim], natural[kMaxDim];
   for (int r = 0; r < plan.group; ++r) {
-    State state = empty_state(plan.dim, total);
-    for (int u = plan.first_unit[pair]; u < plan.first_unit[pair + 1]; ++u) {
-      const Unit& unit = plan.units[u];
-      if (unit.query < 0) plan.run.merge(plan.dim, plan.states[unit.first_state + r], &state);
-      if (unit.query == r) plan.run.merge(plan.dim, plan.states[unit.first_state], &state);
-    }
     const int h = g * plan.group + r;
     const int64_t q = static_cast<int64_t>(b) * plan.step.query_heads + h;
-    double denominator = state.sum, top = state.max;
-    double weight = state.sum > 0 ? 1.0 / state.sum : 0.0;
-    if (plan.step.sink_logits != nullptr) {
-      const double logit = plan.step.sink_logits[h], larger = std::max(top, logit);
-      denominator = state.sum * std::exp(top - larger) + std::exp(logit - larger);
-      weight = state.sum > 0 ? std::exp(top - larger) / denominator : 0.0;
-      top = larger;
-    }
+    const State state = merged(plan, pair, r, total, spread);
+    const Denominator below = denominator(plan, state, h);
+    plan.predicted[q] = predicted_error(plan.dim, state, below);
     plan.run.from_lane_order(store.dtype, total, plan.dim, natural);
-    for (int d = 0; d < plan.head_dim; ++d) natural[d] = static_cast<float>(natural[d] * weight);
+    for (int d = 0; d < plan.head_dim; ++d) natural[d] = static_cast<float>(natural[d] * below.weight);
     auto* to = static_cast<char*>(plan.step.output) + q * plan.head_dim * element_size(plan.step.dtype);
     plan.run.from_float(plan.step.dtype, natural, plan.head_dim, to);
     plan.step.lse[q] =
-        denominator > 0 ? static_cast<float>(top + std::log(denominator)) : -std::numeric_limits<float>::infinity();
+        below.sum > 0 ? static_cast<float>(below.top + std::log(below.sum)) : -std::numeric_limits<float>::infinity();
   }
 }
 
@@ -240,6 +476,7 @@ void count_rows(const Plan& plan) {
       store.sampled_rows += count;
       store.body_rows += body;
       store.max_share = std::max(store.max_share, static_cast<double>(count) / static_cast<double>(body));
+      store.predicted.add(plan.predicted[static_cast<int64_t>(b) * plan.step.query_heads + h]);
     }
   }
 }
@@ -255,15 +492,25 @@ void StoreView::blocks_changed() {
   }
 }
 
-State empty_state(int dim, float* values) {
+void PredictedErrors::add(double error) {
+  ++count;
+  sum += error;
+  largest = std::max(largest, error);
+  const double bin = std::ceil(kBinsPerOctave * (std::log2(std::max(error, 1e-9)) + 12)) - 1;
+  ++bins[static_cast<size_t>(std::clamp(bin, 0.0, kBins - 1.0))];
+}
+
+State empty_state(int dim, float* values, float* spread) {
   std::fill(values, values + dim, 0.0f);
-  return {-std::numeric_limits<float>::infinity(), 0, values};
+  if (spread != nullptr) std::fill(spread, spread + dim, 0.0f);
+  return {-std::numeric_limits<float>::infinity(), 0, values, spread, 0, 0};
 }
 
 void poison_scratch(bool on) { poison = on; }
 
-void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, const Step& step) {
-  Plan plan{stores, sampler, step};
+void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const SketchSampler* sketch,
+            const Step& step) {
+  Plan plan{stores, lsh, sketch, step};
   const int64_t entries = static_cast<int64_t>(plan.sequences) * plan.heads * plan.head_dim;
   check_range(step.query, "query", step.dtype, entries * plan.group, largest(Dtype::f32), plan.run);
   if (step.key != nullptr) {
@@ -278,18 +525,24 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, co
   thread_local std::vector<uint64_t> sign_memory;
   thread_local std::vector<State> state_memory;
   thread_local std::vector<int64_t> count_memory;
+  thread_local std::vector<SketchQuery> query_memory;
+  thread_local std::vector<ScoreSum> sum_memory;
   const Unit* last = plan.units.empty() ? nullptr : &plan.units.back();
   const int64_t states = last == nullptr ? 0 : last->first_state + last->states;
   const int64_t queries = plan.queries, dim = plan.dim;
-  const int tiles = sampler == nullptr ? 0 : sampler->directions().tiles;
-  plan.natural = scratch(floats, static_cast<size_t>(queries * (2 * dim + 2) + states * dim));
+  const int tiles = lsh == nullptr ? 0 : lsh->directions().tiles;
+  plan.natural = scratch(floats, static_cast<size_t>(queries * (2 * dim + 3) + 2 * states * dim));
   plan.lanes = plan.natural + queries * dim;
   plan.values = plan.lanes + queries * dim;
-  plan.offsets = plan.values + states * dim;
+  plan.spreads = plan.values + states * dim;
+  plan.offsets = plan.spreads + states * dim;
   plan.norms = plan.offsets + queries;
+  plan.predicted = step.predicted_error != nullptr ? step.predicted_error : plan.norms + queries;
   plan.signs = scratch(sign_memory, static_cast<size_t>(queries) * tiles);
   plan.states = scratch(state_memory, static_cast<size_t>(states));
   plan.counts = scratch(count_memory, static_cast<size_t>(queries));
+  plan.sketched = scratch(query_memory, static_cast<size_t>(sketch == nullptr ? 0 : queries));
+  plan.sums = scratch(sum_memory, static_cast<size_t>(sketch == nullptr ? 0 : plan.units.size() * plan.group));
   if (step.capture != nullptr) step.capture->assign(queries, {});
 
   bool any_sampling = false;
@@ -297,27 +550,41 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, co
   // A few queries at a time, so that each direction read serves several.
   const int64_t piece = std::clamp<int64_t>((queries + threads() - 1) / threads(), 4, 48);
   parallel((queries + piece - 1) / piece, [&](int64_t i) {
-    const int64_t first = i * piece, last = std::min(queries, first + piece);
-    for (int64_t q = first; q < last; ++q) prepare_query(plan, q);
-    if (!any_sampling) return;
-    plan.run.hash(plan.natural + first * dim, dim, last - first, sampler->directions(), 0, tiles,
+    const int64_t first = i * piece, end = std::min(queries, first + piece);
+    for (int64_t q = first; q < end; ++q) {
+      prepare_query(plan, q);
+      if (sketch != nullptr) sketch_query(plan, q);
+    }
+    if (!any_sampling || lsh == nullptr) return;
+    plan.run.hash(plan.natural + first * dim, dim, end - first, lsh->directions(), 0, tiles,
                   plan.signs + first * tiles);
   });
 
-  const int64_t pairs = static_cast<int64_t>(plan.sequences) * plan.heads;
-  std::unique_ptr<std::atomic<int>[]> left(new std::atomic<int>[pairs]);
-  for (int64_t p = 0; p < pairs; ++p) left[p] = plan.first_unit[p + 1] - plan.first_unit[p];
   parallel(static_cast<int64_t>(plan.units.size()), [&](int64_t i) {
     const Unit& unit = plan.units[plan.order[i]];
     for (int s = unit.first_state; s < unit.first_state + unit.states; ++s) {
-      plan.states[s] = empty_state(plan.dim, plan.values + s * dim);
+      // Certain rows add nothing to the variance.
+      float* spread = unit.work == Work::exact ? nullptr : plan.spreads + s * dim;
+      plan.states[s] = empty_state(plan.dim, plan.values + s * dim, spread);
     }
-    unit.query < 0 ? attend_exact(plan, unit) : attend_sampled(plan, unit);
-    const int64_t pair = static_cast<int64_t>(unit.sequence) * plan.heads + unit.head;
-    if (left[pair].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(plan, pair);
+    switch (unit.work) {
+      case Work::exact:
+        attend_exact(plan, unit);
+        break;
+      case Work::lookup:
+        attend_lookup(plan, unit);
+        break;
+      case Work::scan:
+        scan(plan, unit);
+    }
+    const int64_t index = static_cast<int64_t>(unit.sequence) * plan.heads + unit.head;
+    Pair& pair = plan.pairs[index];
+    if (pair.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    if (pair.scores != nullptr) draw(plan, index);
+    finish(plan, index);
   });
-  for (int64_t p = 0; p < pairs; ++p) {
-    if (plan.first_unit[p] == plan.first_unit[p + 1]) finish(plan, p);  // an empty store: zeros, lse -inf
+  for (int64_t p = 0; p < plan.pair_count; ++p) {
+    if (plan.pairs[p].first_unit == plan.end_unit(p)) finish(plan, p);  // an empty store: zeros, lse -inf
   }
   count_rows(plan);
 }

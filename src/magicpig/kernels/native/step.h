@@ -1,13 +1,25 @@
 // One decode step of one layer for a batch of requests: append, hash, look up, attend, merge. The story in C++.
+// With a sketch: append, turn, score, weigh, draw, attend, merge.
 #pragma once
 
-#include <atomic>
+#include <array>
 #include <cstdint>
 #include <vector>
 
 #include "kernels.h"
+#include "sketch.h"
 
 namespace magicpig {
+
+// The predicted errors of all sampled heads and steps: how many, their sum, the largest, and how many fell in each bin.
+struct PredictedErrors {
+  static constexpr int kBins = 128, kBinsPerOctave = 8;  // bin i: up to 2^((i + 1) / 8 - 12), below and above included
+  int64_t count = 0;
+  double sum = 0, largest = 0;
+  std::array<int64_t, kBins> bins{};
+
+  void add(double error);
+};
 
 // What the kernels know of one request's store in one layer. Memory belongs to the Python side, which keeps it alive
 // and tells this view whenever a pointer or a boundary moves.
@@ -36,9 +48,20 @@ struct StoreView {
   };
   std::vector<IndexSegment> segments;
 
+  struct SketchSegment {
+    const uint32_t* words;   // [G][blocks][words][kSketchKeys]
+    const uint16_t* scales;  // [G][blocks * kSketchKeys]
+    const float* largest;    // [G] no scale is larger
+    int64_t first;
+    int64_t count;
+    int64_t blocks;
+  };
+  std::vector<SketchSegment> sketches;
+
   // Since creation, summed over query heads.
   int64_t steps = 0, sampled_rows = 0, body_rows = 0;
   double max_share = 0;
+  PredictedErrors predicted;
 
   size_t row_bytes() const { return 2 * static_cast<size_t>(dim) * element_size(dtype); }
   char* row(int64_t position, int head) const {
@@ -72,15 +95,18 @@ struct Step {
   const float* sink_logits;                    // (H) or null: logits that join the denominator with value zero
   void* output;                                // (B, H, D)
   float* lse;                                  // (B, H)
+  float* predicted_error;                      // (B, H) or null
   std::vector<HeadSample>* capture = nullptr;  // B * H samples, when asked for
 };
 
-// All stores have the same heads, head_dim and dtype, and are distinct; those that sample use `sampler`.
+// All stores have the same heads, head_dim and dtype, and are distinct; those that sample use `lsh` or `sketch`, of which
+// one is given at most.
 // Throws std::invalid_argument when a query, key or value is not finite or does not fit (nothing is appended then).
-void decode(const std::vector<StoreView*>& stores, const LshSampler* sampler, const Step& step);
+void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const SketchSampler* sketch,
+            const Step& step);
 
-// The state of no rows at all, in `values` [dim], which are cleared.
-State empty_state(int dim, float* values);
+// The state of no rows at all, in `values` [dim] and, unless null, `spread` [dim], which are cleared.
+State empty_state(int dim, float* values, float* spread = nullptr);
 
 // Fills scratch memory with NaN before each use: a kernel that reads what it did not write shows at once.
 void poison_scratch(bool on);

@@ -22,6 +22,7 @@ FLOOR = 0.05  # share of the weight that all keys get alike, so that no key a qu
 WEIGHT_BITS = 30  # all weights together are about 2**30
 SCORE_BITS = 7  # fraction bits of a score, in octaves, unless the largest possible score needs more whole bits
 FARTHEST = 40  # octaves below the largest score at which a key counts for nothing but its floor
+EXACT_SHARE = 0.25  # of the keys: a larger sample would hardly be read faster than all of them, and they are exact
 _MASK = (1 << 64) - 1
 
 
@@ -124,9 +125,9 @@ def weigh(scores: Scores) -> Tensor:
     R, n = scores.fixed.shape
     shares = torch.zeros(n)
     for fixed, fraction_bits in zip(scores.fixed, scores.fraction_bits.tolist(), strict=True):
-        top = int(fixed.max())
-        total = float(power_of_two(fixed - top, fraction_bits).double().sum())
-        shares += power_of_two(fixed - top - math.ceil(math.log2(total) * 2**fraction_bits), fraction_bits)
+        base = int(fixed.max()) >> fraction_bits << fraction_bits  # whole octaves change a power by a factor
+        total = float(power_of_two(fixed - base, fraction_bits).double().sum())
+        shares += power_of_two(fixed - base - round(math.log2(total) * 2**fraction_bits), fraction_bits)
     unit = torch.tensor((1 - FLOOR) * 2**WEIGHT_BITS / R, dtype=torch.float32)
     return (shares * unit).to(torch.int64) + max(1, int(FLOOR * 2**WEIGHT_BITS / n))
 

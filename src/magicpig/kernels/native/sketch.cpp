@@ -1,0 +1,220 @@
+#include "sketch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace magicpig {
+namespace {
+
+constexpr double kFloor = 0.05;      // share of the weight that all keys get alike
+constexpr int kWeightBits = 30;      // all weights together are about 2^30
+constexpr int kScoreBits = 7;        // fraction bits of a score, unless the largest needs more whole bits
+constexpr int64_t kLargePerRow = 8;  // keys looked at as candidates for certainty, per row of the budget, at most
+constexpr double kLog2E = 1.4426950408889634;
+
+}  // namespace
+
+SketchLayout SketchSampler::layout() const {
+  const auto plane = [&](int width) { return (head_dim * width + 31) / 32; };
+  return {bits, head_dim, bits == 3 ? plane(2) + plane(1) : plane(bits)};
+}
+
+void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales) {
+  const Kernels& run = kernels();
+  const SketchLayout layout = job.sampler.layout();
+  const Rotation rotation = job.sampler.rotation();
+  const int64_t dim = rotation.dim, block_words = static_cast<int64_t>(layout.words) * kSketchKeys;
+  const int64_t first_block = job.first / kSketchKeys, end_block = (job.first + job.count - 1) / kSketchKeys + 1;
+  const int64_t pieces = end_block - first_block;  // tasks write whole blocks
+  parallel(job.heads * pieces, [&](int64_t task) {
+    const int64_t head = task / pieces, block = first_block + task % pieces;
+    const int64_t begin = std::max(job.first, block * kSketchKeys);
+    const int64_t n = std::min(job.first + job.count, (block + 1) * kSketchKeys) - begin;
+    thread_local std::vector<float> keys, turned;
+    keys.resize(kSketchKeys * dim);
+    turned.resize(kSketchKeys * dim);
+    const char* rows = job.rows[head] + (begin - job.first) * job.row_bytes;
+    for (int64_t i = 0; i < n; ++i) run.to_float(job.dtype, rows + i * job.row_bytes, dim, keys.data() + i * dim);
+    run.turn(keys.data(), dim, n, rotation, turned.data());
+    uint32_t* to = words + (head * job.blocks + block) * block_words;
+    for (int64_t i = 0; i < n; ++i) {
+      run.pack(turned.data() + i * dim, rotation, job.sampler.bits, job.sampler.distance,
+               static_cast<int>((begin + i) % kSketchKeys), to, scales + head * job.blocks * kSketchKeys + begin + i);
+    }
+  });
+}
+
+void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, int64_t blocks, int heads, int key_words,
+                 uint32_t* to_words, uint16_t* to_scales, int64_t first, int64_t to_blocks) {
+  const int64_t block_words = static_cast<int64_t>(key_words) * kSketchKeys;
+  parallel(heads, [&](int64_t head) {
+    const uint32_t* from = words + head * blocks * block_words;
+    uint32_t* to = to_words + head * to_blocks * block_words;
+    std::copy_n(scales + head * blocks * kSketchKeys, count, to_scales + head * to_blocks * kSketchKeys + first);
+    // Runs of lanes that stay together on both sides.
+    for (int64_t i = 0; i < count;) {
+      const int64_t lane = i % kSketchKeys, to_lane = (first + i) % kSketchKeys;
+      const int64_t n = std::min({count - i, kSketchKeys - lane, kSketchKeys - to_lane});
+      for (int word = 0; word < key_words; ++word) {
+        std::copy_n(from + i / kSketchKeys * block_words + word * kSketchKeys + lane, n,
+                    to + (first + i) / kSketchKeys * block_words + word * kSketchKeys + to_lane);
+      }
+      i += n;
+    }
+  });
+}
+
+void prepare_query(const SketchSampler& sampler, const float* x, float offset, float largest, LogitRule rule,
+                   SketchQuery* query) {
+  alignas(64) float turned[kMaxDim];
+  const Rotation rotation = sampler.rotation();
+  kernels().turn(x, rotation.dim, 1, rotation, turned);
+  float top = 0;
+  for (int d = 0; d < rotation.dim; ++d) top = std::max(top, std::fabs(turned[d]));
+  const float unit = top / 127, inverse = unit > 0 && std::isfinite(unit) ? 1 / unit : 0;
+  int32_t sum = 0, magnitude = 0;
+  std::fill(std::begin(query->values), std::end(query->values), int8_t{0});
+  for (int d = 0; d < rotation.head_dim; ++d) {
+    const int whole = inverse > 0 ? static_cast<int>(std::nearbyint(turned[d] * inverse)) : 0;
+    query->values[d] = static_cast<int8_t>(whole);
+    sum += whole;
+    magnitude += std::abs(whole);
+  }
+  const int top_level = (1 << sampler.bits) - 1;
+  const float logit = inverse > 0 ? rule.scale * unit : 0;
+  const double bound =
+      rule.softcap > 0 ? rule.softcap : static_cast<double>(std::fabs(logit)) * magnitude * top_level * largest;
+  const double room = std::floor(std::log2(32767 / std::max(bound * kLog2E, 1e-30)));
+  const int fraction_bits = static_cast<int>(std::clamp(room, 0.0, static_cast<double>(kScoreBits)));
+  const float octaves = static_cast<float>(std::ldexp(kLog2E, fraction_bits));
+  query->rule = {.query = query->values,
+                 .correction = top_level * sum,
+                 .fraction_bits = fraction_bits,
+                 .unit = rule.softcap > 0 ? logit : logit * octaves,
+                 .offset = offset,
+                 .softcap = rule.softcap,
+                 .octaves = octaves};
+}
+
+WeightRule weight_rule(const ScoreSum* sums, int64_t count, int64_t stride, int fraction_bits) {
+  int32_t base = sums[0].base;
+  for (int64_t i = 1; i < count; ++i) base = std::max(base, sums[i * stride].base);
+  double total = 0;  // bases are whole octaves apart, so nothing is rounded here
+  for (int64_t i = 0; i < count; ++i) {
+    const int octaves = (base - sums[i * stride].base) >> fraction_bits;
+    total += std::ldexp(sums[i * stride].sum, -octaves);
+  }
+  const double above = std::nearbyint(std::ldexp(std::log2(total), fraction_bits));
+  return {base + static_cast<int32_t>(above), fraction_bits};
+}
+
+void Weights::reset(int64_t keys, int64_t blocks, int64_t budget) {
+  keys_ = keys;
+  budget_ = budget;
+  block_ = found_ = 0;
+  const auto grow = [](std::vector<uint32_t>& memory, int64_t count) {
+    if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+  };
+  grow(weights_, blocks * kSketchKeys);
+  grow(sums_, blocks);
+  // Shares of all keys sum to less than 1.6, and a candidate has at least 1 / (kLargePerRow * budget) of it.
+  grow(large_, std::min(keys, 2 * kLargePerRow * budget) + kSketchKeys);
+}
+
+void Weights::add(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules) {
+  const float unit = static_cast<float>((1 - kFloor) * (1 << kWeightBits) / heads);
+  const auto floor =
+      std::max<int32_t>(1, static_cast<int32_t>(kFloor * (1 << kWeightBits) / static_cast<double>(keys_)));
+  const float certain = static_cast<float>(1 << kWeightBits) / static_cast<float>(kLargePerRow * budget_);
+  uint32_t* large = large_.data() + found_;
+  const int64_t found = kernels().weigh(fixed, count, heads, rules, unit, floor, certain,
+                                        weights_.data() + block_ * kSketchKeys, sums_.data() + block_, large);
+  for (int64_t i = 0; i < found; ++i) large[i] += static_cast<uint32_t>(block_ * kSketchKeys);
+  found_ += found;
+  block_ += (count + kSketchKeys - 1) / kSketchKeys;
+}
+
+// Whether the keys of more than `lightest`, which are in large_, are enough to know the step.
+bool Weights::solve(uint64_t lightest) {
+  std::vector<uint32_t> heavy(found_);
+  for (int64_t i = 0; i < found_; ++i) heavy[i] = weights_[large_[i]];
+  std::sort(heavy.begin(), heavy.end(), std::greater<>());
+  uint64_t rest = 0, budget = budget_;
+  for (int64_t b = 0; b < block_; ++b) rest += sums_[b];
+  bool enough = false;
+  for (const uint64_t weight : heavy) {
+    enough = weight * budget < rest || budget == 1;
+    if (enough) break;
+    rest -= weight;
+    --budget;
+  }
+  step_ = std::max<uint64_t>(1, rest / budget);
+  return enough || budget == 1 || lightest * budget < rest;
+}
+
+void Weights::settle_step() {
+  if (budget_ >= keys_) {
+    step_ = 1;
+  } else {
+    const auto floor =
+        std::max<uint64_t>(1, static_cast<uint64_t>(kFloor * (1 << kWeightBits) / static_cast<double>(keys_)));
+    uint64_t lightest = (1 << kWeightBits) / (kLargePerRow * budget_) + floor + 1;
+    // Where few keys have nearly all of the weight, lighter ones than expected are certain too.
+    while (!solve(lightest)) {
+      lightest /= 16;
+      found_ = 0;
+      if (static_cast<int64_t>(large_.size()) < block_ * kSketchKeys) large_.resize(block_ * kSketchKeys);
+      for (int64_t i = 0; i < block_ * kSketchKeys; ++i) {
+        if (weights_[i] > lightest) large_[found_++] = static_cast<uint32_t>(i);
+      }
+    }
+  }
+  if (step_ == 1) {
+    // Every key is a step of its own.
+    for (int64_t b = 0; b < block_; ++b) sums_[b] = kSketchKeys;
+    return;
+  }
+  for (int64_t i = 0; i < found_; ++i) {
+    const uint32_t weight = weights_[large_[i]];
+    if (weight > step_) sums_[large_[i] / kSketchKeys] -= static_cast<uint32_t>(weight - step_);
+  }
+}
+
+void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* indices, std::vector<float>* log_u) const {
+  indices->clear();
+  log_u->clear();
+  const double inverse = 1 / static_cast<double>(step_);
+  uint64_t walked = (start << doublings) % step_;
+  for (int64_t b = 0; b < block_; ++b) {
+    const uint64_t all = static_cast<uint64_t>(sums_[b]) << doublings;
+    if (walked + all < step_) {
+      walked += all;
+      continue;
+    }
+    const uint32_t* weights = weights_.data() + b * kSketchKeys;
+    for (int i = 0; i < kSketchKeys; ++i) {
+      const uint64_t weight = std::min<uint64_t>(weights[i], step_) << doublings;
+      walked += weight;
+      if (walked < step_) continue;
+      walked %= step_;
+      indices->push_back(static_cast<uint32_t>(b * kSketchKeys + i));
+      log_u->push_back(weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse)));
+    }
+  }
+}
+
+uint64_t start_for(uint64_t seed, uint64_t head, uint64_t position, uint64_t step) {
+  uint64_t x = 0;
+  for (const uint64_t word : {seed, head, position}) {
+    x = (x ^ word) + 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    x = x ^ x >> 31;
+  }
+  return (x >> 32) * step >> 32;
+}
+
+}  // namespace magicpig

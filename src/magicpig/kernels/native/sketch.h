@@ -1,0 +1,83 @@
+// Sketches of keys, and the draw of a sample from the integer weights that scores become.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace magicpig {
+
+// How keys are sketched and how many are drawn. The rotation and `distance` come from kernels/sketch/reference.py.
+struct SketchSampler {
+  int head_dim, bits;
+  uint64_t seed;
+  double budget;   // rows of a kv head and step; below 1 a share of the body
+  float epsilon;   // predicted error at which a draw is good enough; 0: never asked
+  double limit;    // share of the body; a draw that would need more of it reads all of it
+  float distance;  // between levels, relative to the length of a key
+  std::vector<float> rows;
+
+  int dim() const { return (head_dim + kLane - 1) / kLane * kLane; }
+  Rotation rotation() const { return {rows.data(), head_dim, dim()}; }
+  SketchLayout layout() const;
+};
+
+// Sketches `count` keys of every kv head into lanes `first` .. of a segment of `blocks` blocks a head.
+// `rows[g]` points at the first key of head g; consecutive keys are `row_bytes` apart and zero padded to a multiple of kLane.
+struct SketchJob {
+  Dtype dtype;
+  int heads;
+  int64_t count;
+  int64_t row_bytes;
+  const char* const* rows;
+  const SketchSampler& sampler;
+  int64_t first;
+  int64_t blocks;
+};
+void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales);
+
+// Copies the codes and scales of `count` keys of every head to lanes `first` .. of a larger segment.
+void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, int64_t blocks, int heads, int key_words,
+                 uint32_t* to_words, uint16_t* to_scales, int64_t first, int64_t to_blocks);
+
+// A query head, turned and rounded to whole numbers.
+struct SketchQuery {
+  int8_t values[kMaxDim];
+  ScoreRule rule;
+};
+// x: D floats, zero padded to dim. largest: scale of the key with the largest. offset: of the logits, before a softcap.
+void prepare_query(const SketchSampler& sampler, const float* x, float offset, float largest, LogitRule rule,
+                   SketchQuery* query);
+
+// The score that has all the weight of a head, from the sums of its pieces.
+WeightRule weight_rule(const ScoreSum* sums, int64_t count, int64_t stride, int fraction_bits);
+
+// The weights of one kv head's keys, piece by piece: [block][kSketchKeys], and what a walk along them needs.
+class Weights {
+ public:
+  // Makes room for `keys` keys in `blocks` blocks of which `budget` will be drawn.
+  void reset(int64_t keys, int64_t blocks, int64_t budget);
+  // Adds the weights of the keys of the next piece, whose scores are `fixed`.
+  void add(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules);
+  // Fixes the step in which the walk goes: see step_for in kernels/sketch/reference.py.
+  void settle_step();
+  uint64_t step() const { return step_; }
+  // Systematic sampling: indices [block * kSketchKeys + lane], ascending, and log u. See pick in the reference.
+  void pick(uint64_t start, int doublings, std::vector<uint32_t>* indices, std::vector<float>* log_u) const;
+
+  const uint32_t* weights() const { return weights_.data(); }
+  int64_t blocks() const { return block_; }
+
+ private:
+  bool solve(uint64_t lightest);
+
+  int64_t keys_, budget_, block_, found_;
+  std::vector<uint32_t> weights_, sums_, large_;
+  uint64_t step_;
+};
+
+// Uniform in [0, step), from three numbers alone: start_for in the reference.
+uint64_t start_for(uint64_t seed, uint64_t head, uint64_t position, uint64_t step);
+
+}  // namespace magicpig
