@@ -180,7 +180,7 @@ def _vt(writer: Writer, rng: random.Random) -> None:
     """Chains of five variables in noise, and a question about each."""
     writer.say(templates.VT.context.format(context=""))
     line, ask = 7, 60
-    chains = max(1, min(rng.choice((1, 2, 3, 4, 8)), (writer.room - 20) // (5 * line + ask)))
+    chains = max(1, min(rng.choice((1, 1, 1, 2, 4)), (writer.room - 20) // (5 * line + ask)))
     pool = rng.sample(lexicon.variables(), 5 * chains)
     values = [str(value) for value in rng.sample(range(10000, 99999), chains)]
     names = [pool[5 * chain : 5 * chain + 5] for chain in range(chains)]

@@ -66,11 +66,12 @@ def initialise(model: LlamaForCausalLM, seed: int) -> None:
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         for weight in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight):
-            weight.normal_(0, 0.3 * hidden**-0.5, generator=random)
-        attention.o_proj.weight.normal_(0, 0.1 / 16, generator=random)
+            weight.normal_(0, 0.1 * hidden**-0.5, generator=random)
+        # Noise in the residual stream would blur the look-ups; training finds its own use of what starts at zero.
+        attention.o_proj.weight.zero_()
         for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
             weight.normal_(0, hidden**-0.5, generator=random)
-        mlp.down_proj.weight.normal_(0, 0.1 * config.intermediate_size**-0.5, generator=random)
+        mlp.down_proj.weight.zero_()
 
     embedding = model.model.embed_tokens.weight
     embedding.normal_(0, 0.02, generator=random)
@@ -93,13 +94,12 @@ def initialise(model: LlamaForCausalLM, seed: int) -> None:
     _match(layers[1].self_attn, pairs, late, random)
     part = torch.eye(_ASKED)
     keys = [((places[6], part), _first(places[3], _ASKED)), ((places[8], part), _first(places[5], _ASKED))]
-    _match(layers[2].self_attn, keys, late, random)
-    for attention, group, gain in (
-        (layers[1].self_attn, 0, 0.7),
-        (layers[2].self_attn, 0, 1.0),
-        (layers[2].self_attn, 1, 0.5),
-    ):
-        _copy(attention, group, word, late, gain, random)
+    _match(layers[2].self_attn, keys, late, random, sharper=4)
+    _copy(layers[1].self_attn, 0, word, late, (0.7, 0.7), random)
+    _copy(layers[2].self_attn, 0, word, late, (1.0, 1.0), random)
+    # The last two heads: all words alike, which counts them, less the word that was just said.
+    _look_back(layers[2].self_attn, 3, 0, one, early, sharper=1.6)
+    _copy(layers[2].self_attn, 1, word, late, (1.0, -1.0), random)
 
 
 def _orthogonal(rows: int, columns: int, random: torch.Generator) -> Tensor:
@@ -135,7 +135,11 @@ def _write(attention: LlamaAttention, head: int, source: slice, what: Tensor, pl
 
 
 def _match(
-    attention: LlamaAttention, pairs: list[tuple[tuple[slice, Tensor], slice]], scale: float, random: torch.Generator
+    attention: LlamaAttention,
+    pairs: list[tuple[tuple[slice, Tensor], slice]],
+    scale: float,
+    random: torch.Generator,
+    sharper: float = 1.0,
 ) -> None:
     """Group 0 looks for tokens whose places hold what the query's hold, in the dimensions that hardly rotate."""
     slow = [*range(HEAD_DIM // 4, HEAD_DIM // 2), *range(3 * HEAD_DIM // 4, HEAD_DIM)]
@@ -145,18 +149,26 @@ def _match(
         mix = _orthogonal(len(slow), len(what), random)
         query[:, source] += mix @ what
         key[:, place] += mix
+    attention.q_proj.weight[: 2 * HEAD_DIM] = 0
+    attention.k_proj.weight[:HEAD_DIM] = 0
+    gain = (sharper * HEAD_DIM) ** 0.5 / scale  # for both alike: a step of Adam moves large and small weights as far
     for head in (0, 1):
-        attention.q_proj.weight[[head * HEAD_DIM + i for i in slow]] = HEAD_DIM * query / scale
-    attention.k_proj.weight[slow] = key / scale
+        attention.q_proj.weight[[head * HEAD_DIM + i for i in slow]] = gain * query
+    attention.k_proj.weight[slow] = gain * key
 
 
 def _copy(
-    attention: LlamaAttention, group: int, word: slice, scale: float, gain: float, random: torch.Generator
+    attention: LlamaAttention,
+    group: int,
+    word: slice,
+    scale: float,
+    gains: tuple[float, float],
+    random: torch.Generator,
 ) -> None:
-    """The heads of a group write the word where they look, as far as 64 dimensions can hold it."""
+    """The two heads of a group write the word where they look, as far as 64 dimensions can hold it."""
     what = _orthogonal(HEAD_DIM, _WORD, random)
     rows = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
     attention.v_proj.weight[rows] = 0
     attention.v_proj.weight[rows, word] = what / scale
-    for head in (2 * group, 2 * group + 1):
+    for head, gain in zip((2 * group, 2 * group + 1), gains, strict=True):
         attention.o_proj.weight[word, head * HEAD_DIM : (head + 1) * HEAD_DIM] = gain * what.T * (_WORD / HEAD_DIM)

@@ -76,12 +76,11 @@ PRESETS = {
         hidden=256,
         intermediate=384,
         stages=(
-            Stage(length=224, rows=24, steps=600, rate=5e-4, emphasis=3),
-            Stage(length=512, rows=10, steps=400, rate=5e-4, emphasis=3),
-            Stage(length=1024, rows=6, steps=500, rate=4e-4, emphasis=3),
-            Stage(length=2048, rows=3, steps=450, rate=3e-4, emphasis=3),
-            Stage(length=4096, rows=2, steps=300, rate=2e-4, emphasis=3),
-            Stage(length=8192, rows=1, steps=80, rate=1e-4, emphasis=3),
+            Stage(length=224, rows=24, steps=350, rate=5e-4, emphasis=3),
+            Stage(length=512, rows=10, steps=150, rate=4e-4, emphasis=3),
+            Stage(length=1024, rows=6, steps=200, rate=4e-4, emphasis=3),
+            Stage(length=2048, rows=4, steps=150, rate=3e-4, emphasis=3),
+            Stage(length=4096, rows=2, steps=100, rate=2e-4, emphasis=3),
         ),
     ),
     "gpu": Preset(
