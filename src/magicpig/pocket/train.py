@@ -178,7 +178,7 @@ def _step(
     ids = torch.full((stage.rows, stage.length), words.eos_token_id)
     for row, each in enumerate(batch):
         ids[row, : len(each.ids)] = torch.tensor(each.ids)
-    positions = _positions(batch, stage.length, words.convert_tokens_to_ids("."), rng)
+    positions = _positions(batch, stage.length, words.encode(".", add_special_tokens=False)[0], rng)
     hidden = net.model(ids.to(device), position_ids=positions.to(device), use_cache=False).last_hidden_state
     losses, right = {}, {}
     for kind in dict.fromkeys(kinds):
