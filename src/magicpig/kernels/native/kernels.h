@@ -24,6 +24,7 @@ constexpr int kTileDirections = 64;  // hash directions of one packed tile: one 
 constexpr int kLawSize = 4096;       // intervals of the table of log inclusion probabilities
 constexpr int kMaxTables = 1024;
 constexpr int kSketchKeys = 64;   // keys of one block of a sketch
+constexpr int kSumKeys = 16;      // keys whose weights are summed, so that a walk along them can skip these
 constexpr int kFarthest = 40;     // octaves below the largest score at which a key counts for its floor only
 constexpr int kCollectSlack = 4;  // ids that `collect` may write past those it returns
 
@@ -147,9 +148,9 @@ struct Kernels {
   void (*score)(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
                 const ScoreRule* rules, int16_t* fixed, ScoreSum* sums);
   // Weights [block][kSketchKeys] = unit * mean over heads of the powers of the scores, + floor; zero past `count`.
-  // Also the sum of each block and, in `large`, which keys weigh more than `certain` + floor; returns how many do.
+  // Also the sum of every kSumKeys weights and, in `large`, which keys weigh more than `certain` + floor; returns how many do.
   int64_t (*weigh)(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules, float unit, int32_t floor,
-                   float certain, uint32_t* weights, uint32_t* block_sums, uint32_t* large);
+                   float certain, uint32_t* weights, uint32_t* sums, uint32_t* large);
 };
 
 // The levels this build holds, best first, and whether this machine can run each.

@@ -48,6 +48,14 @@ inline float sum(F v) {
 #endif
 }
 
+inline uint32_t sum(U v) {
+#if defined(__AVX512F__)
+  return (uint32_t)_mm512_reduce_add_epi32((__m512i)v);
+#else
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
+}
+
 // out[i] = sum(v[i]) for four vectors: a third of the work of four separate sums.
 inline void sum4(const F* v, float* out) {
 #if defined(__AVX512F__)

@@ -119,7 +119,7 @@ void Weights::reset(int64_t keys, int64_t blocks, int64_t budget) {
     if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
   };
   grow(weights_, blocks * kSketchKeys);
-  grow(sums_, blocks);
+  grow(sums_, blocks * (kSketchKeys / kSumKeys));
   // Shares of all keys sum to less than 1.6, and a candidate has at least 1 / (kLargePerRow * budget) of it.
   grow(large_, std::min(keys, 2 * kLargePerRow * budget) + kSketchKeys);
 }
@@ -130,8 +130,9 @@ void Weights::add(const int16_t* fixed, int64_t count, int heads, const WeightRu
       std::max<int32_t>(1, static_cast<int32_t>(kFloor * (1 << kWeightBits) / static_cast<double>(keys_)));
   const float certain = static_cast<float>(1 << kWeightBits) / static_cast<float>(kLargePerRow * budget_);
   uint32_t* large = large_.data() + found_;
-  const int64_t found = kernels().weigh(fixed, count, heads, rules, unit, floor, certain,
-                                        weights_.data() + block_ * kSketchKeys, sums_.data() + block_, large);
+  const int64_t found =
+      kernels().weigh(fixed, count, heads, rules, unit, floor, certain, weights_.data() + block_ * kSketchKeys,
+                      sums_.data() + block_ * (kSketchKeys / kSumKeys), large);
   for (int64_t i = 0; i < found; ++i) large[i] += static_cast<uint32_t>(block_ * kSketchKeys);
   found_ += found;
   block_ += (count + kSketchKeys - 1) / kSketchKeys;
@@ -143,7 +144,7 @@ bool Weights::solve(uint64_t lightest) {
   for (int64_t i = 0; i < found_; ++i) heavy[i] = weights_[large_[i]];
   std::sort(heavy.begin(), heavy.end(), std::greater<>());
   uint64_t rest = 0, budget = budget_;
-  for (int64_t b = 0; b < block_; ++b) rest += sums_[b];
+  for (int64_t i = 0; i < sum_count(); ++i) rest += sums_[i];
   bool enough = false;
   for (const uint64_t weight : heavy) {
     enough = weight * budget < rest || budget == 1;
@@ -174,12 +175,12 @@ void Weights::settle_step() {
   }
   if (step_ == 1) {
     // Every key is a step of its own.
-    for (int64_t b = 0; b < block_; ++b) sums_[b] = kSketchKeys;
+    std::fill_n(sums_.begin(), sum_count(), kSumKeys);
     return;
   }
   for (int64_t i = 0; i < found_; ++i) {
     const uint32_t weight = weights_[large_[i]];
-    if (weight > step_) sums_[large_[i] / kSketchKeys] -= static_cast<uint32_t>(weight - step_);
+    if (weight > step_) sums_[large_[i] / kSumKeys] -= static_cast<uint32_t>(weight - step_);
   }
 }
 
@@ -188,19 +189,18 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* indices
   log_u->clear();
   const double inverse = 1 / static_cast<double>(step_);
   uint64_t walked = (start << doublings) % step_;
-  for (int64_t b = 0; b < block_; ++b) {
-    const uint64_t all = static_cast<uint64_t>(sums_[b]) << doublings;
+  for (int64_t s = 0; s < sum_count(); ++s) {
+    const uint64_t all = static_cast<uint64_t>(sums_[s]) << doublings;
     if (walked + all < step_) {
       walked += all;
       continue;
     }
-    const uint32_t* weights = weights_.data() + b * kSketchKeys;
-    for (int i = 0; i < kSketchKeys; ++i) {
-      const uint64_t weight = std::min<uint64_t>(weights[i], step_) << doublings;
+    for (int64_t i = s * kSumKeys; i < (s + 1) * kSumKeys; ++i) {
+      const uint64_t weight = std::min<uint64_t>(weights_[i], step_) << doublings;
       walked += weight;
       if (walked < step_) continue;
       walked %= step_;
-      indices->push_back(static_cast<uint32_t>(b * kSketchKeys + i));
+      indices->push_back(static_cast<uint32_t>(i));
       log_u->push_back(weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse)));
     }
   }

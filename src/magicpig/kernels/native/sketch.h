@@ -71,6 +71,7 @@ class Weights {
 
  private:
   bool solve(uint64_t lightest);
+  int64_t sum_count() const { return block_ * (kSketchKeys / kSumKeys); }
 
   int64_t keys_, budget_, block_, found_;
   std::vector<uint32_t> weights_, sums_, large_;

@@ -249,7 +249,7 @@ void score(const SketchLayout& layout, const uint32_t* words, const uint16_t* sc
 }
 
 int64_t weigh(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules, float unit, int32_t floor,
-              float certain, uint32_t* weights, uint32_t* block_sums, uint32_t* large) {
+              float certain, uint32_t* weights, uint32_t* sums, uint32_t* large) {
   int64_t found = 0, block = 0;
   for (int64_t first = 0; first < count; first += kSketchKeys, ++block) {
     const int16_t* from = fixed + block * heads * kSketchKeys;
@@ -260,24 +260,22 @@ int64_t weigh(const int16_t* fixed, int64_t count, int heads, const WeightRule* 
         shares[v] += power_of_two(load(from + h * kSketchKeys + v * W), rules[h].top, rules[h].fraction_bits);
       }
     }
-    I sums{};
     uint64_t above = 0;
     for (int v = 0; v < kSketchVectors; ++v) {
       const F share = shares[v] * unit;
       const I weight = truncate(share) + floor;
       above |= positive(share - certain) << (v * W);
       memcpy(to + v * W, &weight, sizeof weight);
-      sums += weight;
     }
     if (count - first < kSketchKeys) {
       for (int64_t i = count - first; i < kSketchKeys; ++i) to[i] = 0;
-      sums = I{};
-      for (int v = 0; v < kSketchVectors; ++v) sums += (I)load(to + v * W);
       above &= ((uint64_t)1 << (count - first)) - 1;
     }
-    uint32_t total = 0;
-    for (int i = 0; i < W; ++i) total += (uint32_t)sums[i];
-    block_sums[block] = total;
+    for (int i = 0; i < kSketchKeys; i += kSumKeys) {
+      U part{};
+      for (int j = i; j < i + kSumKeys; j += W) part += load(to + j);
+      *sums++ = sum(part);
+    }
     for (; above != 0; above &= above - 1) large[found++] = (uint32_t)first + lowest_bit(above);
   }
   return found;
