@@ -149,6 +149,19 @@ def test_json_is_all_there_is_on_stdout(model_dir):
     assert answer["versions"]["torch"] == torch.__version__
 
 
+def test_a_sketch_keeps_to_its_budget_and_says_how_wrong_it_may_be(model_dir):
+    options = ["--exact-below", 0, "--sampler", "sketch", "--budget", 0.1, "--bits", 3]
+    answer = json.loads(generate(model_dir, "--json", *options).stdout)
+    assert (answer["settings"]["sampler"], answer["settings"]["bits"], answer["settings"]["epsilon"]) == (
+        "sketch",
+        3,
+        None,
+    )
+    assert 0.05 < answer["cache"]["sampled_share_mean"] < 0.15
+    assert 0 < answer["cache"]["predicted_error_mean"] <= answer["cache"]["predicted_error_max"]
+    assert "predicted error" in generate(model_dir, *options, "--epsilon", 0.5).output
+
+
 def test_a_sampler_for_comparison_keeps_to_its_budget(model_dir):
     answer = json.loads(generate(model_dir, "--json", "--exact-below", 0, "--sampler", "topk", "--budget", 0.1).stdout)
     assert (answer["settings"]["sampler"], answer["settings"]["budget"]) == ("topk", 0.1)

@@ -55,17 +55,28 @@ def generate(
     sampler: Annotated[
         SamplerName,
         typer.Option(
-            help="lsh reads the keys that hashing picks, full reads them all; the others are for comparison.",
+            help="lsh reads the keys that hashing picks, sketch draws them by what a few bits of each say, full reads "
+            "them all; the others are for comparison.",
             rich_help_panel=METHOD,
         ),
     ] = "lsh",
     budget: Annotated[
         float,
         typer.Option(
-            help="Keys that a sampler for comparison reads per head and step; below 1, a share of them.",
+            help="Keys that samplers other than lsh read per head and step; below 1, a share of them.",
             rich_help_panel=METHOD,
         ),
     ] = DEFAULTS.budget,
+    bits: Annotated[
+        int, typer.Option(help="Bits of a coordinate in a sketch.", rich_help_panel=METHOD)
+    ] = DEFAULTS.bits,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="A sketch draws more than the budget until it predicts a smaller error than this.",
+            rich_help_panel=METHOD,
+        ),
+    ] = DEFAULTS.epsilon,
     K: Annotated[
         int, typer.Option("-K", help="Bits per hash table: more samples fewer keys.", rich_help_panel=METHOD)
     ] = DEFAULTS.K,
@@ -119,6 +130,8 @@ def generate(
         Config,
         sampler=sampler,
         budget=budget,
+        bits=bits,
+        epsilon=epsilon,
         K=K,
         L=L,
         min_hits=min_hits,
