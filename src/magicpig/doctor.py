@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -97,7 +98,11 @@ def self_check(levels: list[str] | None = None, head_dim: int = 80, group: int =
     query = torch.randn(1, 2 * group, 1, head_dim, generator=generator)
     keys, values = torch.randn(2, 1, 2, 333, head_dim, generator=generator)
     # One bit, and one hit in 64 tables is enough: a key stays out with a probability below 1e-9.
-    settings = {"reads every key": {"sampler": "full"}, "samples every key": {"K": 1, "L": 64, "min_hits": 1}}
+    settings: dict[str, dict[str, Any]] = {
+        "reads every key": {"sampler": "full"},
+        "samples every key": {"K": 1, "L": 64, "min_hits": 1},
+        "sketches every key": {"sampler": "sketch", "budget": 10**6},
+    }
     used, checks = native.isa(), []
     try:
         for level in native.isa_levels(True) if levels is None else levels:
@@ -107,7 +112,7 @@ def self_check(levels: list[str] | None = None, head_dim: int = 80, group: int =
                 wide_query, wide_keys, wide_values = (x.double() for x in inputs)
                 exact = scaled_dot_product_attention(wide_query, wide_keys, wide_values, enable_gqa=True)
                 for what, setting in settings.items():
-                    output, _, _ = attend(*inputs, **setting)  # type: ignore[arg-type]
+                    output, _, _ = attend(*inputs, **setting)
                     error = float((output.double() - exact).norm() / exact.norm())
                     checks.append(Check(level, str(dtype).removeprefix("torch."), what, error, tolerance))
     finally:
