@@ -79,8 +79,8 @@ PRESETS = {
             Stage(length=224, rows=24, steps=350, rate=5e-4, emphasis=3),
             Stage(length=512, rows=10, steps=150, rate=4e-4, emphasis=3),
             Stage(length=1024, rows=6, steps=200, rate=4e-4, emphasis=3),
-            Stage(length=2048, rows=4, steps=150, rate=3e-4, emphasis=3),
-            Stage(length=4096, rows=2, steps=100, rate=2e-4, emphasis=3),
+            Stage(length=2048, rows=4, steps=100, rate=3e-4, emphasis=3),
+            Stage(length=1024, rows=8, steps=300, rate=7e-4 / 3, emphasis=3),
         ),
     ),
     "gpu": Preset(
