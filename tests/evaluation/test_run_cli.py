@@ -129,7 +129,14 @@ def test_interrupted_in_a_terminal_it_says_how_to_go_on(model_dir, tmp_path):
     path = tmp_path / "r.jsonl"
     terminal, inside = pty.openpty()
     command = [sys.executable, "-m", "magicpig", "eval", "ruler", "--model", model_dir, "--out", path, *MATRIX]
-    running = subprocess.Popen([*command, "--samples", "1000"], stdout=inside, stderr=inside, start_new_session=True)
+    running = subprocess.Popen(
+        [*command, "--samples", "1000"],
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        # A background job of a shell ignores the signal, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(inside)
     deadline = time.monotonic() + 120
     while (not path.exists() or path.read_bytes().count(b"\n") < 9) and time.monotonic() < deadline:
