@@ -838,7 +838,12 @@ def command(*arguments):
 def test_ctrl_c_keeps_the_text_and_says_so(model_dir):
     arguments = ("--model", model_dir, "--prompt", "w1 w2", "--max-new-tokens", LIMIT - 2)
     with subprocess.Popen(
-        command("generate", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("generate", *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job of a shell ignores the signal, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         first = process.stdout.read(10)
         process.send_signal(signal.SIGINT)
