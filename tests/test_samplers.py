@@ -45,7 +45,7 @@ def tensors(N: int, dtype: torch.dtype = torch.float32, B: int = 2) -> tuple[Ten
 
 
 def test_every_name_is_one_that_is_known():
-    assert sorted((*CHOOSING, *WITHOUT_BODY)) == sorted(SAMPLERS)
+    assert sorted((*CHOOSING, *WITHOUT_BODY, "sketch")) == sorted(SAMPLERS)
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
