@@ -79,10 +79,18 @@ class Config(BaseModel):
             return True
         return layer in (DENSE_LAYERS if self.dense_layers is None else self.dense_layers)
 
+    def sampling_up_to(self, tokens: int) -> Config:
+        """The same settings, but over an indexed cache a forward of this many tokens is sampled, too."""
+        return Config(**self.model_dump() | {"decode_tokens": max(tokens, self.decode_tokens)})
+
     def rows(self, body: int) -> int:
         """How many of `body` rows the budget allows a head: at least one, and at most all."""
         wanted = self.budget if self.budget >= 1 else self.budget * body
         return max(1, min(body, round(wanted)))
+
+
+EXACT = Config(sampler="full")
+"""Full attention, in every layer."""
 
 
 def _one_line(error: ValidationError) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from magicpig.config import Config
-from magicpig.evaluation.answer import EXACT, Answer, answers, read_document
+from magicpig.config import EXACT, Config
+from magicpig.evaluation.answer import Answer, answers, read_document
 from magicpig.evaluation.matrix import MatrixError, Method
 from magicpig.evaluation.tasks import Sample, generate, score, templates
 from magicpig.generation import Model, encode_in_two, load, stop_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,8 @@ def _attend_reference(
     query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, StepInfo]:
     states, samples, errors = [], [], []
+    shared: dict[str, Any] = config.model_dump(include={"seed", "centre", "sinks", "recent"})
+    shared |= {"scale": scale, "softcap": softcap}
     short = keys.shape[2] <= config.sinks + config.recent
     for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
         if config.sampler == "full" or short:
@@ -105,12 +107,7 @@ def _attend_reference(
                 bits=config.bits,
                 budget=config.rows(keys.shape[2] - config.sinks - config.recent),
                 epsilon=config.epsilon,
-                seed=config.seed,
-                centre=config.centre,
-                sinks=config.sinks,
-                recent=config.recent,
-                scale=scale,
-                softcap=softcap,
+                **shared,
             )
         elif config.sampler != "lsh":
             state, drawn = _attend_chosen(q, k, v, config, scale, softcap)
@@ -122,12 +119,7 @@ def _attend_reference(
                 K=config.K,
                 L=config.L,
                 min_hits=config.min_hits,
-                seed=config.seed,
-                centre=config.centre,
-                sinks=config.sinks,
-                recent=config.recent,
-                scale=scale,
-                softcap=softcap,
+                **shared,
             )
         error = reference.predicted_errors(state, drawn, q, k, v, scale=scale, softcap=softcap)
         states.append(state)

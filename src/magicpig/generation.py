@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.generation.streamers import TextStreamer
 
 from magicpig import machine
@@ -167,6 +167,12 @@ def load(model: Model, *, dtype: str = "auto") -> Any:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{model.directory}: {len(missing)} weights are missing, the first is {missing[0]}")
     return network.eval()
+
+
+def silence_transformers() -> None:
+    """Warnings and progress bars of its own would stand among what a command shows."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def generate(

@@ -15,9 +15,10 @@ where they write. Knows nothing of attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ SMALLEST_BLOCK = 256  # rows; doubles up to native.BLOCK_ROWS
 YOUNG = 4096  # keys: segments below this are merged on every append, larger ones only with equals
 PREDICTING = ("lsh", "sketch")  # samplers whose steps predict their own error
 _NEVER = 1 << 62
+
+S = TypeVar("S", native.Segment, native.SketchSegment)
 
 
 @lru_cache(maxsize=8)
@@ -367,37 +370,49 @@ class KVStore:
         self.view.indexed_to = end
 
     def _index_tables(self, end: int) -> None:
-        """Hashes [indexed_to, end), or cuts tables off; merges small segments so that a look-up touches few of them."""
         sampler, config = self.sampler, self.config
         assert isinstance(sampler, LshSampler)
-        segments, begin = [segment for segment in self._segments if segment.first < end], self.indexed_to
-        if segments and segments[-1].first + segments[-1].count > end:
-            segments[-1] = native.shorten(segments[-1], end - segments[-1].first)
-        while begin < end:
-            n = min(end - begin, native.SEGMENT_ROWS)
-            codes = native.hash_rows(list(self._pieces(begin, begin + n)), sampler, config.L)
-            segments.append(native.build(codes, config.K, begin))
-            begin += n
-            while len(segments) > 1 and _should_merge(segments[-2].count, segments[-1].count):
-                newest = segments.pop()
-                segments[-1] = native.extend(segments[-1], newest)
-        self._set_segments(segments)
+
+        def build(pieces: list[Tensor], first: int) -> native.Segment:
+            return native.build(native.hash_rows(pieces, sampler, config.L), config.K, first)
+
+        self._set_segments(self._moved(self._segments, end, build, native.extend, native.shorten))
 
     def _index_sketch(self, end: int) -> None:
-        """Sketches [indexed_to, end), or forgets keys; small segments are joined as those of tables are."""
         sampler = self.sampler
         assert isinstance(sampler, SketchSampler)
-        segments, begin = [segment for segment in self._sketches if segment.first < end], self.indexed_to
-        if segments and segments[-1].first + segments[-1].count > end:
-            segments[-1] = replace(segments[-1], count=end - segments[-1].first)
+
+        def build(pieces: list[Tensor], first: int) -> native.SketchSegment:
+            return native.sketch(pieces, sampler, first)
+
+        def shorten(segment: native.SketchSegment, count: int) -> native.SketchSegment:
+            return replace(segment, count=count)
+
+        self._set_sketches(self._moved(self._sketches, end, build, native.join, shorten))
+
+    def _moved(
+        self,
+        segments: Sequence[S],
+        end: int,
+        build: Callable[[list[Tensor], int], S],
+        join: Callable[[S, S], S],
+        shorten: Callable[[S, int], S],
+    ) -> list[S]:
+        """The segments of [sinks, end): builds those of [indexed_to, end), or forgets what lies beyond the end.
+
+        Small ones are joined, so that a step touches few of them.
+        """
+        kept, begin = [segment for segment in segments if segment.first < end], self.indexed_to
+        if kept and kept[-1].first + kept[-1].count > end:
+            kept[-1] = shorten(kept[-1], end - kept[-1].first)
         while begin < end:
             n = min(end - begin, native.SEGMENT_ROWS)
-            segments.append(native.sketch(list(self._pieces(begin, begin + n)), sampler, begin))
+            kept.append(build(list(self._pieces(begin, begin + n)), begin))
             begin += n
-            while len(segments) > 1 and _should_merge(segments[-2].count, segments[-1].count):
-                newest = segments.pop()
-                segments[-1] = native.join(segments[-1], newest)
-        self._set_sketches(segments)
+            while len(kept) > 1 and _should_merge(kept[-2].count, kept[-1].count):
+                newest = kept.pop()
+                kept[-1] = join(kept[-1], newest)
+        return kept
 
     def _index_pages(self, end: int) -> None:
         """Makes the pages anew from the first that is not the same as before and whole."""

@@ -15,9 +15,9 @@ def words():
 @pytest.mark.parametrize("length", [224, 511, 1024, 2048])
 @pytest.mark.parametrize("kind", lessons.KINDS)
 def test_lessons_fit_and_teach(words, kind, length):
-    writer = lessons.Writer(words, length)
+    writer = lessons.Writer(words)
     for index in range(12):
-        lesson = lessons.lesson(kind, writer, random.Random(index))
+        lesson = lessons.lesson(kind, writer, length, random.Random(index))
         assert len(lesson.ids) <= length
         assert lesson.ids[0] == words.bos_token_id
         assert words.unk_token_id not in lesson.ids
@@ -35,13 +35,14 @@ def _made_by_the_answer(words, token):
 
 
 def test_lessons_are_the_same_for_the_same_seed(words):
-    first, second = (lessons.Writer(words, 512) for _ in range(2))
+    first, second = (lessons.Writer(words) for _ in range(2))
     for kind in lessons.KINDS:
-        assert lessons.lesson(kind, first, random.Random(3)) == lessons.lesson(kind, second, random.Random(3))
+        assert lessons.lesson(kind, first, 512, random.Random(3)) == lessons.lesson(kind, second, 512, random.Random(3))
 
 
 def test_common_words_may_come_in_any_order(words):
-    writer = lessons.Writer(words, 100)
+    writer = lessons.Writer(words)
+    writer.begin(100)
     writer.answer_in_any_order(["cat", "dog"])
     cat, dog = words.convert_tokens_to_ids(["cat", "dog"])
     choices = [target.right for target in writer.finished().targets]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magicpig.capture.attention_set import AttentionSet
 from magicpig.capture.file import CaptureError
-from magicpig.config import Config
+from magicpig.config import EXACT
 from magicpig.generation import greedy, read
 from magicpig.integrations.transformers import MagicPigCache, attach, detach
 from magicpig.integrations.transformers.attention import NAME
@@ -18,7 +18,6 @@ from magicpig.integrations.transformers.cache import MagicPigLayer, PendingToken
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.planner import check, plan
 
-EXACT = Config(sampler="full")
 FEW = 4  # layers, where no others are asked for
 
 

@@ -80,16 +80,13 @@ def capture(
     notes = Console(stderr=True)
     with OutputFile(out) as file:
         with notes.status("Loading the model"):
-            from transformers import logging
-
             from magicpig import generation
             from magicpig.capture import Capture
             from magicpig.capture.record import record
             from magicpig.evaluation.matrix import parse_lengths
             from magicpig.evaluation.tasks import generate
 
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
+            generation.silence_transformers()
             wanted = None if length is None else parse_lengths(length)[0]
             opened = generation.open_model(model, trust_remote_code=trust_remote_code)
             if content is not None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from magicpig.cli.errors import InputError
+from magicpig.cli.options import or_pocket
 from magicpig.cli.report import prefill_progress
 
 if TYPE_CHECKING:
@@ -36,17 +36,11 @@ def demo(
     """
     console = Console(stderr=as_json, highlight=False)
     with console.status("Writing the documents"):
-        from transformers import logging
-
         from magicpig import demo as demonstration
-        from magicpig import generation, pocket
+        from magicpig import generation
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            opened = generation.open_model(pocket.path() if model is None else model)
-        except FileNotFoundError as error:
-            raise InputError(f"{error}, or pass --model") from None
+        generation.silence_transformers()
+        opened = generation.open_model(or_pocket(model))
     with prefill_progress(console) as progress:
         bar = progress.add_task("Writing the documents", total=None)
         result = demonstration.run(

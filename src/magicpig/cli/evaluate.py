@@ -17,7 +17,7 @@ from rich.table import Table
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
 from magicpig.cli.options import Dtype, parse_layers
-from magicpig.cli.report import work_progress
+from magicpig.cli.report import run_evaluation
 
 if TYPE_CHECKING:
     from magicpig.evaluation.results import Results
@@ -106,15 +106,11 @@ def ruler(
     """
     notes = Console(stderr=True, highlight=False)
     with notes.status("Looking into the model and the data"):
-        from transformers import logging
-
         from magicpig import generation
         from magicpig.evaluation import matrix as matrices
-        from magicpig.evaluation.run import evaluate
         from magicpig.evaluation.tasks import Sources
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        generation.silence_transformers()
         chosen = matrices.parse_tasks(tasks), matrices.parse_lengths(lengths)
         methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=parse_layers(dense_layers))
         protocols = matrices.parse_protocols(protocol)
@@ -130,23 +126,7 @@ def ruler(
             new_tokens=max_new_tokens,
             sources=Sources(filler, squad, hotpotqa),
         )
-    with work_progress(notes) as progress:
-        bar = progress.add_task("Preparing", total=None)
-        try:
-            results = evaluate(
-                opened,
-                matrix,
-                out,
-                dtype=dtype.value,
-                chunk=prefill_chunk,
-                jobs=jobs,
-                on_start=lambda done, total: progress.reset(bar, completed=done, total=total),
-                on_step=lambda step, work: progress.update(bar, description=escape(step), advance=work),
-            )
-        except KeyboardInterrupt:
-            notes.print(f"What is finished is in {escape(str(out))}; the same command goes on from there.")
-            raise
-    _show(results)
+    _show(run_evaluation(opened, matrix, out, notes, dtype=dtype.value, chunk=prefill_chunk, jobs=jobs))
 
 
 @evaluate.command()

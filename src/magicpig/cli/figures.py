@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
-from magicpig.cli.options import Dtype, parse_layers
-from magicpig.cli.report import work_progress
+from magicpig.cli.options import Dtype, or_pocket, parse_layers
+from magicpig.cli.report import run_evaluation, work_progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,19 +80,12 @@ def figures(
             raise InputError(f"--only {name!r}: there is no such figure; allowed: {', '.join(NAMES)}")
     notes = Console(stderr=True, highlight=False)
     with notes.status("Looking into the model"):
-        from transformers import logging
-
-        from magicpig import generation, pocket
+        from magicpig import generation
         from magicpig.evaluation import matrix as matrices
         from magicpig.figures import accuracy
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            directory = pocket.path() if model is None else model
-        except FileNotFoundError as error:
-            raise InputError(f"{error}, or pass --model") from None
-        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+        generation.silence_transformers()
+        opened = generation.open_model(or_pocket(model), trust_remote_code=trust_remote_code)
         shared = {"exact_below": 0, "dense_layers": parse_layers(dense_layers)}
         methods = accuracy.methods(None if samplers is None else samplers.split(","), **shared)
         common: dict[str, Any] = {
@@ -113,34 +106,15 @@ def figures(
     from magicpig.figures import draw
 
     if "1" in wanted:
-        results = _evaluate(opened, compared, out / "figure1-results.jsonl", dtype, notes)
+        results = run_evaluation(opened, compared, out / "figure1-results.jsonl", notes, dtype=dtype.value)
         rows = accuracy.accuracy_rows(results, compared)
         _write(out, "figure1", _origin(results), rows, draw.draw_accuracy)
     if "2" in wanted or "3" in wanted:
         _attention(opened, compared, out, wanted, dtype, texts, steps, notes)
     if "centring" in wanted:
-        results = _evaluate(opened, ablation, out / "centring-results.jsonl", dtype, notes)
+        results = run_evaluation(opened, ablation, out / "centring-results.jsonl", notes, dtype=dtype.value)
         _write(out, "centring", _origin(results), accuracy.centring_rows(results, ablation), draw.draw_centring)
     notes.print(f"{len(wanted)} figures in {escape(str(out))}")
-
-
-def _evaluate(model: Model, matrix: Matrix, path: Path, dtype: Dtype, notes: Console) -> Results:
-    from magicpig.evaluation.run import evaluate
-
-    with work_progress(notes) as progress:
-        bar = progress.add_task("Preparing", total=None)
-        try:
-            return evaluate(
-                model,
-                matrix,
-                path,
-                dtype=dtype.value,
-                on_start=lambda done, total: progress.reset(bar, completed=done, total=total),
-                on_step=lambda step, work: progress.update(bar, description=escape(step), advance=work),
-            )
-        except KeyboardInterrupt:
-            notes.print(f"What is finished is in {escape(str(path))}; the same command goes on from there.")
-            raise
 
 
 def _attention(

@@ -144,12 +144,9 @@ def generate(
     notes = Console(stderr=True)
     with OutputFile(output) as file:
         with notes.status("Loading the model"):
-            from transformers import logging
-
             from magicpig import generation
 
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
+            generation.silence_transformers()
             opened = generation.open_model(model, trust_remote_code=trust_remote_code)
             ids = generation.encode(opened, text, chat=chat, new_tokens=max_new_tokens)
             network = generation.load(opened, dtype=dtype.value)

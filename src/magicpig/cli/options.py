@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from magicpig.cli.errors import InputError
@@ -26,6 +27,16 @@ def checked(make: Callable[..., T], *arguments: Any, **settings: Any) -> T:
         return make(*arguments, **settings)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def or_pocket(model: Path | None) -> Path:
+    """The model directory, by default that of the package. Raises InputError."""
+    from magicpig import pocket
+
+    try:
+        return pocket.path() if model is None else model
+    except FileNotFoundError as error:
+        raise InputError(f"{error}, or pass --model") from None
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from magicpig.config import Config
+from magicpig.config import EXACT
 from magicpig.evaluation.matrix import Method
 from magicpig.generation import fill, greedy, read
 from magicpig.integrations.transformers import CacheReport, MagicPigCache
-
-EXACT = Config(sampler="full")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def answers(
             yield exact  # reading everything is the same under both protocols
             continue
         if sampled and protocol == "question-sparse":
-            cache = document.fork(_decoding(method.config, len(question)))
+            cache = document.fork(method.config.sampling_up_to(len(question)))
             index_s = _settle(cache)
             logits = read(network, question, cache, chunk=len(question))
         else:
@@ -82,8 +80,3 @@ def _settle(cache: MagicPigCache) -> float:
     start = time.perf_counter()
     cache.settle()
     return time.perf_counter() - start
-
-
-def _decoding(config: Config, tokens: int) -> Config:
-    """The same settings, but a forward of this many tokens is sampled."""
-    return Config(**config.model_dump() | {"decode_tokens": max(tokens, config.decode_tokens)})

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import logging
 
-from magicpig.evaluation.answer import EXACT, Answer, answers, read_document
+from magicpig.config import EXACT
+from magicpig.evaluation.answer import Answer, answers, read_document
 from magicpig.evaluation.matrix import Matrix, MatrixError
 from magicpig.evaluation.results import Results, ResultsFile, read_results
 from magicpig.evaluation.tasks import Sample, generate, score
 from magicpig.evaluation.workers import in_order
-from magicpig.generation import Model, encode, encode_in_two, load, open_model, stop_tokens
+from magicpig.generation import Model, encode, encode_in_two, load, open_model, silence_transformers, stop_tokens
 from magicpig.integrations.transformers import attach
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.planner import check, plan
@@ -100,8 +100,7 @@ class Examiner:
 def _examine(
     directory: Path, trust_remote_code: bool, matrix: Matrix, dtype: str, chunk: int, jobs: int
 ) -> Callable[[tuple[str, int, int]], list[dict[str, Any]]]:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     model = open_model(directory, trust_remote_code=trust_remote_code)
     return Examiner(model, matrix, dtype, chunk, copies=jobs).lines

@@ -38,7 +38,7 @@ class SamplingLM(HFLM):  # type: ignore[misc]
         found: list[tuple[float, bool]] = []
         before: list[int] = []
         longest = max((len(answer) for _, _, answer in requests), default=1)
-        config = Config(**self._sampling.model_dump() | {"decode_tokens": max(longest, self._sampling.decode_tokens)})
+        config = self._sampling.sampling_up_to(longest)
         for name, context, answer in tqdm(requests, "Computing likelihoods", disable=disable_tqdm):
             # The last token of an answer is not read.
             context = (context + answer)[-self.max_length - 1 : -len(answer)]

@@ -47,15 +47,15 @@ class Lesson:
 
 
 class Writer:
-    """Puts a lesson together, not longer than `length` tokens."""
+    """Puts lessons together, one after the other; remembers how words are encoded."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._encode = lru_cache(maxsize=1 << 16)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
         self.tokenizer = tokenizer
-        self.length = length
-        self.begin()
 
-    def begin(self) -> None:
+    def begin(self, length: int) -> None:
+        """Starts a lesson that is not longer than `length` tokens."""
+        self.length = length
         self.lesson = Lesson([self.tokenizer.bos_token_id])
 
     @property
@@ -104,10 +104,10 @@ class Writer:
         return Lesson(ids, targets, self.lesson.asked)
 
 
-def lesson(kind: str, writer: Writer, rng: random.Random) -> Lesson:
-    """A lesson of one of `KINDS`, as long as the writer allows."""
-    writer.begin()
-    if writer.length >= _WHOLE and rng.random() < 0.5:
+def lesson(kind: str, writer: Writer, length: int, rng: random.Random) -> Lesson:
+    """A lesson of one of `KINDS`, as long as `length` tokens allow."""
+    writer.begin(length)
+    if length >= _WHOLE and rng.random() < 0.5:
         _whole_task(rng.choice(_TASKS[kind]), writer, rng)
     else:
         {"niah": _niah, "vt": _vt, "cwe": _cwe, "fwe": _fwe}[kind](writer, rng)

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from magicpig.pocket import lessons, model, tokenizer
 from magicpig.pocket.lessons import Lesson, Target
@@ -118,10 +118,10 @@ def train(
     device: str = "cpu",
     report: Callable[[Progress], None] = lambda _: None,
 ) -> LlamaForCausalLM:
-    """Trains to the end of the preset, from the checkpoint in `out` if there is one, and saves the model there.
+    """Trains to the end of the preset, from the checkpoint in `out` if there is one.
 
-    Writes checkpoint.safetensors (every 100 steps), train.jsonl (a line per step) and at the end the folder `model`.
-    Raises ValueError when the checkpoint is of another preset or seed.
+    Writes checkpoint.safetensors (every 100 steps) and train.jsonl (a line per step) there; `save` writes the model.
+    Raises ValueError when the checkpoint is of a model of another shape or of another seed.
     """
     out.mkdir(parents=True, exist_ok=True)
     words = tokenizer.build()
@@ -132,9 +132,10 @@ def train(
     torch.nn.Module.to(net, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     step = _restore(out, preset, seed, net, optimizer)
+    writer = lessons.Writer(words)
     with _log(out, step) as log:
         while step < preset.steps:
-            progress = _step(net, optimizer, words, preset, seed, step, device)
+            progress = _step(net, optimizer, writer, preset, seed, step, device)
             log.write(json.dumps(asdict(progress)) + "\n")
             log.flush()
             report(progress)
@@ -162,7 +163,7 @@ def save(net: LlamaForCausalLM, folder: Path) -> None:
 def _step(
     net: LlamaForCausalLM,
     optimizer: torch.optim.Optimizer,
-    words: PreTrainedTokenizerFast,
+    writer: lessons.Writer,
     preset: Preset,
     seed: int,
     step: int,
@@ -172,9 +173,9 @@ def _step(
     rng = random.Random(f"{seed} {step}")
     for group in optimizer.param_groups:
         group["lr"] = rate
-    writer = lessons.Writer(words, stage.length)
+    words = writer.tokenizer
     kinds = [_kind(row + step * stage.rows) for row in range(stage.rows)]
-    batch = [lessons.lesson(kind, writer, rng) for kind in kinds]
+    batch = [lessons.lesson(kind, writer, stage.length, rng) for kind in kinds]
     ids = torch.full((stage.rows, stage.length), words.eos_token_id)
     for row, each in enumerate(batch):
         ids[row, : len(each.ids)] = torch.tensor(each.ids)
@@ -262,19 +263,14 @@ def _state(net: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Iterator[
 
 
 def _settings(preset: Preset, seed: int, step: int) -> dict[str, str]:
-    """What a checkpoint must agree with: the model, the seed and the stages up to its step."""
-    done, begin = [], 0
-    for stage in preset.stages:
-        if begin < step:
-            done.append(asdict(stage) if begin + stage.steps <= step else {**asdict(stage), "steps": step - begin})
-        begin += stage.steps
+    """What a checkpoint says of itself; another seed or shape is refused. Stages may change after its step."""
     shape = {
         "hidden": preset.hidden,
         "intermediate": preset.intermediate,
         "heads": preset.heads,
         "groups": preset.groups,
     }
-    return {"seed": str(seed), "shape": json.dumps(shape), "stages": json.dumps(done), "step": str(step)}
+    return {"seed": str(seed), "shape": json.dumps(shape), "step": str(step)}
 
 
 def _save(
