@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import magicpig.cli.bench as pinning
 from magicpig import doctor, generation, machine
-from magicpig.bench import attention
+from magicpig.bench import layer
 from magicpig.capture import load_capture
 from magicpig.cli import app, main
 from magicpig.cli.files import OutputFile
@@ -679,30 +679,32 @@ SMALL = ["--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--repeats", 1, "--ste
 
 
 def bench(*arguments):
-    return run("bench", "attention", "--context", "500,700", "--setting", "4,20", *SMALL, *arguments)
+    return run("bench", "attention", "--context", "500,700", *SMALL, *arguments)
 
 
 @pytest.fixture
 def small_evictor(monkeypatch):
-    monkeypatch.setattr(attention, "EVICTION_BYTES", 1 << 16)
+    monkeypatch.setattr(layer, "EVICTION_BYTES", 1 << 16)
 
 
 @pytest.mark.usefixtures("small_evictor")
 def test_bench_writes_a_file_and_shows_a_table(tmp_path):
     path = tmp_path / "bench.json"
-    result = bench("--setting", "6,20", "--json", path)
+    result = bench("--samplers", "lsh:K=4,L=20,sketch", "--budget", 32, "--bits", 3, "--json", path)
     assert result.exit_code == 0, result.output
-    assert "vs exact" in result.stdout
+    assert "B/key" in result.stdout
     written = json.loads(path.read_text())
-    assert [(each["context"], each["K"]) for each in written["results"]] == [(500, 4), (500, 6), (700, 4), (700, 6)]
+    chosen = [tuple(each[name] for name in ("context", "K", "L", "budget", "bits")) for each in written["results"]]
+    lsh, sketch = (4, 20, None, None), (None, None, 32, 3)
+    assert chosen == [(500, *lsh), (500, *sketch), (700, *lsh), (700, *sketch)]
     assert written["dtype"] == "float32"
 
 
 @pytest.mark.usefixtures("small_evictor")
 def test_bench_on_standard_output():
     result = bench("--json", "-")
-    assert len(json.loads(result.stdout)["results"]) == 2
-    assert "vs exact" in result.stderr
+    assert len(json.loads(result.stdout)["results"]) == 4
+    assert "B/key" in result.stderr
 
 
 @pytest.mark.usefixtures("small_evictor")
@@ -716,9 +718,9 @@ def test_bench_sets_threads():
 
 def test_bench_does_not_time_wrong_kernels(monkeypatch, tmp_path):
     def wrong(shape):
-        raise attention.WrongResultError("self-check failed")
+        raise layer.WrongResultError("self-check failed")
 
-    monkeypatch.setattr(attention, "verify_kernels", wrong)
+    monkeypatch.setattr(layer, "verify_kernels", wrong)
     result = bench("--json", tmp_path / "bench.json")
     assert result.exit_code == 1
     assert result.stderr == "magicpig: no timing, the results are wrong: self-check failed\n"
@@ -728,13 +730,18 @@ def test_bench_does_not_time_wrong_kernels(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (["--context", "many"], "--context: 'many' is not a whole number"),
+        (["--context", "many"], "length 'many' is not a number of tokens"),
+        (["--context", "1,,2"], "--context '1,,2' has an empty name"),
         (["--context", "10"], "context=10 has nothing to sample"),
         (["--context", "1000000000000"], "GiB of memory"),
-        (["--setting", "10"], "--setting '10' is not two numbers K,L"),
-        (["--setting", "10,many"], "'many' is not a whole number"),
-        (["--setting", "20,10"], "K=20"),
-        (["--sampler", "full"], "--sampler full has no step to measure"),
+        (["--samplers", "lsh:K=many"], "K='many' is not a number"),
+        (["--samplers", "lsh:K=20"], "K=20"),
+        (["--samplers", "sketch:0"], "budget=0"),
+        (["--samplers", "lsh,topk"], "--samplers 'topk' cannot be measured here; allowed: lsh, sketch"),
+        (["--samplers", "full"], "--samplers 'full' cannot be measured here"),
+        (["--samplers", "none"], "unknown sampler 'none'"),
+        (["--bits", "5"], "bits=5"),
+        (["--budget", "0"], "budget=0"),
         (["--dtype", "auto"], "--dtype auto"),
         (["--heads", "3"], "heads=3 is not a multiple of kv_heads=2"),
         (["--head-dim", "1000"], "head_dim=1000 is out of range"),

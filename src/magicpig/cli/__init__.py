@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from magicpig.cli.bench import attention, pin_threads
+from magicpig.cli.bench import measure, pin_threads
 from magicpig.cli.capture import capture
 from magicpig.cli.demo import demo
 from magicpig.cli.doctor import doctor
@@ -34,8 +34,6 @@ app.command()(capture)
 app.command()(figures)
 app.command()(doctor)
 
-measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)
-measure.command("attention")(attention)
 app.add_typer(measure, name="bench")
 app.add_typer(evaluate, name="eval")
 app.add_typer(pocket, name="pocket")
@@ -63,6 +61,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
-    if sys.argv[1:3] == ["bench", "attention"]:
+    if sys.argv[1:2] == ["bench"]:
         pin_threads()
     app(prog_name="magicpig")

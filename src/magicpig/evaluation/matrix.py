@@ -75,10 +75,10 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     return tuple(task for task in TASKS if task in wanted)
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
+def parse_lengths(text: str, option: str = "--lengths") -> tuple[int, ...]:
     """Numbers of tokens, separated by commas, as "32768" or "32K" (1K is 1024), shortest first."""
     lengths = set()
-    for part in _names(text, "--lengths"):
+    for part in _names(text, option):
         digits, unit = (part[:-1], 1024) if part[-1:] in "kK" else (part, 1)
         if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
             raise MatrixError(f"length {part!r} is not a number of tokens such as 32768 or 32K")

@@ -1,0 +1,117 @@
+"""`magicpig bench attention`: one decode step of one layer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from magicpig.cli.bench_options import (
+    DEFAULTS,
+    Bits,
+    Budget,
+    JsonFile,
+    Samplers,
+    Threads,
+    methods,
+    short_length,
+    torch_dtype,
+)
+from magicpig.cli.files import STDIO, OutputFile
+from magicpig.cli.options import Dtype, checked
+
+if TYPE_CHECKING:
+    from magicpig.bench.attention import Result
+
+
+def attention(
+    context: Annotated[
+        str, typer.Option(help="Tokens in the cache, as 32768 or 32K; several separated by commas.")
+    ] = "32K",
+    samplers: Samplers = "lsh,sketch",
+    budget: Budget = DEFAULTS.budget,
+    bits: Bits = DEFAULTS.bits,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Length of a query, key or value.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Of queries, keys and values.")] = Dtype.bfloat16,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds over all query steps.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, help="Different query steps in a round.")] = 8,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time one decode step of one attention layer: sampled, exact, torch's, and a plain read of the bytes.
+
+    Interleaved in one process, caches cold, threads pinned to cores, medians. Checks the results first.
+    """
+    to_stdout = json_file == STDIO
+    console = Console(stderr=to_stdout)
+    with OutputFile(None if to_stdout else json_file) as file:
+        import torch
+
+        from magicpig.bench import attention as bench
+        from magicpig.bench.layer import NATIVE, Shape, WrongResultError, check_context, verify_kernels
+        from magicpig.evaluation.matrix import parse_lengths
+
+        contexts = parse_lengths(context, "--context")
+        configs = [method.config for method in methods(samplers, NATIVE, budget=budget, bits=bits)]
+        shape = checked(Shape, heads, kv_heads, head_dim, batch, torch_dtype(dtype))
+        for tokens in contexts:
+            checked(check_context, tokens, configs, shape)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        results = []
+        try:
+            verify_kernels(shape)
+            with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+                task = progress.add_task("Measuring", total=len(contexts) * len(configs) * repeats)
+                for tokens in contexts:
+                    results += bench.run(
+                        tokens, configs, shape, repeats=repeats, steps=steps, on_round=lambda: progress.advance(task)
+                    )
+        except WrongResultError as error:
+            print(f"magicpig: no timing, the results are wrong: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        described = bench.describe(shape, configs[0], repeats, steps)
+        answer = json.dumps(described | {"results": [asdict(result) for result in results]}, indent=2)
+        if to_stdout:
+            print(answer)
+        file.write(answer + "\n")
+    console.print(_table(results))
+    console.print(
+        f"[dim]ms per layer and step, medians of {repeats * steps} calls; {heads} query heads, {kv_heads} key/value "
+        f"heads, head dim {head_dim}, batch {batch}, {dtype.value}; {described['isa']}, {described['threads']} "
+        f"threads ({described['pool']} pool), {described['machine']}"
+    )
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("keys", justify="right", no_wrap=True)
+    table.add_column(" sampler", no_wrap=True)
+    for name in ("step", "exact", "sdpa", "stream", "vs exact", "vs sdpa", "rows", "B/key", "error"):
+        table.add_column(name, justify="right", no_wrap=" " not in name)
+    for each in results:
+        lsh = f" lsh {each.K},{each.L}"
+        table.add_row(
+            short_length(each.context),
+            lsh if each.sampler == "lsh" else f" sketch {each.budget:g}, {each.bits} bit",
+            f"{each.step_ms:.2f}",
+            f"{each.exact_ms:.2f}",
+            f"{each.sdpa_ms:.2f}",
+            f"{each.stream_ms:.2f}",
+            f"[bold]{each.ratio_exact:.1f}x",
+            f"[bold]{each.ratio_sdpa:.1f}x",
+            f"{each.sampled_share:.2%}",
+            f"{each.index_bytes_per_key:.0f}",
+            f"{each.error:.3f}",
+        )
+    return table

@@ -1,0 +1,57 @@
+"""What the benchmarks' options have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from magicpig.cli.errors import InputError
+from magicpig.cli.options import Dtype
+from magicpig.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from magicpig.evaluation.matrix import Method
+
+DEFAULTS = Config()
+
+Samplers = Annotated[
+    str,
+    typer.Option(
+        help="Samplers separated by commas, each with settings behind a colon if it has any: lsh:K=9,L=120,sketch:256."
+    ),
+]
+Budget = Annotated[float, typer.Option(help="Rows that samplers without a budget of their own read per head.")]
+Bits = Annotated[int, typer.Option(help="Bits of a coordinate in sketches that say nothing else.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; as many as torch takes by default.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file; - is standard output.")]
+
+
+def methods(samplers: str, allowed: tuple[str, ...], **settings: Any) -> list[Method]:
+    """The samplers asked for, with ``settings`` where they have none of their own. Raises InputError, MatrixError."""
+    from magicpig.evaluation.matrix import parse_methods
+
+    # However short the context, it is the sampled step that is to be measured.
+    found = parse_methods(samplers, exact_below=0, **settings)
+    for method in found:
+        if method.config.sampler not in allowed:
+            raise InputError(f"--samplers {method.name!r} cannot be measured here; allowed: {', '.join(allowed)}")
+    return list(found)
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """The type of that name. Raises InputError for the one that only a model decides."""
+    import torch
+
+    if dtype is Dtype.auto:
+        raise InputError("--dtype auto is for models; choose float32, bfloat16 or float16")
+    found: torch.dtype = getattr(torch, dtype.value)
+    return found
+
+
+def short_length(tokens: int) -> str:
+    """32768 as 32K, as it may be typed."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
