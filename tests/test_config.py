@@ -1,5 +1,7 @@
 """Settings: the paper's defaults, their ranges, and one line about what is wrong."""
 
+import json
+
 import pytest
 
 from magicpig.config import Config
@@ -115,3 +117,42 @@ def test_dense_layers_are_a_list_of_numbers(given):
 def test_without_sampling_every_layer_is_dense():
     config = Config(sampler="full", dense_layers=[3])
     assert all(config.is_dense(layer) for layer in range(40))
+
+
+def test_a_layer_may_have_settings_of_its_own():
+    config = Config(budget=100, dense_layers=[0], layers={2: {"sampler": "sketch", "bits": 3}, 5: {"sampler": "full"}})
+    assert config.of_layer(1) == Config(budget=100, dense_layers=[0])
+    assert config.of_layer(2) == Config(sampler="sketch", bits=3, budget=100, dense_layers=[])
+    assert [layer for layer in range(6) if config.is_dense(layer)] == [0, 5]
+
+
+def test_settings_of_a_layer_come_before_those_of_all():
+    config = Config(layers={0: {"K": 9}, 1: {"budget": 7}})
+    assert [layer for layer in range(18) if config.is_dense(layer)] == [16]  # not 0, which has something to sample by
+    assert not Config(sampler="full", layers={3: {"sampler": "sketch"}}).is_dense(3)
+    assert Config(sampler="full", layers={3: {"sampler": "sketch"}}).is_dense(2)
+
+
+def test_settings_of_layers_survive_json():
+    config = Config(layers={11: {"epsilon": 0.1}, 2: {"sampler": "lsh", "K": 8}})
+    assert Config(**json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({-1: {}}, r"^layers\.-1: there is no such layer"),
+        ({3: {"sinks": 2}}, r"^layers\.3\.sinks is no setting of a single layer; these are sampler, budget, bits, "),
+        ({3: {"bits": 9}}, r"^layers\.3\.bits=9: .* less than or equal to 4$"),
+        ({3: {"L": 1}}, r"^layers\.3\.min_hits=2 is larger than L=1"),
+        ({1: {"bits": 3}}, r"^layers\.1: the layer is in dense_layers as well$"),
+        ({"first": {}}, r"^layers\.first"),
+        ([3], r"^layers=\[3\]"),
+        ({3: 5}, r"^layers\.3=5"),
+    ],
+    ids=str,
+)
+def test_bad_settings_of_layers_are_named(layers, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Config(dense_layers=(1,), layers=layers)
+    assert "\n" not in str(caught.value)

@@ -65,3 +65,13 @@ def test_free_memory_is_what_the_machine_reports() -> None:
 def test_sizes_below_one_are_refused(sequences: int, tokens: int) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         plan([], CONFIG, sequences=sequences, tokens=tokens, dtype=torch.float32)
+
+
+def test_each_layer_is_planned_by_its_own_settings() -> None:
+    shape = LayerShape(2, 40, sampled=True)
+
+    def index(config: Config, layers: int) -> int:
+        return plan([shape] * layers, config, sequences=1, tokens=5000, dtype=torch.float32).kept.index
+
+    mixed = Config(K=6, L=10, layers={1: {"sampler": "sketch", "bits": 1}})
+    assert index(mixed, 2) == index(Config(K=6, L=10), 1) + index(Config(sampler="sketch", bits=1), 1)

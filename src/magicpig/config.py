@@ -12,6 +12,8 @@ SamplerName = Literal[
     "lsh", "sketch", "full", "window", "topk", "oracle", "oracle-replacement", "quest", "uniform-tail"
 ]
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+BY_LAYER = ("sampler", "budget", "bits", "epsilon", "centre", "K", "L", "min_hits")
+"""The settings that a layer may have of its own."""
 
 
 class Config(BaseModel):
@@ -45,6 +47,9 @@ class Config(BaseModel):
         2048, ge=0, description="contexts shorter than this stay exact: there full attention is cheaper"
     )
     dense_layers: tuple[int, ...] | None = Field(None, description="layers that stay exact; default: 0, 16, 32 and 48")
+    layers: dict[int, dict[str, Any]] = Field(
+        {}, description="layers with settings of their own, which come before those of all layers and dense_layers"
+    )
     decode_tokens: int = Field(
         32,
         ge=1,
@@ -59,10 +64,12 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_lists(cls, settings: Any) -> Any:
-        # JSON and YAML have no tuples
+    def _accept_json(cls, settings: Any) -> Any:
+        # JSON has no tuples, and no numbers as keys.
         if isinstance(settings, dict) and isinstance(settings.get("dense_layers"), list):
             settings = {**settings, "dense_layers": tuple(settings["dense_layers"])}
+        if isinstance(settings, dict) and isinstance(settings.get("layers"), dict):
+            settings = {**settings, "layers": {_number(layer): own for layer, own in settings["layers"].items()}}
         return settings
 
     @model_validator(mode="after")
@@ -71,13 +78,35 @@ class Config(BaseModel):
             raise ValueError(f"min_hits={self.min_hits} is larger than L={self.L}: no key could ever be sampled")
         if self.dense_layers is not None and any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} has a negative layer; layers count from 0")
+        for layer, own in self.layers.items():
+            if layer < 0:
+                raise ValueError(f"layers.{layer}: there is no such layer; layers count from 0")
+            if unknown := sorted(set(own) - set(BY_LAYER)):
+                raise ValueError(
+                    f"layers.{layer}.{unknown[0]} is no setting of a single layer; these are {', '.join(BY_LAYER)}"
+                )
+            if layer in (self.dense_layers or ()):
+                raise ValueError(f"layers.{layer}: the layer is in dense_layers as well")
+            try:
+                self.of_layer(layer)
+            except ValueError as error:
+                raise ValueError(f"layers.{layer}.{error}") from None
         return self
+
+    def of_layer(self, layer: int) -> Config:
+        """The settings of one layer, as those of a model whose layers are all like it."""
+        own = self.layers.get(layer)
+        if own is None:
+            return self.model_copy(update={"layers": {}}) if self.layers else self
+        shared = self.model_dump(exclude={"layers", "dense_layers"})
+        return Config(**{**shared, **own}, dense_layers=())
 
     def is_dense(self, layer: int) -> bool:
         """Whether this layer's attention stays exact."""
-        if self.sampler == "full":
+        config = self.of_layer(layer)
+        if config.sampler == "full":
             return True
-        return layer in (DENSE_LAYERS if self.dense_layers is None else self.dense_layers)
+        return layer in (DENSE_LAYERS if config.dense_layers is None else config.dense_layers)
 
     def sampling_up_to(self, tokens: int) -> Config:
         """The same settings, but over an indexed cache a forward of this many tokens is sampled, too."""
@@ -91,6 +120,10 @@ class Config(BaseModel):
 
 EXACT = Config(sampler="full")
 """Full attention, in every layer."""
+
+
+def _number(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
 
 
 def _one_line(error: ValidationError) -> str:

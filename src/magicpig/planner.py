@@ -58,15 +58,17 @@ def plan(
 ) -> MemoryPlan:
     """The memory that `sequences` sequences will need once each has `tokens` tokens, prompt and answer together.
 
-    dtype: of the stored keys and values. Raises ValueError for sizes below 1 and unsupported dtypes.
+    layers: all of the model, in order. dtype: of the stored keys and values.
+    Raises ValueError for sizes below 1 and unsupported dtypes.
     """
     if sequences < 1 or tokens < 1:
         raise ValueError(f"sequences={sequences} and tokens={tokens} must be at least 1")
     native.dtype_code(dtype)
     kept, transient = MemoryUse(0, 0), 0
-    for layer in layers:
-        kept += _kept(layer, config, tokens, dtype)
-        transient = max(transient, _transient(layer, config, tokens, dtype))
+    for index, layer in enumerate(layers):
+        own = config.of_layer(index)
+        kept += _kept(layer, own, tokens, dtype)
+        transient = max(transient, _transient(layer, own, tokens, dtype))
     return MemoryPlan(sequences, tokens, MemoryUse(kept.rows * sequences, kept.index * sequences), transient)
 
 

@@ -101,6 +101,15 @@ def test_attaching_again_replaces_the_settings(tiny: Tiny, tokens: Tokens, monke
     assert seen == [9]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_settings_for_layers_that_are_not_there(again: bool, tiny: Tiny) -> None:
+    model = attach(tiny("gemma2")) if again else tiny("gemma2")
+    with pytest.raises(ValueError, match=r"^layers\.2: the model has layers 0 to 1$"):
+        attach(model, layers={2: {"sampler": "full"}})
+    with pytest.raises(ValueError, match=r"^layers\.0: the layer attends to a sliding window, of which all is read$"):
+        attach(model, layers={0: {"budget": 50}})
+
+
 def test_detach_restores_everything(tiny: Tiny, tokens: Tokens) -> None:
     model = tiny("llama")
     names, generate = set(model.__dict__), model.generate

@@ -25,6 +25,7 @@ SETTINGS = {
     "window": Config(**{**SMALL, "sampler": "window"}),
     "quest": Config(**{**SMALL, "sampler": "quest", "budget": 0.3}),
     "oracle": Config(**{**SMALL, "sampler": "oracle", "budget": 10}),
+    "each layer its own": Config(**SMALL, layers={1: {"sampler": "oracle", "budget": 10}}),
 }
 FAMILIES = ["llama", "gemma2", "gpt_oss"]  # plain; softcap beside sliding layers; sink logits beside sliding layers
 

@@ -227,6 +227,25 @@ def test_dense_layers_and_short_contexts_sample_nothing(tiny: Tiny, tokens: Toke
         attach(model)
 
 
+def test_each_layer_reads_by_its_own_settings(tiny: Tiny, tokens: Tokens, generate: Generate) -> None:
+    model, ids = tiny("llama"), tokens(1, 100)
+    own = {"sampler": "sketch", "budget": 9, "bits": 3}
+    runs = []
+    for config in (
+        Config(**{**SMALL, **own}),
+        Config(**SMALL, layers={0: own, 1: own}),
+        Config(**SMALL, layers={0: own}),
+    ):
+        attach(model, config)
+        runs.append(generate(model, ids))
+    everywhere, each, first = runs
+    assert all(torch.equal(a, b) for a, b in zip(everywhere.logits, each.logits, strict=True))
+    assert not torch.equal(everywhere.logits[-1], first.logits[-1])
+    sketched, hashed = first.past_key_values.report().layers
+    assert sketched.index_bytes == everywhere.past_key_values.report().layers[0].index_bytes
+    assert hashed.index_bytes > 2 * sketched.index_bytes  # tables
+
+
 def test_half_precision(tiny: Tiny, tokens: Tokens, generate: Generate) -> None:
     ids = tokens(2, 60)
     for dtype in (torch.bfloat16, torch.float16):

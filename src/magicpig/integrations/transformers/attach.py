@@ -43,6 +43,7 @@ def attach(model: Model, config: Config | None = None, **settings: Any) -> Model
         raise TypeError(f"model must be a transformers model that generates text, got {type(model).__name__}")
     attached = _attachment(model)
     if attached is not None:
+        MagicPigCache(model.config, config)  # refuses what does not fit the model
         attached.config = config
         return model
     _check_model(model, config)

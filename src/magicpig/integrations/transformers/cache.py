@@ -37,7 +37,8 @@ class MagicPigCache(Cache):
 
     model_config: the model's; config: ours. Layers of sliding attention keep the stock cache of transformers.
     Every sequence of the batch has a store of its own per layer, so its result does not depend on the others.
-    Raises UnsupportedModelError for models with layers of any other kind.
+    Raises UnsupportedModelError for models with layers of any other kind; ValueError for settings of layers that the
+    model has not got.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: Config | None = None) -> None:
@@ -46,8 +47,15 @@ class MagicPigCache(Cache):
         types, settings = get_layer_types_and_kwargs(decoder)
         if unsupported := sorted(set(types) - set(SUPPORTED_LAYERS)):
             raise UnsupportedModelError(decoder.model_type, f"it has layers of type {', '.join(unsupported)}")
+        for index in self.config.layers:
+            if index >= len(types):
+                raise ValueError(f"layers.{index}: the model has layers 0 to {len(types) - 1}")
+            if types[index] != "full_attention":
+                raise ValueError(f"layers.{index}: the layer attends to a sliding window, of which all is read")
         layers: list[Any] = [
-            MagicPigLayer(self.config, index) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
+            MagicPigLayer(self.config.of_layer(index), index)
+            if kind == "full_attention"
+            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
             for index, (kind, kw) in enumerate(zip(types, settings, strict=True))
         ]
         super().__init__(layers=layers)
@@ -72,8 +80,8 @@ class MagicPigCache(Cache):
         other.config = self.config if config is None else config
         other.layers = [
             # Stock layers replace their tensors and never write into them.
-            layer.fork(config) if isinstance(layer, MagicPigLayer) else copy.copy(layer)
-            for layer in self.layers
+            layer.fork(config and config.of_layer(index)) if isinstance(layer, MagicPigLayer) else copy.copy(layer)
+            for index, layer in enumerate(self.layers)
         ]
         return other
 
@@ -125,7 +133,7 @@ class PendingTokens:
 
 
 class MagicPigLayer(CacheLayerMixin):
-    """The keys and values of one full-attention layer, for B sequences."""
+    """The keys and values of one full-attention layer, for B sequences. config: of this layer (`Config.of_layer`)."""
 
     is_sliding = False
     is_croppable = True
