@@ -22,6 +22,8 @@ from magicpig.bench import layer
 from magicpig.capture import load_capture
 from magicpig.cli import app, main
 from magicpig.cli.files import OutputFile
+from magicpig.config import Config
+from magicpig.config_file import to_text
 from magicpig.kernels import native
 
 WORDS = 62
@@ -245,6 +247,33 @@ def test_output_file_gets_what_is_printed(model_dir, tmp_path):
     printed = generate(model_dir, "--json", "--output", answer).stdout
     assert answer.read_text() == printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.json", "answer.txt"]
+
+
+def test_generate_takes_its_settings_from_a_file(model_dir, tmp_path):
+    path = tmp_path / "tuned.json"
+    own = {"sampler": "sketch", "exact_below": 0, "dense_layers": (), "layers": {1: {"sampler": "lsh", "K": 4}}}
+    path.write_text(to_text(Config(**own), {}))
+    answer = json.loads(generate(model_dir, "--config", path, "--seed", 3, "--json").stdout)
+    assert Config(**{name: answer["settings"][name] for name in Config.model_fields}) == Config(**own, seed=3)
+    sketched, hashed = answer["cache"]["layers"]
+    assert 0 < sketched["index_bytes"] < hashed["index_bytes"]
+
+
+@pytest.mark.parametrize("option", ["-K", "--exact-below", "--budget"])
+def test_generate_takes_settings_from_one_place_only(option, model_dir, tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text(to_text(Config(), {}))
+    assert_refused(
+        generate(model_dir, "--config", path, option, 9), f"{option} and --config: the file has all settings"
+    )
+
+
+def test_generate_refuses_a_bad_file_of_settings(model_dir, tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text(to_text(Config(layers={7: {"bits": 3}}), {}))
+    assert_refused(generate(model_dir, "--config", path), "layers.7: the model has layers 0 to 1")
+    path.write_text("{}")
+    assert_refused(generate(model_dir, "--config", path), path, "not a file of settings")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

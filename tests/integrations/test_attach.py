@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
 from magicpig import Config
+from magicpig.config_file import ConfigFileError, to_text
 from magicpig.integrations.transformers import MagicPigCache, UnsupportedModelError, attach, detach
 from magicpig.planner import InsufficientMemoryError
 
@@ -84,6 +86,15 @@ def test_settings_by_name_or_as_config(tiny: Tiny) -> None:
         attach(model, Config(), K=9)
     assert "generate" not in model.__dict__
     assert attach(model, K=9, L=120) is model
+
+
+def test_settings_in_a_file(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(to_text(Config(K=7, layers={1: {"sampler": "full"}}), {}))
+    model = attach(tiny("llama"), path)
+    assert model.__dict__["_magicpig"].config == Config(K=7, layers={1: {"sampler": "full"}})
+    with pytest.raises(ConfigFileError, match=r"none\.json"):
+        attach(model, str(tmp_path / "none.json"))
 
 
 def test_attaching_again_replaces_the_settings(tiny: Tiny, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:

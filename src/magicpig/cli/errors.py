@@ -57,9 +57,12 @@ def _is_known(error: Exception) -> bool:
         return True
     # Imported late: `magicpig --help` should not wait for torch.
     from magicpig.capture import CaptureError
+    from magicpig.config_file import ConfigFileError
     from magicpig.evaluation.matrix import MatrixError
     from magicpig.evaluation.results import ResultsError
     from magicpig.generation import ModelError
     from magicpig.integrations.transformers import UnsupportedModelError
 
-    return isinstance(error, (CaptureError, MatrixError, ModelError, ResultsError, UnsupportedModelError))
+    return isinstance(
+        error, (CaptureError, ConfigFileError, MatrixError, ModelError, ResultsError, UnsupportedModelError)
+    )

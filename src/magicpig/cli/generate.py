@@ -13,7 +13,7 @@ from rich.table import Table
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
-from magicpig.cli.options import Dtype, checked
+from magicpig.cli.options import Dtype, checked, config_from
 from magicpig.cli.report import cache_as_dict, prefill_progress
 from magicpig.config import Config, SamplerName
 from magicpig.machine import versions
@@ -31,6 +31,7 @@ RESULT = "Output"
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[
         Path, typer.Option(help="Directory of a transformers model: config.json, safetensors weights, tokenizer.")
     ],
@@ -52,6 +53,10 @@ def generate(
         float,
         typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this mass.", rich_help_panel=ANSWER),
     ] = 1.0,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="Or a file with settings: magicpig tune writes one.", rich_help_panel=METHOD),
+    ] = None,
     sampler: Annotated[
         SamplerName,
         typer.Option(
@@ -126,8 +131,9 @@ def generate(
         raise InputError("the prompt is empty")
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python keeps bytes it cannot decode
         raise InputError("--prompt is not valid UTF-8")
-    config = checked(
-        Config,
+    config = config_from(
+        context,
+        config_file,
         sampler=sampler,
         budget=budget,
         bits=bits,
@@ -145,9 +151,11 @@ def generate(
     with OutputFile(output) as file:
         with notes.status("Loading the model"):
             from magicpig import generation
+            from magicpig.integrations.transformers import MagicPigCache
 
             generation.silence_transformers()
             opened = generation.open_model(model, trust_remote_code=trust_remote_code)
+            checked(MagicPigCache, opened.config, config)  # has the model these layers?
             ids = generation.encode(opened, text, chat=chat, new_tokens=max_new_tokens)
             network = generation.load(opened, dtype=dtype.value)
 

@@ -7,7 +7,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
+
 from magicpig.cli.errors import InputError
+from magicpig.config import Config
+from magicpig.config_file import load_config
 
 T = TypeVar("T")
 
@@ -27,6 +31,25 @@ def checked(make: Callable[..., T], *arguments: Any, **settings: Any) -> T:
         return make(*arguments, **settings)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def config_from(context: typer.Context, file: Path | None, **settings: Any) -> Config:
+    """The config of a file, or of options called like its settings. Raises InputError if there are both.
+
+    `seed` alone may be typed beside a file.
+    """
+    if file is None:
+        return checked(Config, **settings)
+    typed = [name for name in settings if _is_typed(context, name)]
+    if others := [name for name in typed if name != "seed"]:
+        option = f"-{others[0]}" if len(others[0]) == 1 else f"--{others[0].replace('_', '-')}"
+        raise InputError(f"{option} and --config: the file has all settings; change it, or leave it out")
+    return load_config(file).model_copy(update={name: settings[name] for name in typed})
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def or_pocket(model: Path | None) -> Path:

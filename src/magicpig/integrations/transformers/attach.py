@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from magicpig.config import Config
+from magicpig.config_file import load_config
 from magicpig.integrations.transformers.attention import NAME
 from magicpig.integrations.transformers.cache import MagicPigCache
 from magicpig.integrations.transformers.errors import UnsupportedModelError
@@ -28,17 +30,21 @@ class _Attachment:
     attn_implementation: str
 
 
-def attach(model: Model, config: Config | None = None, **settings: Any) -> Model:
+def attach(model: Model, config: Config | Path | str | None = None, **settings: Any) -> Model:
     """Make `model.generate` attend by sampling, with a fresh `MagicPigCache` for each call that brings no cache.
 
-    config: the settings, or give them by name: `attach(model, K=9, L=120)`. Attaching again replaces them.
+    config: the settings, or the file they are in (`magicpig tune` writes one), or give them by name:
+    `attach(model, K=9, L=120)`. Attaching again replaces them.
     Returns the model. Forward passes without a cache stay exact.
     Raises UnsupportedModelError, which is a ValueError, for models whose attention cannot be sampled, and leaves them
-    as they were; ValueError for bad settings.
+    as they were; ValueError for bad settings, ConfigFileError, which is one too, for bad files.
     """
     if config is not None and settings:
         raise ValueError(f"give either config or settings by name, not both (got {', '.join(settings)})")
-    config = Config(**settings) if config is None else config
+    if config is None:
+        config = Config(**settings)
+    elif not isinstance(config, Config):
+        config = load_config(config)
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(f"model must be a transformers model that generates text, got {type(model).__name__}")
     attached = _attachment(model)

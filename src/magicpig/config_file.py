@@ -1,0 +1,56 @@
+"""Settings in a JSON file: found by `magicpig tune`, or written by hand.
+
+    {"format": "magicpig.config", "version": 1, "settings": {"sampler": "sketch", "layers": {"2": {"budget": 256}}}}
+
+`settings` are those of `Config`; `about`, which may be missing, says where they come from and is not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from magicpig.config import Config
+
+FORMAT = "magicpig.config"
+VERSION = 1
+KEYS = ("format", "version", "settings", "about")
+
+
+class ConfigFileError(ValueError):
+    """A file of settings that cannot be used. One line, naming the file and what in it is wrong."""
+
+
+def load_config(path: Path | str) -> Config:
+    """Read a file of settings. Raises ConfigFileError."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+        return Config(**_settings(content))
+    except OSError as error:
+        raise ConfigFileError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ConfigFileError(f"{path}: not JSON: {error.msg} ({where})") from None
+    except ValueError as error:
+        raise ConfigFileError(f"{path}: {error}") from None
+
+
+def to_text(config: Config, about: dict[str, Any]) -> str:
+    """The file's content: all that is not as it is by default, and `about`, which must be JSON."""
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    content = {"format": FORMAT, "version": VERSION, "settings": settings, "about": about}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _settings(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f'not a file of settings: it has no "format": "{FORMAT}"')
+    if content.get("version") != VERSION:
+        raise ValueError(f"version={content.get('version')!r} of the format; this package reads {VERSION}")
+    if unknown := sorted(set(content) - set(KEYS)):
+        raise ValueError(f"{unknown[0]}: there is no such key; allowed: {', '.join(KEYS)}")
+    settings = content.get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings={settings!r}: must be an object of settings by name")
+    return settings
