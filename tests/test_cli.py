@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import magicpig.cli.bench as pinning
 from magicpig import doctor, generation, machine
 from magicpig.bench import layer
+from magicpig.bench.shapes import SHAPES
 from magicpig.capture import load_capture
 from magicpig.cli import app, main
 from magicpig.cli.files import OutputFile
@@ -92,7 +93,17 @@ def edit_config(model, **changes):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["generate"], ["doctor"], ["demo"], ["capture"], ["figures"], ["bench"], ["bench", "attention"]],
+    [
+        [],
+        ["generate"],
+        ["doctor"],
+        ["demo"],
+        ["capture"],
+        ["figures"],
+        ["bench"],
+        ["bench", "attention"],
+        ["bench", "decode"],
+    ],
     ids=" ".join,
 )
 def test_every_command_has_help(command):
@@ -780,6 +791,57 @@ def test_bench_does_not_time_wrong_kernels(monkeypatch, tmp_path):
 )
 def test_bad_bench_options(arguments, cause):
     assert_refused(bench(*arguments), cause)
+
+
+def bench_decode(*arguments):
+    sizes = ["--shape", "qwen3-0.6b", "--layers", 1, "--context", "300", "--steps", 1, "--repeats", 1]
+    return run("bench", "decode", *sizes, *arguments)
+
+
+@pytest.fixture
+def small_words(monkeypatch):
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    monkeypatch.setitem(SHAPES, "qwen3-0.6b", SHAPES["qwen3-0.6b"] | sizes | {"num_key_value_heads": 2})
+
+
+@pytest.mark.usefixtures("small_words")
+def test_bench_decode_writes_a_file_and_shows_a_table(tmp_path):
+    path = tmp_path / "decode.json"
+    result = bench_decode("--samplers", "full,sketch", "--budget", 16, "--dense-layers", "none", "--json", path)
+    assert result.exit_code == 0, result.output
+    assert "us/layer" in result.stdout
+    written = json.loads(path.read_text())
+    assert [each["name"] for each in written["results"]] == ["full", "sketch"]
+    assert written["results"][1]["config"]["budget"] == 16
+    assert written["results"][1]["sampled_share"] == pytest.approx(16 / 232, rel=0.1)
+    assert written["sizes"]["num_hidden_layers"] == 1
+
+
+@pytest.mark.usefixtures("small_words")
+def test_bench_decode_on_standard_output():
+    result = bench_decode("--json", "-", "--dtype", "float32")
+    assert len(json.loads(result.stdout)["results"]) == 3
+    assert "us/layer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--shape", "gpt"], "shape='gpt' is not known"),
+        (["--layers", "29"], "layers=29 is out of range; qwen3-0.6b has 28"),
+        (["--layers", "0"], "layers=0 is out of range"),
+        (["--context", "10"], "context=10 has nothing to sample"),
+        (["--context", "4096M"], "GiB of memory"),
+        (["--samplers", "topk"], "--samplers 'topk' cannot be measured here; allowed: full, lsh, sketch"),
+        (["--dense-layers", "first"], "--dense-layers 'first'"),
+        (["--bits", "5"], "bits=5"),
+        (["--dtype", "auto"], "--dtype auto"),
+        (["--json", "/missing/bench.json"], "cannot write /missing/bench.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_bench_decode_options(arguments, cause):
+    assert_refused(bench_decode(*arguments), cause)
 
 
 PRINT_BINDINGS = """

@@ -70,3 +70,8 @@ def test_heads_must_divide():
 def test_too_short():
     with pytest.raises(ValueError, match="tokens=1"):
         context(1)
+
+
+def test_no_steps():
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+        context(steps=0)

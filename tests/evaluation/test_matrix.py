@@ -13,7 +13,7 @@ def test_tasks_and_groups_in_rulers_order():
 
 
 def test_lengths_by_size():
-    assert matrix.parse_lengths("32K,1000,1k") == (1000, 1024, 32768)
+    assert matrix.parse_lengths("32K,1000,1k,1M") == (1000, 1024, 32768, 1 << 20)
 
 
 def test_protocols():
@@ -52,7 +52,7 @@ def test_a_samplers_own_setting_wins():
         ("tasks", "niah_singel_1", "unknown task 'niah_singel_1'; did you mean niah_single_1"),
         ("tasks", "xyz", "allowed: niah_single_1, niah_single_2"),
         ("tasks", "vt,,cwe", "--tasks 'vt,,cwe' has an empty name"),
-        ("lengths", "4M", "length '4M' is not a number of tokens"),
+        ("lengths", "4G", "length '4G' is not a number of tokens"),
         ("lengths", "K", "length 'K'"),
         ("lengths", "0", "length '0'"),
         ("lengths", "-4", "length '-4'"),

@@ -41,12 +41,15 @@ def synthetic_context(
     """Make a context of ``tokens`` tokens and ``steps`` more, on the CPU; the same for the same arguments.
 
     The last ``steps`` of the N + T rows are the tokens that the steps append; all of ``dtype``.
-    Raises ValueError if ``kv_heads`` does not divide ``heads`` or the context is shorter than 2 tokens.
+    Raises ValueError if ``kv_heads`` does not divide ``heads`` or the context is shorter than 2 tokens
+    or has no steps.
     """
     if heads % kv_heads:
         raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
     if tokens < 2:
         raise ValueError(f"tokens={tokens}: a context has at least 2 tokens, the sink and another")
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
     keys = torch.empty(kv_heads, tokens + steps, head_dim, dtype=dtype)
     values = torch.empty_like(keys)
     queries = torch.empty(steps, heads, head_dim)

@@ -8,11 +8,13 @@ import sys
 import typer
 
 from magicpig.cli.bench_attention import attention
+from magicpig.cli.bench_decode import decode
 
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)
 measure.command()(attention)
+measure.command()(decode)
 
 
 def pin_threads() -> None:

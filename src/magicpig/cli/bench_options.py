@@ -54,4 +54,7 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
 
 def short_length(tokens: int) -> str:
     """32768 as 32K, as it may be typed."""
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return str(tokens)

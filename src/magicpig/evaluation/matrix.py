@@ -76,10 +76,11 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> tuple[int, ...]:
-    """Numbers of tokens, separated by commas, as "32768" or "32K" (1K is 1024), shortest first."""
+    """Numbers of tokens, separated by commas, as "32768", "32K" or "1M" (of 1024 and 1024 K), shortest first."""
     lengths = set()
     for part in _names(text, option):
-        digits, unit = (part[:-1], 1024) if part[-1:] in "kK" else (part, 1)
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(part[-1:].upper(), 1)
+        digits = part if unit == 1 else part[:-1]
         if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
             raise MatrixError(f"length {part!r} is not a number of tokens such as 32768 or 32K")
         lengths.add(int(digits) * unit)
