@@ -32,6 +32,7 @@ from magicpig.planner import free_memory, plan
 from magicpig.provenance import provenance
 
 _NOISE = 1 << 20  # random numbers that are made; matrices repeat them
+_COMFORT = 0.75  # of the free memory, which other programs use, too
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Decoder:
                 f"context={context} needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
                 f"available; fewer layers than {self.layers} need less"
             )
-        if fixed + sum(each) <= free:
+        if fixed + sum(each) <= _COMFORT * free:
             return [list(methods)]
         return [[*full, method] for method in sampled]
 
