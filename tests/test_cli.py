@@ -877,14 +877,14 @@ def test_bench_pins_each_thread_to_a_core():
     assert len(set(cpus_of_threads(OMP_NUM_THREADS="2", OMP_PROC_BIND="false"))) == 1
 
 
-def test_only_the_benchmark_pins(monkeypatch):
+def test_only_measurements_pin(monkeypatch):
     pinned = []
     monkeypatch.setattr("magicpig.cli.pin_threads", lambda: pinned.append(sys.argv))
-    for arguments in (["--version"], ["bench", "attention", "--help"]):
+    for arguments in (["--version"], ["tune", "--help"], ["bench", "attention", "--help"]):
         monkeypatch.setattr(sys, "argv", ["magicpig", *arguments])
         with pytest.raises(SystemExit):
             main()
-    assert len(pinned) == 1
+    assert len(pinned) == 2
 
 
 def test_too_late_to_pin(monkeypatch):

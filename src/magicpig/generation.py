@@ -89,10 +89,18 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> Model:
     return Model(directory, config, tokenizer, trust_remote_code)
 
 
-def encode(model: Model, text: str, *, chat: bool = False, answer: str = "", new_tokens: int = 0) -> list[int]:
+def encode(
+    model: Model,
+    text: str,
+    *,
+    chat: bool = False,
+    answer: str = "",
+    new_tokens: int = 0,
+    most: int | None = None,
+) -> list[int]:
     """Token ids of ``text``, or with ``chat`` of a user's message with that text, in the model's own template.
 
-    answer: how the answer begins; the model goes on from there.
+    answer: how the answer begins; the model goes on from there. most: of more tokens, only so many.
     Raises ModelError if nothing is left to read, or if the prompt and ``new_tokens`` do not fit the model.
     """
     tokenizer = model.tokenizer
@@ -107,7 +115,7 @@ def encode(model: Model, text: str, *, chat: bool = False, answer: str = "", new
     else:
         prompt = text
     # A prompt may be longer than the tokenizer's own idea of a limit; the model's is checked below.
-    ids = tokenizer(prompt + answer, add_special_tokens=not chat, verbose=False)["input_ids"]
+    ids = tokenizer(prompt + answer, add_special_tokens=not chat, verbose=False)["input_ids"][:most]
     if not ids or not text:
         raise ModelError("the prompt is empty")
     if model.limit is not None and len(ids) + new_tokens > model.limit:

@@ -73,19 +73,20 @@ def record(
 
 def spread_layers(model_config: Any, count: int = FEW) -> list[int]:
     """At most ``count`` of the layers that attend to everything, evenly spread, the first and the last among them."""
-    full = _full_layers(model_config)
+    full = full_layers(model_config)
     if len(full) <= count:
         return full
     return [full[round(i * (len(full) - 1) / (count - 1))] for i in range(count)]
 
 
-def _full_layers(model_config: Any) -> list[int]:
+def full_layers(model_config: Any) -> list[int]:
+    """The layers that attend to everything."""
     shapes = layer_shapes(model_config, EXACT)
     return [index for index, shape in enumerate(shapes) if shape.window is None]
 
 
 def _check_layers(model_config: Any, layers: list[int]) -> None:
-    count, full = len(layer_shapes(model_config, EXACT)), _full_layers(model_config)
+    count, full = len(layer_shapes(model_config, EXACT)), full_layers(model_config)
     for layer in layers:
         if not 0 <= layer < count:
             raise CaptureError(f"layers={layer}: the model has layers 0 to {count - 1}")

@@ -18,6 +18,7 @@ from magicpig.cli.evaluate import evaluate
 from magicpig.cli.figures import figures
 from magicpig.cli.generate import generate
 from magicpig.cli.pocket import pocket
+from magicpig.cli.tune import tune
 
 app = typer.Typer(
     name="magicpig",
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(demo)
+app.command()(tune)
 app.command()(capture)
 app.command()(figures)
 app.command()(doctor)
@@ -61,6 +63,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
-    if sys.argv[1:2] == ["bench"]:
+    if sys.argv[1:2] in (["bench"], ["tune"]):
         pin_threads()
     app(prog_name="magicpig")

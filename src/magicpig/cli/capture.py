@@ -90,7 +90,7 @@ def capture(
             wanted = None if length is None else parse_lengths(length)[0]
             opened = generation.open_model(model, trust_remote_code=trust_remote_code)
             if content is not None:
-                ids = generation.encode(opened, content)[:wanted]
+                ids = generation.encode(opened, content, most=wanted)
             else:
                 sample = checked(generate, task, opened.tokenizer, wanted or TASK_LENGTH, index=index, seed=seed)
                 ids = generation.encode(opened, sample.prompt, new_tokens=new_tokens)
