@@ -539,8 +539,9 @@ def test_bad_environment(variable):
     assert "Traceback" not in done.stderr
 
 
-def test_weights_larger_than_memory(model_dir, monkeypatch):
-    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
+@pytest.mark.parametrize("bound", ["available_memory", "cgroup_limit"])
+def test_weights_larger_than_memory(bound, model_dir, monkeypatch):
+    monkeypatch.setattr(machine, bound, lambda: 1000)
     monkeypatch.setattr(generation.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert_refused(generate(model_dir), model_dir, "the weights take", "0.0 GiB")
 

@@ -2,6 +2,7 @@ import os
 import platform
 import subprocess
 
+import psutil
 import pytest
 
 from magicpig import machine
@@ -55,6 +56,14 @@ def test_memory_limit_of_the_container(membership, limits, expected, tmp_path):
 
 def test_no_memory_limit_without_control_groups(tmp_path):
     assert machine.cgroup_limit(tmp_path, tmp_path / "missing") is None
+
+
+def test_free_memory_is_what_the_machine_or_the_container_has_left(monkeypatch):
+    held = psutil.Process().memory_info().rss
+    monkeypatch.setattr(machine, "available_memory", lambda: 10 << 40)
+    for limit, free in ((None, 10 << 40), (20 << 40, 10 << 40), (held + (1 << 40), 1 << 40), (1000, 0)):
+        monkeypatch.setattr(machine, "cgroup_limit", lambda limit=limit: limit)
+        assert machine.free_memory() == pytest.approx(free, abs=1 << 30)  # the process may grow meanwhile
 
 
 def test_versions():

@@ -154,11 +154,10 @@ def load(model: Model, *, dtype: str = "auto") -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     size = sum(path.stat().st_size for path in model.directory.glob("*.safetensors"))
-    available = machine.available_memory()
-    if size > available:
+    free = machine.free_memory()
+    if size > free:
         raise MemoryError(
-            f"{model.directory}: the weights take {size / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are available"
+            f"{model.directory}: the weights take {size / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
         )
     network, report = _read(
         model.directory,

@@ -84,6 +84,14 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def free_memory() -> int:
+    """Bytes this process may still take: of the machine, and of its container if that is smaller."""
+    free, limit = available_memory(), cgroup_limit()
+    if limit is not None:
+        free = min(free, max(0, limit - int(psutil.Process().memory_info().rss)))
+    return free
+
+
 def huge_pages(path: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> str | None:
     """The setting of transparent huge pages: always, madvise or never; None if the system has none."""
     words = " ".join(_lines(path)).split()

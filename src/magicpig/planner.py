@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from magicpig.config import Config
 from magicpig.kernels import native
 from magicpig.kernels.pages import PAGE_ROWS
-from magicpig.machine import available_memory, cgroup_limit
+from magicpig.machine import free_memory
 from magicpig.store import YOUNG, block_capacity
 from magicpig.types import MemoryUse
 
@@ -82,14 +81,6 @@ def check(plan: MemoryPlan, free: int | None = None) -> None:
             f"{_gib(plan.kept.index)}, indexing {_gib(plan.transient)}) and {_gib(free)} are free; "
             "shorten the prompt or max_new_tokens, or lower L"
         )
-
-
-def free_memory() -> int:
-    """Bytes this process may still take: of the machine, and of its container if that is smaller."""
-    free, limit = available_memory(), cgroup_limit()
-    if limit is not None:
-        free = min(free, max(0, limit - int(psutil.Process().memory_info().rss)))
-    return free
 
 
 def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) -> MemoryUse:

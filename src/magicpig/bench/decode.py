@@ -28,7 +28,8 @@ from magicpig.evaluation.matrix import Method
 from magicpig.integrations.transformers import MagicPigCache, attach
 from magicpig.integrations.transformers.cache import MagicPigLayer
 from magicpig.integrations.transformers.shapes import layer_shapes
-from magicpig.planner import free_memory, plan
+from magicpig.machine import free_memory
+from magicpig.planner import plan
 from magicpig.provenance import provenance
 
 _NOISE = 1 << 20  # random numbers that are made; matrices repeat them

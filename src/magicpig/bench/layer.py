@@ -15,7 +15,8 @@ from magicpig.config import EXACT, Config
 from magicpig.decode import decode_step
 from magicpig.doctor import self_check
 from magicpig.kernels import native
-from magicpig.planner import LayerShape, free_memory, plan
+from magicpig.machine import free_memory
+from magicpig.planner import LayerShape, plan
 from magicpig.store import KVStore
 
 EVICTION_BYTES = 128 << 20  # more than any last-level cache we know of holds for one process

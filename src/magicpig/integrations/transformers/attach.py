@@ -17,7 +17,8 @@ from magicpig.integrations.transformers.attention import NAME
 from magicpig.integrations.transformers.cache import MagicPigCache
 from magicpig.integrations.transformers.errors import UnsupportedModelError
 from magicpig.integrations.transformers.shapes import layer_shapes
-from magicpig.planner import check, free_memory, plan
+from magicpig.machine import free_memory
+from magicpig.planner import check, plan
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
