@@ -175,6 +175,16 @@ def test_a_sketch_keeps_to_its_budget_and_says_how_wrong_it_may_be(model_dir):
     assert "predicted error" in generate(model_dir, *options, "--epsilon", 0.5).output
 
 
+def test_keys_and_values_may_be_kept_in_whole_numbers(model_dir):
+    answers = {
+        kv_dtype: json.loads(generate(model_dir, "--json", "--exact-below", 0, "--kv-dtype", kv_dtype).stdout)
+        for kv_dtype in ("model", "int8")
+    }
+    assert answers["int8"]["settings"]["kv_dtype"] == "int8"
+    held = {kv_dtype: answer["cache"]["kv_bytes"] for kv_dtype, answer in answers.items()}
+    assert held["int8"] < 0.4 * held["model"]  # which is float32
+
+
 def test_a_sampler_for_comparison_keeps_to_its_budget(model_dir):
     answer = json.loads(generate(model_dir, "--json", "--exact-below", 0, "--sampler", "topk", "--budget", 0.1).stdout)
     assert (answer["settings"]["sampler"], answer["settings"]["budget"]) == ("topk", 0.1)

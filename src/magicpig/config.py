@@ -12,6 +12,8 @@ SamplerName = Literal[
     "lsh", "sketch", "full", "window", "topk", "oracle", "oracle-replacement", "quest", "uniform-tail"
 ]
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+KVDtype = Literal["model", "int8"]
+QUANTISED = ("lsh", "sketch", "full")  # samplers that attend to keys and values in whole numbers
 BY_LAYER = ("sampler", "budget", "bits", "epsilon", "centre", "K", "L", "min_hits")
 """The settings that a layer may have of its own."""
 
@@ -36,6 +38,9 @@ class Config(BaseModel):
         description="a sketch draws more than the budget until the predicted error of every head is below this",
     )
     centre: bool = Field(True, description="subtract the mean of the body keys before indexing; False to see why")
+    kv_dtype: KVDtype = Field(
+        "model", description="in which keys and values are kept: the model's, or whole numbers with a scale each"
+    )
     K: int = Field(10, ge=1, le=16, description="bits per hash table; codes are 16-bit")
     L: int = Field(150, ge=1, le=1024, description="hash tables; (10, 150) samples about 2 % (paper, table 9)")
     min_hits: int = Field(2, ge=1, le=127, description="tables in which a key must collide with the query")
@@ -76,6 +81,10 @@ class Config(BaseModel):
     def _consistent(self) -> Config:
         if self.min_hits > self.L:
             raise ValueError(f"min_hits={self.min_hits} is larger than L={self.L}: no key could ever be sampled")
+        if self.kv_dtype == "int8" and self.sampler not in QUANTISED:
+            raise ValueError(
+                f"kv_dtype='int8': sampler={self.sampler!r} does not read it; allowed: {', '.join(QUANTISED)}"
+            )
         if self.dense_layers is not None and any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} has a negative layer; layers count from 0")
         for layer, own in self.layers.items():

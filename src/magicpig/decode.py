@@ -176,8 +176,10 @@ def _check_query(query: Tensor, stores: Sequence[KVStore], scale: float) -> None
     first = stores[0]
     G, D = first.kv_heads, first.head_dim
     if len(stores) > 1:
-        if any((store.kv_heads, store.head_dim, store.dtype) != (G, D, first.dtype) for store in stores):
-            raise ValueError("stores differ in kv_heads, head_dim or dtype; one step takes stores of one layer")
+        if any((store.kv_heads, store.layout) != (G, first.layout) for store in stores):
+            raise ValueError(
+                "stores differ in kv_heads, head_dim, dtype or kv_dtype; one step takes stores of one layer"
+            )
         if len({id(store) for store in stores}) < len(stores):
             raise ValueError("stores has the same store twice; fork it")
     if query.ndim != 3 or query.shape[0] != len(stores) or query.shape[2] != D:

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from magicpig.config import Config, SamplerName
+from magicpig.config import Config, KVDtype, SamplerName
 from magicpig.decode import attend_stores, step_info
 from magicpig.kernels import native, reference
 from magicpig.kernels.attend.reference import attend as attend_rows
+from magicpig.kernels.rows.reference import from_bytes, to_bytes
 from magicpig.samplers import NAMES, draw
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample, StepInfo
@@ -27,6 +28,7 @@ def attend(
     bits: int = 2,
     epsilon: float | None = None,
     centre: bool = True,
+    kv_dtype: KVDtype = "model",
     K: int = 10,
     L: int = 150,
     min_hits: int = 2,
@@ -58,6 +60,7 @@ def attend(
         bits=bits,
         epsilon=epsilon,
         centre=centre,
+        kv_dtype=kv_dtype,
         K=K,
         L=L,
         min_hits=min_hits,
@@ -96,6 +99,8 @@ def _attend_reference(
     shared |= {"scale": scale, "softcap": softcap}
     short = keys.shape[2] <= config.sinks + config.recent
     for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
+        if config.kv_dtype == "int8":
+            k, v = _rounded(k, config), from_bytes(*to_bytes(v))
         if config.sampler == "full" or short:
             state = reference.attend_full(q, k, v, scale=scale, softcap=softcap)
             drawn = [_nothing()] * len(q)
@@ -149,6 +154,14 @@ def _attend_chosen(
         k, v = keys[h // group, rows], values[h // group, rows]
         states.append(attend_rows(query[h : h + 1], k, v, scale=scale, log_u=log_u, softcap=softcap))
     return AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states])), samples
+
+
+def _rounded(keys: Tensor, config: Config) -> Tensor:
+    """Keys (G, N, D) after a store has taken their mean off and rounded them to whole numbers."""
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    body = keys[:, config.sinks : max(config.sinks, keys.shape[1] - config.recent)]
+    mean = body.mean(1, keepdim=True) if config.centre and body.shape[1] > 0 else torch.zeros_like(keys[:, :1])
+    return from_bytes(*to_bytes(keys - mean)) + mean
 
 
 def _nothing() -> Sample:

@@ -89,7 +89,8 @@ def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) ->
         return MemoryUse(rows, 0)
     full, rest = divmod(tokens, native.BLOCK_ROWS)
     capacity = (full + (rest > 0)) * native.BLOCK_ROWS if full else block_capacity(rest)
-    rows = layer.kv_heads * capacity * 2 * native.padded(layer.head_dim) * dtype.itemsize
+    stored = torch.int8 if config.kv_dtype == "int8" else dtype
+    rows = layer.kv_heads * capacity * native.row_width(layer.head_dim, stored) * stored.itemsize
     body = _body(layer, config, tokens)
     if body == 0:
         return MemoryUse(rows, 0)

@@ -7,7 +7,10 @@ of sampling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +26,10 @@ LOGITS_AT_ONCE = 1 << 24  # of the plain path, all heads together: 64 MiB in flo
 
 # Private in torch, but the only attention on the CPU that returns the log-sum-exp; `_plain` stands in without it.
 _flash_op: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+_Block = Callable[[], tuple[Tensor, Tensor]]
+"""Brings keys and values (G, n, D)."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +63,10 @@ def attend_store(
     Raises ValueError if the shapes do not fit the store.
     """
     _check(query, store.kv_heads, store.length, store.head_dim)
-    # A settled store keeps its keys minus their mean, so each of its logits lacks the same q.mean.
-    offset = scale * _dot_mean(query, store.mean) if store.settled else None
+    # A centred store keeps its keys minus their mean, so each of its logits lacks the same q.mean.
+    offset = scale * _dot_mean(query, store.mean) if store.centred else None
     new_from = store.length - query.shape[1]
-    past: list[tuple[Tensor, Tensor]] = []
-    new: list[tuple[Tensor, Tensor]] = []
-    position = 0
-    for keys, values in store.blocks():
-        n = min(max(new_from - position, 0), keys.shape[1])
-        if n > 0:
-            past.append((keys[:, :n], values[:, :n]))
-        if n < keys.shape[1]:
-            new.append((keys[:, n:], values[:, n:]))
-        position += keys.shape[1]
+    past, new = _stored(store, 0, new_from), _stored(store, new_from, store.length)
     return _attend_blocks(query, past, new, _Rule(scale, softcap, sink_logits), offset)
 
 
@@ -99,7 +97,9 @@ def causal_attention(
     if window is not None and _span(positions, N) > window:
         return _attend_window(query, keys, values, rule, positions, window)
     past, new = (
-        list(zip(k.split(KEYS_AT_ONCE, 1), v.split(KEYS_AT_ONCE, 1), strict=True)) if k.shape[1] else []
+        [_held(*pair) for pair in zip(k.split(KEYS_AT_ONCE, 1), v.split(KEYS_AT_ONCE, 1), strict=True)]
+        if k.shape[1]
+        else []
         for k, v in (
             (keys[:, :new_from], values[:, :new_from]),
             (keys[:, new_from:], values[:, new_from:]),
@@ -108,21 +108,36 @@ def causal_attention(
     return _attend_blocks(query, past, new, rule, None)
 
 
+def _stored(store: KVStore, begin: int, end: int) -> list[_Block]:
+    """The blocks of [begin, end): those of int8 are turned into floats only while they are attended to."""
+    cuts = [begin, *range((begin // KEYS_AT_ONCE + 1) * KEYS_AT_ONCE, end, KEYS_AT_ONCE), end]
+    return [partial(_read, store, *ends) for ends in pairwise(cuts) if ends[0] < ends[1]]
+
+
+def _held(keys: Tensor, values: Tensor) -> _Block:
+    return lambda: (keys, values)
+
+
+def _read(store: KVStore, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    return next(store.blocks(begin, end))
+
+
 def _attend_blocks(
     query: Tensor,
-    past: list[tuple[Tensor, Tensor]],
-    new: list[tuple[Tensor, Tensor]],
+    past: list[_Block],
+    new: list[_Block],
     rule: _Rule,
     offset: Tensor | None,
 ) -> AttentionState:
     """Queries cut as the new keys are: each piece sees the blocks before its own fully and its own causally."""
     pieces, first = [], 0
-    for i, (keys, values) in enumerate(new):
+    for i, block in enumerate(new):
+        keys, values = block()
         at = slice(first, first + keys.shape[1])
         q, o = query[:, at], None if offset is None else offset[:, at]
         state = _attend(q, keys, values, rule, o, causal=True)
-        for k, v in past + new[:i]:
-            state = merge([state, _attend(q, k, v, rule, o)])
+        for before in past + new[:i]:
+            state = merge([state, _attend(q, *before(), rule, o)])
         pieces.append(rule.finish(state, query.dtype))
         first = at.stop
     return _join(pieces)

@@ -27,10 +27,12 @@ from magicpig.config import Config
 from magicpig.kernels import native
 from magicpig.kernels._native import LshSampler, SketchSampler, StoreView
 from magicpig.kernels.pages import PAGE_ROWS, page_ranges
+from magicpig.kernels.rows.layout import RowLayout
 from magicpig.types import MemoryUse
 
 SMALLEST_BLOCK = 256  # rows; doubles up to native.BLOCK_ROWS
 YOUNG = 4096  # keys: segments below this are merged on every append, larger ones only with equals
+OFF_CENTRE = 1 / 8  # of a key's length: a mean this close to that of the body is left as it is
 PREDICTING = ("lsh", "sketch")  # samplers whose steps predict their own error
 _NEVER = 1 << 62
 
@@ -95,7 +97,7 @@ class StepStats:
 
 
 class _Block:
-    """Rows `[G, capacity, 2 Dp]`. `shared`: some other store may read them, so they must be copied before a write."""
+    """Rows `[G, capacity, width]`. `shared`: some other store may read them, so they must be copied before a write."""
 
     __slots__ = ("rows", "shared")
 
@@ -111,7 +113,8 @@ class _Block:
 class KVStore:
     """Keys and values of one request in one layer.
 
-    kv_heads: G; head_dim: D (1 to 512); dtype: float32, bfloat16 or float16, in which rows are kept.
+    kv_heads: G; head_dim: D (1 to 512); dtype: float32, bfloat16 or float16, that of the model, in which rows are kept
+    unless `config.kv_dtype` says int8.
     sampled: False keeps every row exact forever (dense layers).
     """
 
@@ -124,9 +127,12 @@ class KVStore:
         self.config = config
         self.sampled = sampled and config.sampler != "full"
         self.settled = False
+        self.centred = False  # whether keys are kept minus `mean`
         self.mean = torch.zeros(kv_heads, head_dim)
-        self.view = StoreView(native.dtype_code(dtype), kv_heads, head_dim, config.sinks)
-        self._width = native.padded(head_dim)
+        native.dtype_code(dtype)
+        native.padded(head_dim)
+        self.layout = RowLayout(head_dim, dtype, torch.int8 if config.kv_dtype == "int8" else dtype)
+        self.view = StoreView(native.row_code(self.layout.stored), kv_heads, head_dim, config.sinks)
         self._blocks: list[_Block] = []
         self._segments: tuple[native.Segment, ...] = ()
         self._sketches: tuple[native.SketchSegment, ...] = ()
@@ -183,15 +189,15 @@ class KVStore:
         return float((self._drift_sum / self._drift_keys).norm(dim=1).max()) / self._spread
 
     def blocks(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views (keys (G, n, D), values (G, n, D)) of [begin, end) in position order.
+        """Views (keys (G, n, D), values (G, n, D)) of [begin, end) in position order; of int8 rows copies in `dtype`.
 
-        Keys have `mean` subtracted, which is zero unless a settled store hashes them.
+        Keys have `mean` subtracted, which is zero before a store has a centre.
         """
         for rows in self._pieces(begin, self.length if end is None else end):
-            yield rows[:, :, : self.head_dim], rows[:, :, self._width : self._width + self.head_dim]
+            yield self.layout.keys(rows), self.layout.values(rows)
 
     def rows(self, head: int) -> list[Tensor]:
-        """The rows of one kv head as the kernels read them: blocks (capacity, 2 Dp), key and value side by side."""
+        """The rows of one kv head as the kernels read them: blocks (capacity, width), key and value side by side."""
         return [block.rows[head] for block in self._blocks]
 
     def count_drawn(self, sample_sizes: Sequence[int]) -> None:
@@ -210,9 +216,12 @@ class KVStore:
         """Stores T >= 1 more tokens: keys and values (G, T, D), finite, of any float dtype. Indexes nothing yet."""
         T = self._check(keys, values)
         keys, values = keys.detach().to("cpu"), values.detach().to("cpu", self.dtype)
-        for name, x in (("keys", keys.to(self.dtype)), ("values", values)):
-            if not bool(torch.isfinite(x).all()):
-                raise ValueError(f"{name} has entries that are not finite, or too large for the store's {self.dtype}")
+        for name, x in (("keys", keys), ("values", values)):
+            if not self.layout.fits(x):
+                kept = self.layout.stored
+                raise ValueError(f"{name} has entries that are not finite, or too large for the store's {kept}")
+        if self.layout.quantised and self.length == 0 and not self.settled:
+            self._centre_first(keys)
         done = 0
         while done < T:
             self.make_room(T - done)
@@ -220,8 +229,8 @@ class KVStore:
             n = min(T - done, self._blocks[block].capacity - row)
             rows = self._blocks[block].rows[:, row : row + n]
             new = keys[:, done : done + n]
-            rows[:, :, : self.head_dim] = (new.float() - self.mean[:, None]) if self.settled else new
-            rows[:, :, self._width : self._width + self.head_dim] = values[:, done : done + n]
+            self.layout.write_keys(rows, new.float() - self.mean[:, None] if self.centred else new)
+            self.layout.write_values(rows, values[:, done : done + n])
             self.view.length += n
             done += n
 
@@ -230,7 +239,7 @@ class KVStore:
         block, row = divmod(self.length, native.BLOCK_ROWS)
         if block == len(self._blocks):
             wanted = block_capacity(tokens if block == 0 else native.BLOCK_ROWS)
-            self._blocks.append(_Block(native.empty((self.kv_heads, wanted, 2 * self._width), self.dtype)))
+            self._blocks.append(_Block(self._new_rows(wanted)))
             self._blocks_changed()
         elif self._blocks[block].shared or row == self._blocks[block].capacity:
             old = self._blocks[block]
@@ -259,7 +268,7 @@ class KVStore:
         elif self.length - self.config.recent > self.indexed_to:
             end = self.length - self.config.recent
             for rows in self._pieces(self.indexed_to, end):
-                self._drift_sum += rows[:, :, : self.head_dim].float().sum(1)
+                self._drift_sum += self.layout.keys(rows, torch.float32).sum(1)
             self._drift_keys += end - self.indexed_to
             self._index(end)
         self._schedule()
@@ -279,23 +288,27 @@ class KVStore:
     def fork(self, config: Config | None = None, *, sampled: bool = True) -> KVStore:
         """A store that starts with the same tokens and goes its own way. Copies nothing until one of the two writes.
 
-        config, sampled: as of a new store, to go on by another setting; a ValueError once this store has settled.
+        config, sampled: as of a new store, to go on by another setting; a ValueError once this store has settled, and
+        for another `kv_dtype`.
         """
         if config is None:
             config, sampled = self.config, self.sampled
         elif self.settled:
             raise ValueError("a store that has settled is indexed by its config; fork with another one before that")
+        elif config.kv_dtype != self.config.kv_dtype or (self.centred and not config.centre):
+            raise ValueError("rows that are there stay as they are: kv_dtype, and centre of int8 rows, cannot change")
         other = KVStore(self.kv_heads, self.head_dim, self.dtype, config, sampled=sampled)
         for block in self._blocks:
             block.shared = True
         other._blocks = list(self._blocks)
-        other.settled, other.mean = self.settled, self.mean
+        other.settled = self.settled
+        if self.centred:
+            other._set_mean(self.mean)
         other._drift_sum, other._drift_keys, other._spread = (
             self._drift_sum.clone(),
             self._drift_keys,
             self._spread,
         )
-        other.view.set_mean(self.mean.contiguous().data_ptr())
         other.view.length = self.length
         if self.settled:
             other._set_segments(self._segments)
@@ -320,7 +333,7 @@ class KVStore:
         return keys.shape[1]
 
     def _pieces(self, begin: int, end: int) -> Iterator[Tensor]:
-        """The rows (G, n, 2 Dp) of [begin, end), block by block."""
+        """The rows (G, n, width) of [begin, end), block by block."""
         while begin < end:
             block, row = divmod(begin, native.BLOCK_ROWS)
             n = min(end - begin, native.BLOCK_ROWS - row)
@@ -329,10 +342,13 @@ class KVStore:
 
     def _replace(self, block: int, capacity: int, rows_kept: int) -> None:
         """Moves a block's first rows to memory of this store alone."""
-        rows = native.empty((self.kv_heads, capacity, 2 * self._width), self.dtype)
+        rows = self._new_rows(capacity)
         rows[:, :rows_kept] = self._blocks[block].rows[:, :rows_kept]
         self._blocks[block] = _Block(rows)
         self._blocks_changed()
+
+    def _new_rows(self, capacity: int) -> Tensor:
+        return native.empty((self.kv_heads, capacity, self.layout.width), self.layout.stored)
 
     def _blocks_changed(self) -> None:
         self.writable_to = 0
@@ -341,23 +357,37 @@ class KVStore:
             [block.rows.stride(0) * block.rows.element_size() for block in self._blocks],
         )
 
+    def _centre_first(self, keys: Tensor) -> None:
+        """Takes the mean of the first tokens, (G, T, D), for that of all: coordinates large in all keys round badly."""
+        if self.config.centre and keys.shape[1] > self.config.sinks:
+            self._set_mean(keys[:, self.config.sinks :].mean(1, dtype=torch.float32))
+
     def _centre(self, begin: int, end: int) -> None:
-        """Subtracts the mean of the keys [begin, end) from all keys."""
-        total, squares = torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float64), 0.0
+        """Subtracts the mean of the keys [begin, end) from all keys, or finds that they have nearly that one taken off.
+
+        Whole numbers would be rounded anew; and to attend, any centre is as good, to hash, one close by.
+        """
+        total = torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float64)
+        squares = torch.zeros(self.kv_heads, dtype=torch.float64)
         for rows in self._pieces(begin, end):
-            total += rows[:, :, : self.head_dim].float().sum(1)
-        mean = (total / (end - begin)).float()
+            keys = self.layout.keys(rows, torch.float32)
+            total += keys.sum(1)
+            squares += keys.square().sum((1, 2))
+        off = total / (end - begin)
+        lengths = (squares / (end - begin) - off.square().sum(1)).clamp(min=0).sqrt()
+        self._spread = float(lengths.square().mean().sqrt())
+        if self.layout.quantised and bool((off.norm(dim=1) <= OFF_CENTRE * lengths).all()):
+            return
         for block in range(len(self._blocks)):
             if self._blocks[block].shared:
                 self._replace(block, self._blocks[block].capacity, self._blocks[block].capacity)
         for rows in self._pieces(0, self.length):
-            keys = rows[:, :, : self.head_dim]
-            centred = keys.float() - mean[:, None]
-            squares += float(centred.square().sum())
-            keys.copy_(centred)
-        self.mean = mean
-        self.view.set_mean(self.mean.contiguous().data_ptr())
-        self._spread = (squares / (self.length * self.kv_heads)) ** 0.5
+            self.layout.write_keys(rows, self.layout.keys(rows, torch.float32) - off.float()[:, None])
+        self._set_mean(self.mean + off.float())
+
+    def _set_mean(self, mean: Tensor) -> None:
+        self.mean, self.centred = mean, True
+        self.view.set_mean(mean.contiguous().data_ptr())
 
     def _index(self, end: int) -> None:
         """Moves the end of the body, and brings the index that its sampler needs up to it."""

@@ -232,6 +232,25 @@ def test_the_report_adds_up(tiny: Tiny, tokens: Tokens) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("sampler", ["full", "lsh"])
+def test_a_cache_of_whole_numbers_gives_nearly_the_same_logits(
+    tiny: Tiny, tokens: Tokens, family: str, sampler: Any
+) -> None:
+    model, ids = attach(tiny(family)), tokens(2, 120)
+    settings: dict[str, Any] = {"sampler": sampler, "K": 1, "L": 60, "exact_below": 0, "dense_layers": ()}
+    logits = []
+    for kv_dtype in ("model", "int8"):
+        cache = MagicPigCache(model.config, Config(**settings, kv_dtype=kv_dtype))
+        with torch.no_grad():
+            for at in (slice(0, 50), slice(50, 118), slice(118, 119), slice(119, 120)):
+                last = model(ids[:, at], past_key_values=cache).logits[:, -1]
+        logits.append(last)
+    # About 1 % in every layer; and the rows are rounded, or the two would be the same.
+    error = (logits[1] - logits[0]).norm(dim=1) / logits[0].norm(dim=1)
+    assert 1e-4 < float(error.max()) < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_a_cache_filled_without_the_last_layers_attention_holds_the_same(
     tiny: Tiny, tokens: Tokens, family: str
 ) -> None:

@@ -11,6 +11,7 @@ from magicpig.config import Config
 from magicpig.decode import attend_stores
 from magicpig.kernels import native
 from magicpig.kernels.attend import reference
+from magicpig.kernels.rows.reference import from_bytes, to_bytes
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
 
@@ -32,8 +33,19 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def draw(R: int, n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(R, D), torch.randn(n, D).to(dtype), torch.randn(n, D).to(dtype)
+@pytest.fixture(params=[*DTYPES.values(), torch.int8], ids=[*DTYPES.keys(), "int8"])
+def stored(request: pytest.FixtureRequest) -> torch.dtype:
+    """What rows are kept in."""
+    return request.param
+
+
+def rounded(x: Tensor, stored: torch.dtype) -> Tensor:
+    """x as rows keep it. What has been int8 once is the same when it becomes so again."""
+    return from_bytes(*to_bytes(x)) if stored == torch.int8 else x.to(stored)
+
+
+def draw(R: int, n: int, D: int, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(R, D), rounded(torch.randn(n, D), stored), rounded(torch.randn(n, D), stored)
 
 
 def expected(query: Tensor, keys: Tensor, values: Tensor, **settings: object) -> AttentionState:
@@ -47,36 +59,36 @@ def assert_states_close(state: AttentionState, right: AttentionState, tolerance:
     assert float((state.lse - right.lse).abs().max()) <= tolerance * max(1.0, float(right.lse.abs().max()))
 
 
-def blocks_of(keys: Tensor, values: Tensor) -> list[Tensor]:
-    return [block.contiguous() for block in native.interleave(keys, values).split(native.BLOCK_ROWS)]
+def blocks_of(keys: Tensor, values: Tensor, stored: torch.dtype | None = None) -> list[Tensor]:
+    return [block.contiguous() for block in native.interleave(keys, values, stored).split(native.BLOCK_ROWS)]
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)
-def test_rows_of_every_width(D, dtype, isa):
-    query, keys, values = draw(4, 1000, D, dtype)
-    state = native.attend_rows(query, native.interleave(keys, values), scale=D**-0.5)
+def test_rows_of_every_width(D, stored, isa):
+    query, keys, values = draw(4, 1000, D, stored)
+    state = native.attend_rows(query, native.interleave(keys, values, stored), scale=D**-0.5)
     assert_states_close(state, expected(query, keys, values, scale=D**-0.5))
 
 
 @pytest.mark.parametrize("R", GROUPS)
-def test_groups_of_every_size(R, dtype, isa):
-    query, keys, values = draw(R, 77, 80, dtype)
-    state = native.attend_rows(query, native.interleave(keys, values), scale=0.1)
+def test_groups_of_every_size(R, stored, isa):
+    query, keys, values = draw(R, 77, 80, stored)
+    state = native.attend_rows(query, native.interleave(keys, values, stored), scale=0.1)
     assert_states_close(state, expected(query, keys, values, scale=0.1))
 
 
 @pytest.mark.parametrize("n", COUNTS)
-def test_any_number_of_rows(n, dtype, isa):
-    query, keys, values = draw(3, n, 64, dtype)
-    state = native.attend_rows(query, native.interleave(keys, values), scale=0.125)
+def test_any_number_of_rows(n, stored, isa):
+    query, keys, values = draw(3, n, 64, stored)
+    state = native.attend_rows(query, native.interleave(keys, values, stored), scale=0.125)
     assert_states_close(state, expected(query, keys, values, scale=0.125))
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5, 30.0], ids=str)
-def test_rows_with_an_offset_per_head_and_a_softcap(softcap, dtype, isa):
-    query, keys, values = draw(7, 333, 96, dtype)
+def test_rows_with_an_offset_per_head_and_a_softcap(softcap, stored, isa):
+    query, keys, values = draw(7, 333, 96, stored)
     offset = torch.linspace(-40, 40, 7)
-    rows = native.interleave(keys, values)
+    rows = native.interleave(keys, values, stored)
     state = native.attend_rows(query, rows, scale=0.1, offset=offset, softcap=softcap or 0.0)
     right = expected(query, keys, values, scale=0.1, offset=offset.double(), softcap=softcap)
     # A float32 logit near 40 is rounded by 40 * 2^-24, far below the tolerance; so is a tanh, times the cap.
@@ -90,14 +102,14 @@ def test_no_rows_give_an_empty_state(isa):
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_huge_logits(size, dtype, isa):
+def test_huge_logits(size, stored, isa):
     # Logits from about 0.9 to 1.1 times 1e4, of one sign: far outside the range of exp, and neither overflow nor
     # underflow may show.
     D = 64
-    query, values = torch.ones(2, D), torch.randn(500, D).to(dtype)
-    keys = (1 + 0.1 * torch.rand(500, D)).to(dtype)
+    query, values = torch.ones(2, D), rounded(torch.randn(500, D), stored)
+    keys = rounded(1 + 0.1 * torch.rand(500, D), stored)
     scale = size / D
-    state = native.attend_rows(query, native.interleave(keys, values), scale=scale)
+    state = native.attend_rows(query, native.interleave(keys, values, stored), scale=scale)
     right = expected(query, keys, values, scale=scale)
     # A logit errs by D + 2 roundings of its size; a softmax weight by the difference of two such, relatively.
     error = 1.1 * abs(size) * (D + 2) * EPS
@@ -140,22 +152,22 @@ def test_a_value_that_is_not_finite_is_not_hidden(poison, row, dtype, isa):
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)
-def test_samples_of_every_width(D, dtype, isa):
-    query, keys, values = draw(1, 700, D, dtype)
+def test_samples_of_every_width(D, stored, isa):
+    query, keys, values = draw(1, 700, D, stored)
     ids = torch.randperm(700)[:333].sort().values
     log_u = -5 * torch.rand(333)
-    state = native.attend(query[0], blocks_of(keys, values), ids, log_u, scale=D**-0.5)
+    state = native.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=D**-0.5)
     right = expected(query, keys[ids], values[ids], scale=D**-0.5, log_u=log_u.double())
     assert_states_close(state, AttentionState(right.output[0], right.lse[0]))
 
 
 @pytest.mark.parametrize("n", COUNTS)
-def test_samples_of_any_size(n, dtype, isa):
+def test_samples_of_any_size(n, stored, isa):
     tokens = 10_000  # three blocks, the last one short
-    query, keys, values = draw(1, tokens, 64, dtype)
+    query, keys, values = draw(1, tokens, 64, stored)
     ids = torch.randperm(tokens)[:n].sort().values
     log_u = -5 * torch.rand(n)
-    state = native.attend(query[0], blocks_of(keys, values), ids, log_u, scale=0.125)
+    state = native.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.125)
     right = expected(query, keys[ids], values[ids], scale=0.125, log_u=log_u.double())
     assert_states_close(state, AttentionState(right.output[0], right.lse[0]))
 
@@ -172,11 +184,11 @@ def test_a_sample_across_block_boundaries_reads_the_right_rows(dtype, isa):
 
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=str)
 @pytest.mark.parametrize("offset", [0.0, -35.0])
-def test_log_u_is_subtracted_after_the_softcap(softcap, offset, dtype, isa):
-    query, keys, values = draw(1, 200, 96, dtype)
+def test_log_u_is_subtracted_after_the_softcap(softcap, offset, stored, isa):
+    query, keys, values = draw(1, 200, 96, stored)
     ids, log_u = torch.arange(200), -20 * torch.rand(200)
     state = native.attend(
-        query[0], blocks_of(keys, values), ids, log_u, scale=0.1, offset=offset, softcap=softcap or 0.0
+        query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.1, offset=offset, softcap=softcap or 0.0
     )
     right = expected(
         query, keys, values, scale=0.1, log_u=log_u.double(), offset=torch.tensor([offset]), softcap=softcap
@@ -184,11 +196,11 @@ def test_log_u_is_subtracted_after_the_softcap(softcap, offset, dtype, isa):
     assert_states_close(state, AttentionState(right.output[0], right.lse[0]))
 
 
-def test_inclusion_probabilities_far_below_the_range_of_floats(dtype, isa):
+def test_inclusion_probabilities_far_below_the_range_of_floats(stored, isa):
     # u = e^-300 is no float32 at all; its logarithm is an ordinary one.
-    query, keys, values = draw(1, 50, 64, dtype)
+    query, keys, values = draw(1, 50, 64, stored)
     log_u = torch.linspace(-300, -290, 50)
-    state = native.attend(query[0], blocks_of(keys, values), torch.arange(50), log_u, scale=0.125)
+    state = native.attend(query[0], blocks_of(keys, values, stored), torch.arange(50), log_u, scale=0.125)
     right = expected(query, keys, values, scale=0.125, log_u=log_u.double())
     # Logits near 300 are rounded by 300 * 2^-24 = 2e-5 each.
     error = 300 * EPS * 2
@@ -205,10 +217,10 @@ def test_an_empty_sample_is_an_empty_state(isa):
     assert state.lse.item() == -math.inf
 
 
-def test_certain_rows_are_exact_attention(dtype, isa):
-    query, keys, values = draw(1, 5000, 128, dtype)
-    rows = native.interleave(keys, values)
-    sampled = native.attend(query[0], blocks_of(keys, values), torch.arange(5000), torch.zeros(5000), scale=0.1)
+def test_certain_rows_are_exact_attention(stored, isa):
+    query, keys, values = draw(1, 5000, 128, stored)
+    rows = native.interleave(keys, values, stored)
+    sampled = native.attend(query[0], blocks_of(keys, values, stored), torch.arange(5000), torch.zeros(5000), scale=0.1)
     exact = native.attend_rows(query, rows, scale=0.1)
     right = expected(query, keys, values, scale=0.1)
     for state in [sampled, AttentionState(exact.output[0], exact.lse[0])]:

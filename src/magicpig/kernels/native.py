@@ -27,6 +27,7 @@ MAX_GROUP = 256
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPES = tuple(_CODES)
+_ROW_CODES = {**_CODES, torch.int8: 3}
 
 isa = _native.isa
 isa_levels = _native.isa_levels
@@ -50,6 +51,16 @@ def padded(head_dim: int) -> int:
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim={head_dim} is out of range; allowed: 1 to {MAX_HEAD_DIM}")
     return -(-head_dim // int(_native.LANE)) * int(_native.LANE)
+
+
+def row_code(dtype: torch.dtype) -> int:
+    """The same of what rows are kept in: a dtype, or int8 for whole numbers with scales."""
+    return _ROW_CODES[dtype] if dtype in _ROW_CODES else dtype_code(dtype)
+
+
+def row_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements of a row `[key | value]`, and of the two scales behind them where it is of int8."""
+    return 2 * padded(head_dim) + (2 * torch.float32.itemsize if dtype == torch.int8 else 0)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -94,7 +105,7 @@ def hash_rows(pieces: Sequence[Tensor], sampler: LshSampler, L: int) -> Tensor:
         _require(piece.stride(2) == 1, "rows must be contiguous in the last dimension")
         rows = [piece[g].data_ptr() for g in range(heads)]
         _native.hash(
-            dtype_code(piece.dtype),
+            row_code(piece.dtype),
             min(piece.shape[2], piece.stride(1)),
             rows,
             piece.shape[1],
@@ -233,7 +244,7 @@ def sketch(pieces: Sequence[Tensor], sampler: SketchSampler, first: int) -> Sket
     for piece in pieces:
         _require(piece.stride(2) == 1, "rows must be contiguous in the last dimension")
         _native.sketch(
-            dtype_code(piece.dtype),
+            row_code(piece.dtype),
             [piece[g].data_ptr() for g in range(heads)],
             piece.shape[1],
             piece.stride(1) * piece.element_size(),
@@ -345,10 +356,30 @@ def draw(scored: SketchScores, budget: int, *, seed: int, head: int, position: i
     return Draw(weights[:n].to(torch.int64), step, start, torch.tensor(ids, dtype=torch.int64), torch.tensor(log_u))
 
 
-def interleave(keys: Tensor, values: Tensor) -> Tensor:
-    """Rows (n, 2 Dp) = [key | value], zero padded, from keys and values (n, D)."""
+def write_bytes(x: Tensor, rows: Tensor, half: int) -> None:
+    """Rounds x (G, n, D), finite, to whole numbers with a scale each, and puts them into rows (G, n, width) of int8.
+
+    half: 0 for keys, 1 for values.
+    """
+    G, n, D = x.shape
+    _require(rows.shape == (G, n, row_width(D, torch.int8)), "rows and vectors disagree about their shape")
+    _require(rows.dtype == torch.int8 and rows.stride(2) == 1, "rows must be int8 and contiguous in the last dimension")
+    source = x.to(torch.float32).contiguous()
+    _native.write_bytes(source.data_ptr(), n, D, [rows[g].data_ptr() for g in range(G)], rows.stride(1), half)
+
+
+def interleave(keys: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows (n, width) = [key | value], zero padded, from keys and values (n, D).
+
+    dtype: int8 rounds them to whole numbers; otherwise it is that of the keys.
+    """
     n, D = keys.shape
     width = padded(D)
+    if dtype == torch.int8:
+        rows = torch.zeros(1, n, row_width(D, dtype), dtype=dtype)
+        write_bytes(keys[None], rows, 0)
+        write_bytes(values[None], rows, 1)
+        return rows[0]
     rows = torch.zeros(n, 2 * width, dtype=keys.dtype)
     rows[:, :D] = keys
     rows[:, width : width + D] = values
@@ -358,12 +389,12 @@ def interleave(keys: Tensor, values: Tensor) -> Tensor:
 def attend_rows(
     query: Tensor, rows: Tensor, *, scale: float, offset: Tensor | None = None, softcap: float = 0.0
 ) -> AttentionState:
-    """Exact attention of a group's queries (H, D) over rows (n, 2 Dp): output (H, D) and lse (H,), float32."""
+    """Exact attention of a group's queries (H, D) over rows (n, width): output (H, D) and lse (H,), float32."""
     lanes = _padded_queries(query, rows)
     offset = torch.zeros(len(query)) if offset is None else offset.to(torch.float32).contiguous()
     output, lse = torch.empty_like(lanes), torch.empty(len(query))
     _native.attend_rows(
-        dtype_code(rows.dtype),
+        row_code(rows.dtype),
         lanes.shape[1],
         rows.data_ptr(),
         len(rows),
@@ -390,13 +421,13 @@ def attend(
 ) -> AttentionState:
     """Attention of one query (D,) over sampled rows, each weighted by 1 / u.
 
-    blocks: row blocks (4096, 2 Dp) of which the last may be shorter; ids: (S,) positions; log_u: (S,).
+    blocks: row blocks (4096, width) of which the last may be shorter; ids: (S,) positions; log_u: (S,).
     """
     lanes = _padded_queries(query[None], blocks[0])
     output, lse = torch.empty_like(lanes), torch.empty(1)
     ids, log_u = ids.to(torch.uint32).contiguous(), log_u.to(torch.float32).contiguous()
     _native.attend(
-        dtype_code(blocks[0].dtype),
+        row_code(blocks[0].dtype),
         lanes.shape[1],
         [block.data_ptr() for block in blocks],
         ids.data_ptr(),
@@ -433,7 +464,9 @@ def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _padded_queries(query: Tensor, rows: Tensor) -> Tensor:
     _require(rows.is_contiguous(), "rows must be contiguous")
-    _require(rows.shape[-1] == 2 * padded(query.shape[-1]), "rows and queries disagree about the head dimension")
+    _require(
+        rows.shape[-1] == row_width(query.shape[-1], rows.dtype), "rows and queries disagree about the head dimension"
+    )
     out = torch.zeros(len(query), padded(query.shape[-1]))
     out[:, : query.shape[1]] = query
     return out

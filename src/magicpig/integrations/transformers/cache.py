@@ -502,7 +502,7 @@ def _report(index: int, layer: Any) -> LayerReport:
     for store in layer.stores:
         use = store.nbytes()
         kv_bytes, index_bytes = kv_bytes + use.rows, index_bytes + use.index
-        row = 2 * store.head_dim * store.dtype.itemsize
+        row = store.layout.bytes_read
         body = max(0, store.indexed_to - store.config.sinks) if store.settled else 0
         drawing = store.kv_heads if store.config.sampler == "sketch" else layer.query_heads
         drawn = min(store.kv_heads, drawing * (share or 0.0)) * body

@@ -6,6 +6,7 @@ namespace {
 
 constexpr int kBatch = 32;         // rows between two looks at the maximum
 constexpr int kPrefetchRows = 32;  // rows requested ahead, into the second-level cache
+constexpr int kLine = 64;          // bytes that one request brings
 constexpr int kTileRows = 4;       // rows dotted at once
 constexpr int kTileHeads = W == 16 ? 4 : 2;
 constexpr int kAccumulators = W == 16 ? 16 : 8;  // half of the register file
@@ -19,6 +20,17 @@ constexpr bool kPrefetchInOrder = true;
 
 constexpr float kLowest = -__builtin_inff();
 
+// Whether numbers of this type mean something only times the scale of their key or value.
+template <class T>
+constexpr bool kScaled = false;
+template <>
+constexpr bool kScaled<i8> = true;
+
+template <class T>
+inline int64_t row_bytes(int dim) {
+  return (int64_t)2 * dim * (int64_t)sizeof(T) + (kScaled<T> ? 2 * (int64_t)sizeof(float) : 0);
+}
+
 // Row pointers of one batch. The last one is repeated up to a whole tile; `ahead` are rows to request meanwhile.
 template <class T>
 struct Batch {
@@ -26,13 +38,31 @@ struct Batch {
   const T* ahead[kBatch];
   int count;
   int requested;
+  float key_scales[kScaled<T> ? kBatch : 1];  // zero past the batch
+  float value_scales[kScaled<T> ? kBatch : 1];
 
   void fill_tile() {
     for (int j = count; j % kTileRows != 0; ++j) row[j] = row[count - 1];
   }
   // Requests of a later row the piece that is being read of row j, so that misses spread over the arithmetic.
   void request(int j, int element) const {
-    if (j < requested) __builtin_prefetch(ahead[j] + element, 0, 2);
+    if (j < requested && element * (int)sizeof(T) % kLine == 0) __builtin_prefetch(ahead[j] + element, 0, 2);
+  }
+  // Of rows with scales the end, too: they begin anywhere in a line.
+  void request_end(int j, int dim) const {
+    if (kScaled<T> && j < requested) __builtin_prefetch((const char*)ahead[j] + row_bytes<T>(dim) - 1, 0, 2);
+  }
+
+  void read_scales(int dim) {
+    for (int j = 0; j < kBatch; ++j) {
+      float scales[2] = {};
+      if (j < count) memcpy(scales, row[j] + 2 * dim, sizeof scales);
+      key_scales[j] = scales[0];
+      value_scales[j] = scales[1];
+    }
+  }
+  void scale_values(float* p) const {
+    for (int j = 0; j < kBatch; j += W) store(p + j, load(p + j) * load(value_scales + j));
   }
 };
 
@@ -58,6 +88,16 @@ inline void dots(const Batch<T>& batch, int dim, const float* const* queries, fl
     }
     for (int h = 0; h < HEADS; ++h) sum4(dot[h], out[h] + j);
     if constexpr (NORMS) sum4(norm, norms + j);
+    if constexpr (PREFETCH) {
+      for (int r = 0; r < kTileRows; ++r) batch.request_end(j + r, dim);
+    }
+  }
+  if constexpr (kScaled<T>) {
+    for (int j = 0; j < kBatch; j += W) {
+      const F scale = load(batch.key_scales + j);
+      for (int h = 0; h < HEADS; ++h) store(out[h] + j, load(out[h] + j) * scale);
+      if constexpr (NORMS) store(norms + j, load(norms + j) * scale * scale);
+    }
   }
 }
 
@@ -155,6 +195,10 @@ inline void add_spread(const Batch<T>& batch, int dim, const float (*p)[kBatch],
     sum4(square, squares + j);
   }
   for (int j = batch.count; j < kBatch; ++j) squares[j] = 0.0f;
+  if constexpr (kScaled<T>) {
+    batch.scale_values(squares);
+    batch.scale_values(squares);
+  }
   float* acc[HEADS];
   for (int h = 0; h < HEADS; ++h) {
     F total{}, square{};
@@ -167,6 +211,7 @@ inline void add_spread(const Batch<T>& batch, int dim, const float (*p)[kBatch],
     }
     states[h].spread_sum += sum(total);
     states[h].spread_square += sum(square);
+    if constexpr (kScaled<T>) batch.scale_values(c[h]);
     acc[h] = states[h].spread;
   }
   add_values<T, HEADS, false>(batch, dim, c, acc);
@@ -188,8 +233,11 @@ inline void attend_batch(const Batch<T>& batch, int dim, const float* const* que
     softmax_terms(s[h], batch.count, dim, &states[h]);
     acc[h] = states[h].values;
   }
-  add_values<T, HEADS, PREFETCH>(batch, dim, s, acc);
   if (log_u != nullptr && states->spread != nullptr) add_spread<T, HEADS>(batch, dim, s, log_u, states);
+  if constexpr (kScaled<T>) {
+    for (int h = 0; h < HEADS; ++h) batch.scale_values(s[h]);
+  }
+  add_values<T, HEADS, PREFETCH>(batch, dim, s, acc);
 }
 
 void merge(int dim, const State& from, State* into) {
@@ -217,77 +265,59 @@ inline State empty(int dim, float* values, float* spread) {
   return {kLowest, 0, values, spread, 0, 0};
 }
 
+// Rows that follow one another, and their batches.
 template <class T>
-void attend_rows_of(int dim, const T* rows, int64_t count, int heads, const float* const* queries, const float* offsets,
-                    LogitRule rule, State* states) {
-  constexpr int kGroup = 4;
-  alignas(64) float values[kGroup][kMaxDim];
-  for (int h0 = 0; h0 < heads; h0 += kGroup) {
-    const int group = heads - h0 < kGroup ? heads - h0 : kGroup;
-    for (int64_t piece = 0; piece < count; piece += kBlockRows) {
-      const int64_t end = count < piece + kBlockRows ? count : piece + kBlockRows;
-      State part[kGroup];
-      for (int h = 0; h < group; ++h) part[h] = empty(dim, values[h], nullptr);
-      for (int64_t i = piece; i < end; i += kBatch) {
-        Batch<T> batch;
-        batch.count = (int)(end - i < kBatch ? end - i : kBatch);
-        for (int j = 0; j < batch.count; ++j) batch.row[j] = rows + (i + j) * 2 * dim;
-        const int64_t later = count - i - kPrefetchRows;
-        batch.requested = later < 0 ? 0 : later < kBatch ? (int)later : kBatch;
-        for (int j = 0; j < batch.requested; ++j) batch.ahead[j] = rows + (i + j + kPrefetchRows) * 2 * dim;
-        batch.fill_tile();
-        if (group == 4) {
-          attend_batch<T, 4, kPrefetchInOrder>(batch, dim, queries + h0, offsets + h0, rule, nullptr, part);
-        } else {
-          int h = 0;
-          if (group >= 2) {
-            attend_batch<T, 2, kPrefetchInOrder>(batch, dim, queries + h0, offsets + h0, rule, nullptr, part);
-            h = 2;
-          }
-          if (h < group)
-            attend_batch<T, 1, kPrefetchInOrder>(batch, dim, queries + h0 + h, offsets + h0 + h, rule, nullptr,
-                                                 part + h);
-        }
-      }
-      for (int h = 0; h < group; ++h) merge(dim, part[h], &states[h0 + h]);
-    }
-  }
-}
+struct ConsecutiveRows {
+  using Element = T;
+  static constexpr bool kPrefetch = kPrefetchInOrder;
+  const char* first;
+  int64_t count;
+  int dim;
 
-// The rows of a sample, and their batches.
+  const T* row(int64_t i) const { return (const T*)(first + i * row_bytes<T>(dim)); }
+};
+
+// The rows of a sample.
 template <class T>
 struct SampledRows {
+  using Element = T;
+  static constexpr bool kPrefetch = true;
   const char* const* blocks;
   const uint32_t* ids;
   int64_t count;
   int dim;
 
   const T* row(int64_t i) const {
-    const int64_t row_bytes = (int64_t)2 * dim * (int64_t)sizeof(T);
-    return (const T*)(blocks[ids[i] >> kBlockShift] + (int64_t)(ids[i] & (kBlockRows - 1)) * row_bytes);
-  }
-  Batch<T> batch(int64_t i, int64_t end) const {
-    Batch<T> batch;
-    batch.count = (int)(end - i < kBatch ? end - i : kBatch);
-    const int64_t later = count - i - kPrefetchRows;
-    batch.requested = later < 0 ? 0 : later < kBatch ? (int)later : kBatch;
-    for (int j = 0; j < batch.count; ++j) batch.row[j] = row(i + j);
-    for (int j = 0; j < batch.requested; ++j) batch.ahead[j] = row(i + j + kPrefetchRows);
-    batch.fill_tile();
-    return batch;
+    return (const T*)(blocks[ids[i] >> kBlockShift] + (int64_t)(ids[i] & (kBlockRows - 1)) * row_bytes<T>(dim));
   }
 };
 
+// Rows [i, end), as many as fit.
+template <class Rows>
+inline auto batch_of(const Rows& rows, int64_t i, int64_t end) {
+  using T = typename Rows::Element;
+  Batch<T> batch;
+  batch.count = (int)(end - i < kBatch ? end - i : kBatch);
+  const int64_t later = rows.count - i - kPrefetchRows;
+  batch.requested = later < 0 ? 0 : later < kBatch ? (int)later : kBatch;
+  for (int j = 0; j < batch.count; ++j) batch.row[j] = rows.row(i + j);
+  for (int j = 0; j < batch.requested; ++j) batch.ahead[j] = rows.row(i + j + kPrefetchRows);
+  batch.fill_tile();
+  if constexpr (kScaled<T>) batch.read_scales(rows.dim);
+  return batch;
+}
+
 template <class T>
-void attend_sample_of(int dim, const char* const* blocks, const uint32_t* ids, int64_t count, const float* query,
-                      float offset, LogitRule rule, const InclusionLaw& law, float* log_u_out, State* state) {
-  const SampledRows<T> rows{blocks, ids, count, dim};
+void attend_sample_of(const SampledRows<T>& rows, const float* query, float offset, LogitRule rule,
+                      const InclusionLaw& law, float* log_u_out, State* state) {
+  const int64_t count = rows.count;
+  const int dim = rows.dim;
   alignas(64) float values[kMaxDim], spread[kMaxDim];
   for (int64_t piece = 0; piece < count; piece += kBlockRows) {
     const int64_t end = count < piece + kBlockRows ? count : piece + kBlockRows;
     State part = empty(dim, values, state->spread == nullptr ? nullptr : spread);
     for (int64_t i = piece; i < end; i += kBatch) {
-      const Batch<T> batch = rows.batch(i, end);
+      const Batch<T> batch = batch_of(rows, i, end);
       alignas(64) float s[1][kBatch], norms[kBatch], logs[kBatch];
       dots<T, 1, true, true>(batch, dim, &query, s, norms);
       for (int j = batch.count; j < kBatch; ++j) s[0][j] = norms[j] = 0.0f;
@@ -297,44 +327,46 @@ void attend_sample_of(int dim, const char* const* blocks, const uint32_t* ids, i
         store(s[0] + j, cap_logits(load(s[0] + j) * rule.scale + offset, rule.softcap) - load(logs + j));
       }
       softmax_terms(s[0], batch.count, dim, &part);
+      if (part.spread != nullptr) add_spread<T, 1>(batch, dim, s, logs, &part);
+      if constexpr (kScaled<T>) batch.scale_values(s[0]);
       float* acc[1] = {values};
       add_values<T, 1, true>(batch, dim, s, acc);
-      if (part.spread != nullptr) add_spread<T, 1>(batch, dim, s, logs, &part);
     }
     merge(dim, part, state);
   }
 }
 
-template <class T>
-void attend_shared_of(int dim, const char* const* blocks, const uint32_t* ids, int64_t count, const float* log_u,
-                      int heads, const float* const* queries, const float* offsets, LogitRule rule, State* states) {
-  const SampledRows<T> rows{blocks, ids, count, dim};
+// Attention of `heads` queries over the same rows, which are certain when `log_u` is null.
+template <class Rows>
+void attend_group(const Rows& rows, const float* log_u, int heads, const float* const* queries, const float* offsets,
+                  LogitRule rule, State* states) {
+  using T = typename Rows::Element;
   constexpr int kGroup = 4;
-  alignas(64) float values[kGroup][kMaxDim], spread[kGroup][kMaxDim];
+  const int dim = rows.dim;
+  alignas(64) float values[kGroup][kMaxDim], spread[kGroup][kMaxDim], logs[kBatch];
+  const float* const batch_logs = log_u == nullptr ? nullptr : logs;
   for (int h0 = 0; h0 < heads; h0 += kGroup) {
     const int group = heads - h0 < kGroup ? heads - h0 : kGroup;
-    for (int64_t piece = 0; piece < count; piece += kBlockRows) {
-      const int64_t end = count < piece + kBlockRows ? count : piece + kBlockRows;
+    const bool spreads = log_u != nullptr && states[h0].spread != nullptr;
+    for (int64_t piece = 0; piece < rows.count; piece += kBlockRows) {
+      const int64_t end = rows.count < piece + kBlockRows ? rows.count : piece + kBlockRows;
       State part[kGroup];
-      for (int h = 0; h < group; ++h) {
-        part[h] = empty(dim, values[h], states[h0].spread == nullptr ? nullptr : spread[h]);
-      }
+      for (int h = 0; h < group; ++h) part[h] = empty(dim, values[h], spreads ? spread[h] : nullptr);
       for (int64_t i = piece; i < end; i += kBatch) {
-        const Batch<T> batch = rows.batch(i, end);
-        alignas(64) float logs[kBatch];
-        for (int j = 0; j < kBatch; ++j) logs[j] = j < batch.count ? log_u[i + j] : 0.0f;
+        const Batch<T> batch = batch_of(rows, i, end);
+        if (log_u != nullptr) {
+          for (int j = 0; j < kBatch; ++j) logs[j] = j < batch.count ? log_u[i + j] : 0.0f;
+        }
+        const auto attend = [&]<int HEADS>(int h) {
+          attend_batch<T, HEADS, Rows::kPrefetch>(batch, dim, queries + h0 + h, offsets + h0 + h, rule, batch_logs,
+                                                  part + h);
+        };
         if (group == 4) {
-          attend_batch<T, 4, true>(batch, dim, queries + h0, offsets + h0, rule, logs, part);
+          attend.template operator()<4>(0);
           continue;
         }
-        int h = 0;
-        if (group >= 2) {
-          attend_batch<T, 2, true>(batch, dim, queries + h0, offsets + h0, rule, logs, part);
-          h = 2;
-        }
-        if (h < group) {
-          attend_batch<T, 1, true>(batch, dim, queries + h0 + h, offsets + h0 + h, rule, logs, part + h);
-        }
+        if (group >= 2) attend.template operator()<2>(0);
+        if (group % 2 == 1) attend.template operator()<1>(group - 1);
       }
       for (int h = 0; h < group; ++h) merge(dim, part[h], &states[h0 + h]);
     }
@@ -365,17 +397,23 @@ void from_float_of(const float* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) narrow_one(from[i], to + i);
 }
 
-// Calls f with a null pointer of the element type.
+// Calls f with a null pointer of the element type, which is a floating-point one.
 template <class Function>
-inline void with_type(Dtype dtype, const Function& f) {
+inline void with_float(Dtype dtype, const Function& f) {
   switch (dtype) {
-    case Dtype::f32:
-      return f((const float*)nullptr);
     case Dtype::bf16:
       return f((const bf16*)nullptr);
     case Dtype::f16:
       return f((const f16*)nullptr);
+    default:
+      return f((const float*)nullptr);
   }
+}
+
+// The same for any element of a row.
+template <class Function>
+inline void with_type(Dtype dtype, const Function& f) {
+  dtype == Dtype::i8 ? f((const i8*)nullptr) : with_float(dtype, f);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
+#include "rows.h"
 #include "step.h"
 
 namespace nb = nanobind;
@@ -35,6 +36,9 @@ Dtype dtype_of(int code) {
   if (code < 0 || code > 2) throw std::invalid_argument("dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)");
   return static_cast<Dtype>(code);
 }
+
+// Of rows, which may also be whole numbers: 3.
+Dtype row_dtype_of(int code) { return code == 3 ? Dtype::i8 : dtype_of(code); }
 
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 using Samples = nb::typed<nb::list, nb::typed<nb::tuple, Bytes, Bytes>>;
@@ -100,7 +104,7 @@ int64_t lookup(Address query_codes, int K, int L, Address offsets, Address ids, 
 void attend(int dtype, int dim, const std::vector<Address>& blocks, Address ids, int64_t count, Address log_u,
             Address query, float offset, float scale, float softcap, Address output, Address lse) {
   std::vector<float> lanes(dim), values(dim);
-  const Dtype type = dtype_of(dtype);
+  const Dtype type = row_dtype_of(dtype);
   State state = empty_state(dim, values.data());
   kernels().to_lane_order(type, at<const float>(query), dim, lanes.data());
   const float* queries[] = {lanes.data()};
@@ -111,7 +115,7 @@ void attend(int dtype, int dim, const std::vector<Address>& blocks, Address ids,
 
 void attend_rows(int dtype, int dim, Address rows, int64_t count, int heads, Address queries, Address offsets,
                  float scale, float softcap, Address output, Address lse) {
-  const Dtype type = dtype_of(dtype);
+  const Dtype type = row_dtype_of(dtype);
   std::vector<float> lanes(static_cast<size_t>(heads) * dim), values(static_cast<size_t>(heads) * dim);
   std::vector<const float*> each(heads);
   std::vector<State> states(heads);
@@ -152,9 +156,11 @@ std::vector<std::tuple<int, int, double>> score_sketch(const SketchSampler& samp
   std::vector<SketchQuery> prepared(heads);
   std::vector<ScoreRule> rules;
   std::vector<ScoreSum> sums(heads);
+  std::vector<float> turned(static_cast<size_t>(heads) * sampler.dim());
+  kernels().turn(at<const float>(queries), sampler.dim(), heads, sampler.rotation(), turned.data());
   for (int h = 0; h < heads; ++h) {
-    prepare_query(sampler, at<const float>(queries) + static_cast<int64_t>(h) * sampler.dim(),
-                  at<const float>(offsets)[h], largest, {scale, softcap}, &prepared[h]);
+    prepare_query(sampler, turned.data() + static_cast<int64_t>(h) * sampler.dim(), at<const float>(offsets)[h],
+                  largest, {scale, softcap}, &prepared[h]);
     rules.push_back(prepared[h].rule);
     std::copy_n(prepared[h].values, sampler.dim(), at<int8_t>(whole) + static_cast<int64_t>(h) * sampler.dim());
   }
@@ -248,7 +254,7 @@ NB_MODULE(_native, m) {
       "hash",
       [](int dtype, int dim, const std::vector<Address>& rows, int64_t count, int64_t row_bytes,
          const LshSampler& sampler, Address codes, int64_t code_stride) {
-        hash_rows({.dtype = dtype_of(dtype),
+        hash_rows({.dtype = row_dtype_of(dtype),
                    .dim = dim,
                    .heads = static_cast<int>(rows.size()),
                    .count = count,
@@ -293,6 +299,18 @@ NB_MODULE(_native, m) {
         "scale"_a, "softcap"_a, "output"_a, "lse"_a, Unlocked());
   m.def("merge", &merge_states, "parts"_a, "heads"_a, "dim"_a, "outputs"_a, "lses"_a, "output"_a, "lse"_a, Unlocked());
   m.def(
+      "write_bytes",
+      [](Address from, int64_t count, int head_dim, const std::vector<Address>& rows, int64_t row_bytes, int half) {
+        write_bytes({.from = at<const float>(from),
+                     .heads = static_cast<int>(rows.size()),
+                     .count = count,
+                     .head_dim = head_dim,
+                     .rows = reinterpret_cast<char* const*>(rows.data()),
+                     .row_bytes = row_bytes,
+                     .half = static_cast<Half>(half)});
+      },
+      "source"_a, "count"_a, "head_dim"_a, "rows"_a, "row_bytes"_a, "half"_a, Unlocked());
+  m.def(
       "convert",
       [](int from_dtype, Address source, int64_t count, int to_dtype, Address to) {
         std::vector<float> wide(count);
@@ -307,7 +325,7 @@ NB_MODULE(_native, m) {
       "sketch",
       [](int dtype, const std::vector<Address>& rows, int64_t count, int64_t row_bytes, const SketchSampler& sampler,
          int64_t first, int64_t blocks, Address words, Address scales) {
-        sketch_rows({.dtype = dtype_of(dtype),
+        sketch_rows({.dtype = row_dtype_of(dtype),
                      .heads = static_cast<int>(rows.size()),
                      .count = count,
                      .row_bytes = row_bytes,
@@ -365,7 +383,7 @@ NB_MODULE(_native, m) {
           "__init__",
           [](StoreView* self, int dtype, int heads, int head_dim, int64_t sinks) {
             new (self) StoreView;
-            self->dtype = dtype_of(dtype);
+            self->dtype = row_dtype_of(dtype);
             self->heads = heads;
             self->head_dim = head_dim;
             self->dim = (head_dim + kLane - 1) / kLane * kLane;

@@ -16,6 +16,7 @@ void codes_of(const uint64_t* bits, int64_t n, int tiles, int K, int L, uint16_t
 
 // Hash codes of n rows of G heads: codes[(g * L + t) * n + i].
 // `rows[g]` points at the first key of head g; consecutive keys are `row_bytes` apart and zero padded to `dim`.
+// Scales make no difference to a sign, and are not looked at.
 struct HashJob {
   Dtype dtype;
   int dim;

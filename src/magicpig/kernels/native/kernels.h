@@ -2,6 +2,7 @@
 //
 // Axes: B sequences, H query heads, G key/value heads, R = H / G, N tokens, D head dim, K bits, L tables.
 // Rows: one token of one key/value head is [key | value], each padded with zeros to `dim` elements, a multiple of kLane.
+// Rows of whole numbers end with two floats, the scales of the key and of the value.
 // Lane order: kernels hold a query or an accumulator of `dim` floats in the order in which they unpack a row of that
 // dtype; `to_lane_order` and `from_lane_order` convert. Nothing else may look inside.
 #pragma once
@@ -11,9 +12,14 @@
 
 namespace magicpig {
 
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };  // i8: of rows only
 
-constexpr size_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+constexpr size_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
+
+// Of a row whose key and value are `dim` elements wide.
+constexpr size_t row_size(Dtype dtype, int dim) {
+  return 2 * static_cast<size_t>(dim) * element_size(dtype) + (dtype == Dtype::i8 ? 2 * sizeof(float) : 0);
+}
 
 constexpr int kLane = 32;            // row padding, in elements: one unpacked pair of AVX-512 registers
 constexpr int kMaxDim = 512;         // largest padded head dimension
@@ -121,6 +127,8 @@ struct Kernels {
 
   void (*to_float)(Dtype dtype, const void* from, int64_t n, float* to);
   void (*from_float)(Dtype dtype, const float* from, int64_t n, void* to);
+  // The whole numbers in -127 .. 127 that times one scale, which is returned, come nearest to `dim` floats.
+  float (*to_bytes)(const float* from, int dim, int8_t* to);
   void (*to_lane_order)(Dtype dtype, const float* from, int dim, float* to);
   void (*from_lane_order)(Dtype dtype, const float* from, int dim, float* to);
 

@@ -13,6 +13,7 @@ using namespace magicpig;
 
 #include "attend/attend.inl.h"
 #include "hash/hash.inl.h"
+#include "rows/rows.inl.h"
 #include "tables/lookup.inl.h"
 // After those whose helpers it shares.
 #include "sketch/sketch.inl.h"
@@ -24,7 +25,7 @@ void to_float(Dtype dtype, const void* from, int64_t n, float* to) {
 }
 
 void from_float(Dtype dtype, const float* from, int64_t n, void* to) {
-  with_type(dtype, [&]<class T>(const T*) { from_float_of(from, n, (T*)to); });
+  with_float(dtype, [&]<class T>(const T*) { from_float_of(from, n, (T*)to); });
 }
 
 void to_lane_order(Dtype dtype, const float* from, int dim, float* to) {
@@ -38,7 +39,7 @@ void from_lane_order(Dtype dtype, const float* from, int dim, float* to) {
 void attend_rows(Dtype dtype, int dim, const char* rows, int64_t count, int heads, const float* const* queries,
                  const float* offsets, LogitRule rule, State* states) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_rows_of(dim, (const T*)rows, count, heads, queries, offsets, rule, states);
+    attend_group(ConsecutiveRows<T>{rows, count, dim}, nullptr, heads, queries, offsets, rule, states);
   });
 }
 
@@ -46,7 +47,7 @@ void attend_sample(Dtype dtype, int dim, const char* const* blocks, const uint32
                    const float* query, float offset, LogitRule rule, const InclusionLaw& law, float* log_u_out,
                    State* state) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_sample_of<T>(dim, blocks, ids, count, query, offset, rule, law, log_u_out, state);
+    attend_sample_of(SampledRows<T>{blocks, ids, count, dim}, query, offset, rule, law, log_u_out, state);
   });
 }
 
@@ -54,12 +55,15 @@ void attend_shared(Dtype dtype, int dim, const char* const* blocks, const uint32
                    const float* log_u, int heads, const float* const* queries, const float* offsets, LogitRule rule,
                    State* states) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_shared_of<T>(dim, blocks, ids, count, log_u, heads, queries, offsets, rule, states);
+    attend_group(SampledRows<T>{blocks, ids, count, dim}, log_u, heads, queries, offsets, rule, states);
   });
 }
 
-constexpr Kernels kTable{
-    MAGICPIG_LEVEL, hash,          count_hits,    collect, to_float, from_float, to_lane_order, from_lane_order,
-    attend_rows,    attend_sample, attend_shared, merge,   turn,     pack,       score,         weigh};
+constexpr Kernels kTable{MAGICPIG_LEVEL, hash,          count_hits,
+                         collect,        to_float,      from_float,
+                         to_bytes,       to_lane_order, from_lane_order,
+                         attend_rows,    attend_sample, attend_shared,
+                         merge,          turn,          pack,
+                         score,          weigh};
 
 }  // namespace

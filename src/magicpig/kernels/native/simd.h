@@ -27,6 +27,9 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct i8 {
+  int8_t number;
+};
 
 inline F load(const float* p) {
   F v;
@@ -129,6 +132,13 @@ inline void store(int16_t* p, I v) {
   memcpy(p, &narrow, sizeof narrow);
 }
 
+// Numbers of eight bits of W lanes in memory.
+typedef int8_t Byte __attribute__((vector_size(W)));
+inline void store(int8_t* p, I v) {
+  const Byte narrow = __builtin_convertvector(v, Byte);
+  memcpy(p, &narrow, sizeof narrow);
+}
+
 // Products of four small unsigned bytes with four signed ones, added up per lane. Without VNNI the sums have 16 bits, which
 // hold kByteDots / (largest unsigned byte) of them before `total` has to be taken.
 #if defined(__AVX512VNNI__)
@@ -224,9 +234,26 @@ inline void load_pair(const f16* p, F& a, F& b) {
   b = widen(p + W);
 }
 
+inline F widen(const i8* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  Byte bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return to_f(__builtin_convertvector(bytes, I));
+#endif
+}
+inline void load_pair(const i8* p, F& a, F& b) {
+  a = widen(p);
+  b = widen(p + W);
+}
+
 // Where element i of a 2 W chunk of a row lands in lane order.
 inline int lane_of(const float*, int i) { return i; }
 inline int lane_of(const f16*, int i) { return i; }
+inline int lane_of(const i8*, int i) { return i; }
 inline int lane_of(const bf16*, int i) { return (i >> 1) + (i & 1) * W; }
 
 inline float widen_one(float x) { return x; }
@@ -236,6 +263,7 @@ inline float widen_one(bf16 x) {
   memcpy(&r, &bits, 4);
   return r;
 }
+inline float widen_one(i8 x) { return x.number; }
 inline float widen_one(f16 x) {
   f16 lanes[W] = {x};
   return widen(lanes)[0];

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "parallel.h"
+#include "rows.h"
 
 namespace magicpig {
 namespace {
@@ -37,7 +38,7 @@ void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales) {
     keys.resize(kSketchKeys * dim);
     turned.resize(kSketchKeys * dim);
     const char* rows = job.rows[head] + (begin - job.first) * job.row_bytes;
-    for (int64_t i = 0; i < n; ++i) run.to_float(job.dtype, rows + i * job.row_bytes, dim, keys.data() + i * dim);
+    for (int64_t i = 0; i < n; ++i) read_key(job.dtype, rotation.dim, rows + i * job.row_bytes, keys.data() + i * dim);
     run.turn(keys.data(), dim, n, rotation, turned.data());
     uint32_t* to = words + (head * job.blocks + block) * block_words;
     for (int64_t i = 0; i < n; ++i) {
@@ -67,24 +68,16 @@ void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, i
   });
 }
 
-void prepare_query(const SketchSampler& sampler, const float* x, float offset, float largest, LogitRule rule,
+void prepare_query(const SketchSampler& sampler, const float* turned, float offset, float largest, LogitRule rule,
                    SketchQuery* query) {
-  alignas(64) float turned[kMaxDim];
-  const Rotation rotation = sampler.rotation();
-  kernels().turn(x, rotation.dim, 1, rotation, turned);
-  float top = 0;
-  for (int d = 0; d < rotation.dim; ++d) top = std::max(top, std::fabs(turned[d]));
-  const float unit = top / 127, inverse = unit > 0 && std::isfinite(unit) ? 1 / unit : 0;
+  const float unit = kernels().to_bytes(turned, sampler.dim(), query->values);
   int32_t sum = 0, magnitude = 0;
-  std::fill(std::begin(query->values), std::end(query->values), int8_t{0});
-  for (int d = 0; d < rotation.head_dim; ++d) {
-    const int whole = inverse > 0 ? static_cast<int>(std::nearbyint(turned[d] * inverse)) : 0;
-    query->values[d] = static_cast<int8_t>(whole);
-    sum += whole;
-    magnitude += std::abs(whole);
+  for (int d = 0; d < sampler.head_dim; ++d) {
+    sum += query->values[d];
+    magnitude += std::abs(query->values[d]);
   }
   const int top_level = (1 << sampler.bits) - 1;
-  const float logit = inverse > 0 ? rule.scale * unit : 0;
+  const float logit = rule.scale * unit;
   const double bound =
       rule.softcap > 0 ? rule.softcap : static_cast<double>(std::fabs(logit)) * magnitude * top_level * largest;
   const double room = std::floor(std::log2(32767 / std::max(bound * kLog2E, 1e-30)));

@@ -24,7 +24,8 @@ struct SketchSampler {
 };
 
 // Sketches `count` keys of every kv head into lanes `first` .. of a segment of `blocks` blocks a head.
-// `rows[g]` points at the first key of head g; consecutive keys are `row_bytes` apart and zero padded to a multiple of kLane.
+// `rows[g]` points at the first row of head g; consecutive ones are `row_bytes` apart. Of rows of floats only the keys are
+// looked at, zero padded to a multiple of kLane.
 struct SketchJob {
   Dtype dtype;
   int heads;
@@ -46,8 +47,9 @@ struct SketchQuery {
   int8_t values[kMaxDim];
   ScoreRule rule;
 };
-// x: D floats, zero padded to dim. largest: scale of the key with the largest. offset: of the logits, before a softcap.
-void prepare_query(const SketchSampler& sampler, const float* x, float offset, float largest, LogitRule rule,
+// turned: by the rotation, zero padded to dim. largest: scale of the key with the largest. offset: of the logits, before
+// a softcap.
+void prepare_query(const SketchSampler& sampler, const float* turned, float offset, float largest, LogitRule rule,
                    SketchQuery* query);
 
 // The score that has all the weight of a head, from the sums of its pieces.

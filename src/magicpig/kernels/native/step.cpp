@@ -13,6 +13,7 @@
 
 #include "index.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace magicpig {
 namespace {
@@ -93,6 +94,7 @@ struct Plan {
 
   float* natural;    // (B H, dim) queries as floats
   float* lanes;      // the same in lane order
+  float* turned;     // the same, turned, for a sketch
   float* offsets;    // (B H) logit offset q . mean * scale
   float* norms;      // (B H) |q|
   float* predicted;  // (B H) predicted errors
@@ -121,7 +123,7 @@ struct Plan {
 void append(StoreView& store, const Plan& plan, int b) {
   const Step& step = plan.step;
   const size_t size = element_size(step.dtype);
-  float key[kMaxDim], value[kMaxDim];
+  alignas(64) float key[kMaxDim] = {}, value[kMaxDim] = {};  // padding stays zero
   const auto load = [&](const void* from, int g, float* to) {
     const int64_t at = static_cast<int64_t>(b) * store.heads + g;
     plan.run.to_float(step.dtype, static_cast<const char*>(from) + at * store.head_dim * size, store.head_dim, to);
@@ -132,17 +134,17 @@ void append(StoreView& store, const Plan& plan, int b) {
     const float* mean = store.mean.data() + static_cast<int64_t>(g) * store.dim;
     for (int d = 0; d < store.head_dim; ++d) key[d] -= mean[d];
     char* row = store.row(store.length, g);
-    const size_t half = store.row_bytes() / 2, used = store.head_dim * element_size(store.dtype);
-    plan.run.from_float(store.dtype, key, store.head_dim, row);
-    plan.run.from_float(store.dtype, value, store.head_dim, row + half);
-    std::memset(row + used, 0, half - used);
-    std::memset(row + half + used, 0, half - used);
+    write_half(store.dtype, store.dim, Half::key, key, row);
+    write_half(store.dtype, store.dim, Half::value, value, row);
   }
   ++store.length;
 }
 
 // The largest number a row of this dtype can hold.
-float largest(Dtype dtype) { return dtype == Dtype::f16 ? 65504.0f : std::numeric_limits<float>::max(); }
+float largest(Dtype dtype) {
+  if (dtype == Dtype::i8) return 0x1p127f;  // of larger ones the scale times 127 may be infinite
+  return dtype == Dtype::f16 ? 65504.0f : std::numeric_limits<float>::max();
+}
 
 void check_range(const void* data, const char* name, Dtype dtype, int64_t count, float limit, const Kernels& run) {
   float piece[256];
@@ -166,13 +168,16 @@ void prepare_query(const Plan& plan, int64_t q) {
   std::fill(natural + plan.head_dim, natural + plan.dim, 0.0f);
   plan.run.to_lane_order(store.dtype, natural, plan.dim, plan.lanes + q * plan.dim);
   const float* mean = store.mean.data() + static_cast<int64_t>(h / plan.group) * plan.dim;
-  double along = 0, square = 0;
-  for (int d = 0; d < plan.head_dim; ++d) {
-    along += static_cast<double>(natural[d]) * mean[d];
-    square += static_cast<double>(natural[d]) * natural[d];
+  double along[4] = {}, square[4] = {};  // so that one sum need not wait for the last
+  for (int d = 0; d < plan.dim; d += 4) {
+    for (int i = 0; i < 4; ++i) {
+      along[i] += static_cast<double>(natural[d + i]) * mean[d + i];
+      square[i] += static_cast<double>(natural[d + i]) * natural[d + i];
+    }
   }
-  plan.offsets[q] = static_cast<float>(along * plan.step.rule.scale);
-  plan.norms[q] = static_cast<float>(std::sqrt(square));
+  const auto sum = [](const double* parts) { return (parts[0] + parts[1]) + (parts[2] + parts[3]); };
+  plan.offsets[q] = static_cast<float>(sum(along) * plan.step.rule.scale);
+  plan.norms[q] = static_cast<float>(std::sqrt(sum(square)));
 }
 
 void sketch_query(const Plan& plan, int64_t q) {
@@ -181,7 +186,7 @@ void sketch_query(const Plan& plan, int64_t q) {
   for (const StoreView::SketchSegment& segment : plan.stores[b]->sketches) {
     largest_scale = std::max(largest_scale, segment.largest[h / plan.group]);
   }
-  prepare_query(*plan.sketch, plan.natural + q * plan.dim, plan.offsets[q], largest_scale, plan.step.rule,
+  prepare_query(*plan.sketch, plan.turned + q * plan.dim, plan.offsets[q], largest_scale, plan.step.rule,
                 plan.sketched + q);
 }
 
@@ -531,9 +536,10 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const 
   const int64_t states = last == nullptr ? 0 : last->first_state + last->states;
   const int64_t queries = plan.queries, dim = plan.dim;
   const int tiles = lsh == nullptr ? 0 : lsh->directions().tiles;
-  plan.natural = scratch(floats, static_cast<size_t>(queries * (2 * dim + 3) + 2 * states * dim));
+  plan.natural = scratch(floats, static_cast<size_t>(queries * (3 * dim + 3) + 2 * states * dim));
   plan.lanes = plan.natural + queries * dim;
-  plan.values = plan.lanes + queries * dim;
+  plan.turned = plan.lanes + queries * dim;
+  plan.values = plan.turned + queries * dim;
   plan.spreads = plan.values + states * dim;
   plan.offsets = plan.spreads + states * dim;
   plan.norms = plan.offsets + queries;
@@ -551,13 +557,14 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const 
   const int64_t piece = std::clamp<int64_t>((queries + threads() - 1) / threads(), 4, 48);
   parallel((queries + piece - 1) / piece, [&](int64_t i) {
     const int64_t first = i * piece, end = std::min(queries, first + piece);
-    for (int64_t q = first; q < end; ++q) {
-      prepare_query(plan, q);
-      if (sketch != nullptr) sketch_query(plan, q);
-    }
-    if (!any_sampling || lsh == nullptr) return;
-    plan.run.hash(plan.natural + first * dim, dim, end - first, lsh->directions(), 0, tiles,
-                  plan.signs + first * tiles);
+    for (int64_t q = first; q < end; ++q) prepare_query(plan, q);
+    if (!any_sampling) return;
+    const float* natural = plan.natural + first * dim;
+    if (lsh != nullptr)
+      plan.run.hash(natural, dim, end - first, lsh->directions(), 0, tiles, plan.signs + first * tiles);
+    if (sketch == nullptr) return;
+    plan.run.turn(natural, dim, end - first, sketch->rotation(), plan.turned + first * dim);
+    for (int64_t q = first; q < end; ++q) sketch_query(plan, q);
   });
 
   parallel(static_cast<int64_t>(plan.units.size()), [&](int64_t i) {

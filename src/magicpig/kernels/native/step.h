@@ -63,7 +63,7 @@ struct StoreView {
   double max_share = 0;
   PredictedErrors predicted;
 
-  size_t row_bytes() const { return 2 * static_cast<size_t>(dim) * element_size(dtype); }
+  size_t row_bytes() const { return row_size(dtype, dim); }
   char* row(int64_t position, int head) const {
     const Block& block = blocks[position >> kBlockShift];
     return block.rows + head * block.head_stride + (position & (kBlockRows - 1)) * row_bytes();

@@ -29,16 +29,17 @@ inline void turn_tile(const float* x, int64_t stride, const Rotation& rotation, 
 }
 
 void turn(const float* x, int64_t stride, int64_t n, const Rotation& rotation, float* y) {
-  for (int64_t i = 0; i < n;) {
-    const bool whole = i + kTurnRows <= n;
-    for (int column = 0; column < rotation.dim; column += kTurnColumns * W) {
-      const float* from = x + i * stride;
-      float* to = y + i * rotation.dim;
-      whole ? turn_tile<kTurnRows>(from, stride, rotation, column, to)
-            : turn_tile<1>(from, stride, rotation, column, to);
+  int64_t i = 0;
+  const auto turn_rows = [&]<int M>() {
+    for (; i + M <= n; i += M) {
+      for (int column = 0; column < rotation.dim; column += kTurnColumns * W) {
+        turn_tile<M>(x + i * stride, stride, rotation, column, y + i * rotation.dim);
+      }
     }
-    i += whole ? kTurnRows : 1;
-  }
+  };
+  turn_rows.template operator()<kTurnRows>();
+  turn_rows.template operator()<2>();
+  turn_rows.template operator()<1>();
 }
 
 // Codes of one turned key, and the scale that brings its levels nearest to it.

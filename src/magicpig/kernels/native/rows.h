@@ -1,0 +1,29 @@
+// Rows that are kept as whole numbers, and how one half of a row, its key or its value, is written and read.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace magicpig {
+
+enum class Half : int { key = 0, value = 1 };
+
+// Writes `dim` floats, the padding included, into one half of a row.
+void write_half(Dtype dtype, int dim, Half half, const float* from, char* row);
+// Reads the key of a row, the padding included.
+void read_key(Dtype dtype, int dim, const char* row, float* to);
+
+// Writes one half of `count` rows of whole numbers of every head, on all threads.
+struct BytesJob {
+  const float* from;  // [heads][count][head_dim], finite
+  int heads;
+  int64_t count;
+  int head_dim;
+  char* const* rows;  // the first of each head
+  int64_t row_bytes;
+  Half half;
+};
+void write_bytes(const BytesJob& job);
+
+}  // namespace magicpig
