@@ -14,7 +14,7 @@ from typing import Any
 
 from magicpig.config import EXACT, Config
 from magicpig.evaluation.answer import Answer, answers, read_document
-from magicpig.evaluation.matrix import MatrixError, Method
+from magicpig.evaluation.matrix import Method
 from magicpig.evaluation.tasks import Sample, generate, score, templates
 from magicpig.generation import Model, encode_in_two, load, stop_tokens
 from magicpig.integrations.transformers import attach
@@ -90,11 +90,11 @@ def run(
     """Let an opened model read two documents and question it; `tokens` of prompt and answer each.
 
     on_start is called with what is about to be read and its tokens, on_read with the tokens of each chunk read.
-    Raises MatrixError if a document cannot have this length, ModelError if the model cannot read it.
+    Raises TaskError if a document cannot have this length, ModelError if the model cannot read it.
     """
     prepared = {
         "numbers hidden among sentences": list(_needles(model, tokens, seed)),
-        "words to be counted": [_sample(model, "fwe", tokens, seed)],
+        "words to be counted": [generate("fwe", model.tokenizer, tokens, index=0, seed=seed)],
     }
     network = attach(load(model, dtype=fast_dtype()), EXACT)
     documents: list[Document] = []
@@ -148,17 +148,10 @@ def _question(
 
 def _needles(model: Model, tokens: int, seed: int) -> Iterator[Sample]:
     """A document with four numbers, asked for one by one."""
-    sample = _sample(model, "niah_multikey_1", tokens, seed)
+    sample = generate("niah_multikey_1", model.tokenizer, tokens, index=0, seed=seed)
     for key, value in _NEEDLE.findall(sample.context):
         _, question, prefix = templates.niah("numbers", [key], 1)
         yield replace(sample, question=question + prefix, answer_prefix=prefix, answers=(value,))
-
-
-def _sample(model: Model, task: str, tokens: int, seed: int) -> Sample:
-    try:
-        return generate(task, model.tokenizer, tokens, index=0, seed=seed)
-    except ValueError as error:
-        raise MatrixError(str(error)) from None
 
 
 def _performance(method: Method, probes: tuple[Answer, ...]) -> Performance:

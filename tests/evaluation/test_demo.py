@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from magicpig import demo, generation, pocket
 from magicpig.cli import app
-from magicpig.evaluation.matrix import MatrixError
+from magicpig.evaluation.tasks import TaskError
 
 TOKENS = 1000
 
@@ -58,7 +58,7 @@ def test_what_was_read(result):
 
 
 def test_lengths_that_cannot_be(model):
-    with pytest.raises(MatrixError, match="length=100 is below the minimum"):
+    with pytest.raises(TaskError, match="length=100 is below the minimum"):
         demo.run(model, tokens=100)
     with pytest.raises(generation.ModelError, match="limit is 8192"):
         demo.run(model, tokens=9000)

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,18 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from magicpig.evaluation.tasks import TASKS, Sources, filler, generate, lexicon, minimum_length, score, templates
+from magicpig.evaluation.tasks import (
+    TASKS,
+    Sources,
+    TaskError,
+    check_minimum,
+    filler,
+    generate,
+    lexicon,
+    minimum_length,
+    score,
+    templates,
+)
 
 GENERATED = [name for name, task in TASKS.items() if task.source is None]
 NIAH = [name for name in GENERATED if name.startswith("niah")]
@@ -344,6 +356,24 @@ def test_minimum_is_the_shortest_that_works(task, name):
     named = int(re.search(r"minimum of task \w+, (\d+) tokens", str(refused.value))[1])
     assert abs(named - least) < some
     assert generate(task, tokenizer(name), least + some, index=0).length == least + some
+
+
+def test_the_minimum_is_that_of_all_samples():
+    task, some, samples = "niah_multikey_1", tokenizer("bpe"), 5
+    longer_than_the_first = 0
+    for length in range(least := minimum_length(task, some) - 20, least + 40, 2):
+        fits = []
+        for index in range(samples):
+            try:
+                generate(task, some, length, index=index)
+            except TaskError:
+                fits.append(False)
+            else:
+                fits.append(True)
+        longer_than_the_first += fits[0] and not all(fits)
+        with nullcontext() if all(fits) else pytest.raises(TaskError, match=f"length={length} is below the minimum"):
+            check_minimum(task, some, length, samples=samples)
+    assert longer_than_the_first > 0
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ def _is_known(error: Exception) -> bool:
     from magicpig.config_file import ConfigFileError
     from magicpig.evaluation.matrix import MatrixError
     from magicpig.evaluation.results import ResultsError
+    from magicpig.evaluation.tasks import TaskError
     from magicpig.generation import ModelError
     from magicpig.integrations.transformers import UnsupportedModelError
 
-    return isinstance(
-        error, (CaptureError, ConfigFileError, MatrixError, ModelError, ResultsError, UnsupportedModelError)
-    )
+    known = (CaptureError, ConfigFileError, MatrixError, ModelError, ResultsError, TaskError, UnsupportedModelError)
+    return isinstance(error, known)

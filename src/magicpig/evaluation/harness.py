@@ -103,7 +103,7 @@ def dataset(
     """What the exported files call: the samples of a task, as lm_eval wants them. Lengths are those of the tokenizer.
 
     tokenizer, pretrained: its name or directory, from lm_eval's model arguments or ``--metadata``; other names that
-        come along are ignored. Raises ValueError as `generate` does, and without a tokenizer.
+        come along are ignored. Raises TaskError as `generate` does, and without a tokenizer.
     """
     from datasets import Dataset
     from transformers import AutoTokenizer

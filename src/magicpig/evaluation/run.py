@@ -19,7 +19,7 @@ from magicpig.config import EXACT
 from magicpig.evaluation.answer import Answer, answers, read_document
 from magicpig.evaluation.matrix import Matrix, MatrixError
 from magicpig.evaluation.results import Results, ResultsFile, read_results
-from magicpig.evaluation.tasks import Sample, generate, score
+from magicpig.evaluation.tasks import Sample, check_minimum, generate, score
 from magicpig.evaluation.workers import in_order
 from magicpig.generation import Model, encode, encode_in_two, load, open_model, silence_transformers, stop_tokens
 from magicpig.integrations.transformers import attach
@@ -46,7 +46,7 @@ def evaluate(
     and the processors; small models gain, as Python takes much of their time and runs on one processor.
     on_start is called with the work that was done before and all work, on_step with what was just done and how much
     that was. Work is counted in tokens: each text once for reading it and once for each answer.
-    Raises MatrixError, ResultsError or ModelError, one line each, and MemoryError.
+    Raises MatrixError, TaskError, ResultsError or ModelError, one line each, and MemoryError.
     """
     check_matrix(model, matrix)
     cells, runs = list(matrix.cells()), list(matrix.runs())
@@ -107,30 +107,39 @@ def _examine(
 
 
 def check_matrix(model: Model, matrix: Matrix) -> None:
-    """Raise MatrixError or ModelError for what could never be evaluated, before anything is loaded or written."""
+    """Raise MatrixError, TaskError or ModelError for what cannot be evaluated, before anything is loaded or written."""
     if matrix.chat and not model.tokenizer.chat_template:
         raise MatrixError(f"{model.directory}: the tokenizer has no chat template")
     if model.limit is not None and matrix.lengths[-1] > model.limit:
         raise MatrixError(f"length {matrix.lengths[-1]} is beyond the model's limit of {model.limit} tokens")
     for task in matrix.tasks:
         make_sample(model, matrix, task, matrix.lengths[0], 0)
+        check_minimum(
+            task,
+            model.tokenizer,
+            matrix.lengths[0],
+            samples=matrix.samples,
+            seed=matrix.seed,
+            sources=matrix.sources,
+            reserve=_reserve(model, matrix),
+        )
 
 
 def make_sample(model: Model, matrix: Matrix, task: str, length: int, index: int) -> Sample:
-    """A sample of the matrix, with room for what the chat template adds. Raises MatrixError."""
-    reserve = len(encode(model, "x", chat=True)) - len(encode(model, "x")) if matrix.chat else 0
-    try:
-        return generate(
-            task,
-            model.tokenizer,
-            length,
-            index=index,
-            seed=matrix.seed,
-            sources=matrix.sources,
-            reserve=max(0, reserve),
-        )
-    except ValueError as error:
-        raise MatrixError(str(error)) from None
+    """A sample of the matrix, with room for what the chat template adds. Raises TaskError."""
+    return generate(
+        task,
+        model.tokenizer,
+        length,
+        index=index,
+        seed=matrix.seed,
+        sources=matrix.sources,
+        reserve=_reserve(model, matrix),
+    )
+
+
+def _reserve(model: Model, matrix: Matrix) -> int:
+    return max(0, len(encode(model, "x", chat=True)) - len(encode(model, "x"))) if matrix.chat else 0
 
 
 def make_prompt(model: Model, matrix: Matrix, sample: Sample, new_tokens: int) -> tuple[list[int], list[int]]:

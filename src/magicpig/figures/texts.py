@@ -12,7 +12,7 @@ from magicpig.evaluation.matrix import Method
 from magicpig.evaluation.tasks import generate
 from magicpig.figures.anatomy import attention_mass, geometry, sink_moves
 from magicpig.figures.study import estimate, exact_outputs
-from magicpig.generation import Model, ModelError, encode, stop_tokens
+from magicpig.generation import Model, encode, stop_tokens
 
 MOST_KV_HEADS = 4  # per layer; of more, four evenly spread
 Rows = list[dict[str, Any]]
@@ -34,7 +34,7 @@ def measure_attention(
 
     steps: queries per text, those that the answer's first tokens come from. methods: for figure 3; may be none.
     on_step is called with each piece of work as it begins, and how many texts are done by then.
-    Raises ModelError for tasks and lengths that cannot be had.
+    Raises TaskError for tasks and lengths that cannot be had, ModelError for those the model cannot read.
     """
     mass: Rows = []
     cosines: Rows = []
@@ -42,7 +42,8 @@ def measure_attention(
     stop = stop_tokens(model, network)
     for done, (task, index) in enumerate(product(tasks, range(samples))):
         on_step(f"{task} #{index}: reading {length} tokens", done)
-        ids = _prompt(model, task, length, index, seed, steps)
+        sample = generate(task, model.tokenizer, length, index=index, seed=seed)
+        ids = encode(model, sample.prompt, new_tokens=steps)
         layers = record(network, ids, steps=steps, new_tokens=steps, stop=stop)
         for number, (layer, everything) in enumerate(layers.items()):
             on_step(f"{task} #{index}: layer {layer}", done + (number + 1) / (len(layers) + 1))
@@ -57,14 +58,6 @@ def measure_attention(
                 for each in estimate(attention, method.config, exact):
                     errors.append(known | {"long_tailed": heads[each.head]["long_tailed"]} | vars(each))
     return mass, _compare_sinks(cosines), errors
-
-
-def _prompt(model: Model, task: str, length: int, index: int, seed: int, new_tokens: int) -> list[int]:
-    try:
-        sample = generate(task, model.tokenizer, length, index=index, seed=seed)
-    except ValueError as error:
-        raise ModelError(str(error)) from None
-    return encode(model, sample.prompt, new_tokens=new_tokens)
 
 
 def _few_heads(attention: AttentionSet) -> AttentionSet:

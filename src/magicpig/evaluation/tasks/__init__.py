@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from magicpig.evaluation.tasks import documents, templates, words
 from magicpig.evaluation.tasks.fit import Meter, Recipe, Tokenizer, fit
 from magicpig.evaluation.tasks.needles import Niah
-from magicpig.evaluation.tasks.request import Request, Sources
+from magicpig.evaluation.tasks.request import Request, Sources, TaskError
 from magicpig.evaluation.tasks.score import match_all, match_any
 
-__all__ = ["TASKS", "Sample", "Sources", "Task", "generate", "minimum_length", "score"]
+__all__ = ["TASKS", "Sample", "Sources", "Task", "TaskError", "check_minimum", "generate", "minimum_length", "score"]
 
 SLACK = 32  # tokens by which a prompt may be too short, where the tokenizer allows no better
 
@@ -99,19 +99,19 @@ def generate(
 
     length: tokens of the prompt, of the answer and of ``reserve`` (what a chat template adds). The prompt fills it
         exactly where the tokenizer allows it, else it is a few tokens shorter.
-    Raises ValueError for an unknown task, a length below the task's minimum or beyond its material, and an index, file
+    Raises TaskError for an unknown task, a length below the task's minimum or beyond its material, and an index, file
     or reserve that cannot be used.
     """
     chosen = _task(task)
     for name, value in (("index", index), ("reserve", reserve)):
         if value < 0:
-            raise ValueError(f"{name}={value} is negative")
+            raise TaskError(f"{name}={value} is negative")
     limit = length - chosen.tokens_to_generate - reserve
     draft, tokens = fit(chosen.recipe(Request(task, length, index, seed, sources)), Meter(tokenizer), limit)
     if tokens > limit:
-        raise ValueError(f"length={length} is below the minimum of task {task}, {length - limit + tokens} tokens")
+        raise _too_short(task, length, length - limit + tokens)
     if tokens < limit - SLACK:
-        raise ValueError(f"length={length} is beyond what task {task} has text for, {length - limit + tokens} tokens")
+        raise TaskError(f"length={length} is beyond what task {task} has text for, {length - limit + tokens} tokens")
     return Sample(
         task,
         index,
@@ -132,6 +132,28 @@ def minimum_length(task: str, tokenizer: Tokenizer, *, sources: Sources = Source
     return Meter(tokenizer).exact(recipe.build(recipe.minimum, 0).prompt) + chosen.tokens_to_generate
 
 
+def check_minimum(
+    task: str,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    samples: int,
+    seed: int = 0,
+    sources: Sources = Sources(),  # noqa: B008
+    reserve: int = 0,
+) -> None:
+    """Raise TaskError if one of the first ``samples`` samples is longer than ``length`` at its shortest.
+
+    Takes as long as counting the tokens of that many short prompts.
+    """
+    chosen, meter = _task(task), Meter(tokenizer)
+    for index in range(samples):
+        recipe = chosen.recipe(Request(task, length, index, seed, sources))
+        least = meter.exact(recipe.build(recipe.minimum, 0).prompt) + chosen.tokens_to_generate + reserve
+        if least > length:
+            raise _too_short(task, length, least)
+
+
 def score(task: str, prediction: str, answers: Sequence[str]) -> float:
     """RULER's score of a prediction, 0 to 1: the share of the answers in it; for qa whether there is one."""
     return _task(task).score(prediction, answers)
@@ -141,5 +163,9 @@ def _task(name: str) -> Task:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"
-        raise ValueError(f"task={name!r} is unknown; {hint}")
+        raise TaskError(f"task={name!r} is unknown; {hint}")
     return TASKS[name]
+
+
+def _too_short(task: str, length: int, least: int) -> TaskError:
+    return TaskError(f"length={length} is below the minimum of task {task}, {least} tokens")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from magicpig.evaluation.tasks import templates
 from magicpig.evaluation.tasks.fit import Draft, Recipe, padded
-from magicpig.evaluation.tasks.request import Request
+from magicpig.evaluation.tasks.request import Request, TaskError
 
 FILES = {"squad": "dev-v2.0.json of SQuAD", "hotpotqa": "hotpot_dev_distractor_v1.json of HotpotQA"}
 LONGEST = 2000  # words of noise that may stand where one more document does not fit
@@ -37,12 +37,12 @@ class Collection:
 
 
 def squad(request: Request) -> Recipe:
-    """qa_1: the paragraph with the answer among others. Raises ValueError for a file that cannot be used."""
+    """qa_1: the paragraph with the answer among others. Raises TaskError for a file that cannot be used."""
     return _recipe(request, _load(request, "squad", _read_squad))
 
 
 def hotpotqa(request: Request) -> Recipe:
-    """qa_2: the question's ten paragraphs among others. Raises ValueError for a file that cannot be used."""
+    """qa_2: the question's ten paragraphs among others. Raises TaskError for a file that cannot be used."""
     return _recipe(request, _load(request, "hotpotqa", _read_hotpotqa))
 
 
@@ -77,7 +77,7 @@ def _recipe(request: Request, collection: Collection) -> Recipe:
 def _load(request: Request, option: Literal["squad", "hotpotqa"], read: Callable[[Any], list[Question]]) -> Collection:
     path: Path | None = getattr(request.sources, option)
     if path is None:
-        raise ValueError(f"task {request.task} needs the file {FILES[option]}: {option} is not given")
+        raise TaskError(f"task {request.task} needs the file {FILES[option]}: {option} is not given")
     return _collect(option, path, read)
 
 
@@ -86,13 +86,13 @@ def _collect(option: str, path: Path, read: Callable[[Any], list[Question]]) -> 
     try:
         questions = read(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise ValueError(f"{option}={str(path)!r} cannot be read: {error.strerror}") from None
+        raise TaskError(f"{option}={str(path)!r} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
-        raise ValueError(f"{option}={str(path)!r} is not JSON") from None
+        raise TaskError(f"{option}={str(path)!r} is not JSON") from None
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{option}={str(path)!r} is not in the form of {FILES[option]}") from None
+        raise TaskError(f"{option}={str(path)!r} is not in the form of {FILES[option]}") from None
     if not questions:
-        raise ValueError(f"{option}={str(path)!r} has no question with an answer")
+        raise TaskError(f"{option}={str(path)!r} has no question with an answer")
     documents = {document for question in questions for document in (*question.gold, *question.near)}
     return Collection(tuple(questions), tuple(sorted(documents)))
 

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from magicpig.evaluation.tasks import lexicon
+from magicpig.evaluation.tasks.request import TaskError
 
 # n noun, a adjective, v verb; the other words stand as they are.
 _PATTERNS = (
@@ -52,7 +53,7 @@ def sentences(rng: random.Random) -> Iterator[str]:
 
 
 def sentences_of(path: Path, rng: random.Random) -> Iterator[str]:
-    """The sentences of a text file from a random one on, again and again. Raises ValueError, also for an empty file."""
+    """The sentences of a text file from a random one on, again and again. Raises TaskError, also for an empty file."""
     read = _split(path)
     start = rng.randrange(len(read))
     while True:
@@ -71,10 +72,10 @@ def _split(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"filler={str(path)!r} cannot be read: {error.strerror}") from None
+        raise TaskError(f"filler={str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"filler={str(path)!r} is not UTF-8 text (byte {error.start})") from None
+        raise TaskError(f"filler={str(path)!r} is not UTF-8 text (byte {error.start})") from None
     read = tuple(sentence for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if sentence)
     if not read:
-        raise ValueError(f"filler={str(path)!r} has no text")
+        raise TaskError(f"filler={str(path)!r} has no text")
     return read

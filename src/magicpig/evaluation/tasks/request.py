@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+class TaskError(ValueError):
+    """A sample that cannot be had. One line, naming the cause."""
+
+
 @dataclass(frozen=True)
 class Sources:
     """Paths of the files that tasks read; None where there is none.
