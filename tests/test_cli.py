@@ -855,6 +855,68 @@ def test_bad_bench_decode_options(arguments, cause):
     assert_refused(bench_decode(*arguments), cause)
 
 
+CAPTURE = Path(__file__).parent / "data/captures/random.safetensors"
+
+
+def bench_frontier(*arguments):
+    sizes = ["--heads", 2, "--kv-heads", 1, "--head-dim", 32, "--contexts", "300", "--steps", 1, "--repeats", 1]
+    return run("bench", "frontier", *sizes, "--samplers", "sketch:32,topk:32", *arguments)
+
+
+@pytest.mark.usefixtures("small_evictor")
+def test_bench_frontier_writes_numbers_and_pictures_and_shows_tables(tmp_path):
+    result = bench_frontier("--set", CAPTURE, "--json", tmp_path / "a.json", "--figure", tmp_path / "b.png")
+    assert result.exit_code == 0, result.output
+    assert "synthetic, 300" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.png", "b.svg"]
+    rows = json.loads((tmp_path / "a.json").read_text())["results"]
+    layers = list(load_capture(CAPTURE).layers)
+    assert [(row["name"], row["layer"]) for row in rows] == [
+        (name, layer) for layer in [*layers, None] for name in ("sketch:32", "topk:32")
+    ]
+
+
+@pytest.mark.usefixtures("small_evictor")
+def test_bench_frontier_on_standard_output():
+    result = bench_frontier("--json", "-", "--dtype", "float32")
+    assert len(json.loads(result.stdout)["results"]) == 2
+    assert "B/key" in result.stderr
+
+
+@pytest.mark.usefixtures("small_evictor")
+def test_bench_frontier_leaves_nothing_behind_when_it_fails(monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("magicpig.bench.frontier.measure", interrupt)
+    result = bench_frontier("--json", tmp_path / "a.json", "--figure", tmp_path / "b")
+    assert result.exit_code != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--contexts", "many"], "length 'many' is not a number of tokens"),
+        (["--contexts", "none"], "--contexts none leaves nothing to measure; give --set"),
+        (["--contexts", "60"], "context=60 has nothing to sample"),
+        (["--contexts", "4096M"], "GiB of memory"),
+        (["--contexts", "90"], "nothing to measure"),
+        (["--set", "/missing.safetensors"], "cannot read /missing.safetensors"),
+        (["--samplers", "full"], "--samplers full has no error to compare"),
+        (["--samplers", "lhs"], "unknown sampler 'lhs'"),
+        (["--dtype", "auto"], "--dtype auto"),
+        (["--heads", "3", "--kv-heads", "2"], "heads=3 is not a multiple of kv_heads=2"),
+        (["--json", "/missing/a.json"], "cannot write /missing/a.json"),
+        (["--figure", "/missing/a"], "cannot write /missing/a.png"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.usefixtures("small_evictor")
+def test_bad_bench_frontier_options(arguments, cause):
+    assert_refused(bench_frontier(*arguments), cause)
+
+
 PRINT_BINDINGS = """
 import sys
 from magicpig.cli.bench import pin_threads
@@ -962,6 +1024,18 @@ def test_ctrl_c_keeps_the_text_and_says_so(model_dir):
     assert stdout.endswith("\n")
     assert stderr.splitlines()[0] == "magicpig: interrupted"
     assert "Traceback" not in stderr
+
+
+def test_an_interrupted_training_says_how_it_goes_on(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("magicpig.pocket.train.train", interrupt)
+    result = run("pocket", "train", "--out", tmp_path)
+    assert result.exit_code == 130
+    said = " ".join(result.stderr.split())
+    assert said.startswith("The same command goes on from the last checkpoint in ")
+    assert said.endswith("magicpig: interrupted")
 
 
 def test_a_closed_pipe_is_no_error(model_dir):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
@@ -62,7 +63,8 @@ def train(
         except ValueError as error:
             raise InputError(str(error)) from None
         except KeyboardInterrupt:
-            raise InputError(f"stopped; the same command goes on from the checkpoint in {out}") from None
+            notes.print(f"The same command goes on from the last checkpoint in {escape(str(out))}.")
+            raise
     training.save(model, out / "model")
     notes.print(
         f"The model is in {out / 'model'}. Next: magicpig eval ruler --model {out / 'model'}, magicpig pocket card"
