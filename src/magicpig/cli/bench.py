@@ -9,12 +9,14 @@ import typer
 
 from magicpig.cli.bench_attention import attention
 from magicpig.cli.bench_decode import decode
+from magicpig.cli.bench_frontier import frontier
 
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)
 measure.command()(attention)
 measure.command()(decode)
+measure.command()(frontier)
 
 
 def pin_threads() -> None:

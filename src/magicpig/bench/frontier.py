@@ -1,0 +1,144 @@
+"""What a step costs and what it gets wrong, for every sampler and setting: error against time, index and rows read.
+
+Error is the relative L2 distance of the output from exact attention in float64, over all heads and steps. Samplers that
+look at every key to choose their rows have an error, but no time that would mean anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from magicpig.bench.layer import NATIVE, Layer
+from magicpig.capture import AttentionSet
+from magicpig.config import EXACT
+from magicpig.evaluation.matrix import Method, parse_methods
+from magicpig.store import KVStore
+
+TABLES = ((11, 300), (10, 75), (10, 150), (10, 220), (9, 75), (9, 120), (8, 75))  # K, L
+BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
+BITS = (1, 2, 3, 4)
+REFERENCES = ("topk", "oracle")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A sampler's setting on one context.
+
+    source: where the context is from; layer: of a captured one; tokens: before the first step.
+    error, error_p95: over heads and steps. sampled_share: of the body, read by a query head. step_ms: median, with cold
+    caches; exact_ms: of the exact kernel, in turns with it; both None for samplers that look at every key.
+    index_bytes_per_key: of a kv head.
+    """
+
+    source: str
+    layer: int | None
+    tokens: int
+    name: str
+    sampler: str
+    K: int | None
+    L: int | None
+    bits: int | None
+    budget: float | None
+    error: float
+    error_p95: float
+    sampled_share: float
+    step_ms: float | None
+    exact_ms: float | None
+    index_bytes_per_key: float
+
+
+def settings(samplers: str) -> list[Method]:
+    """The settings that are measured: all of a sampler, or of one that says its own, as "lsh:K=9,L=120", that alone.
+
+    Raises MatrixError for what there is not.
+    """
+    asked = parse_methods(samplers, exact_below=0)
+    names: list[str] = []
+    for method in asked:
+        budgets = [f"{method.name}:{budget}" for budget in BUDGETS]
+        if method.name == "lsh":
+            names += [f"lsh:K={K},L={L}" for K, L in TABLES]
+        elif method.name == "sketch":
+            names += [f"{budget},bits={bits}" for bits in BITS for budget in budgets]
+        elif method.name in REFERENCES:
+            names += budgets
+        else:
+            names.append(method.name)
+    return list(parse_methods(",".join(names), exact_below=0))
+
+
+def measure(
+    source: str,
+    data: AttentionSet,
+    methods: Iterable[Method],
+    *,
+    layer: int | None = None,
+    repeats: int = 3,
+    on_point: Callable[[], None] = lambda: None,
+) -> Iterator[Point]:
+    """A `Point` per method that leaves something out on this context; on_point is called for every method.
+
+    Nothing is left out where a budget is as large as the body, or a context all sinks and recent window.
+    """
+    measured = Layer([data])
+    dense = measured.stores(EXACT)
+    for method in methods:
+        config = method.config
+        body = measured.context - config.sinks - config.recent
+        if body > 0 and (config.sampler == "lsh" or config.rows(body) < body):
+            yield _point(source, layer, measured, method, dense, repeats)
+        on_point()
+
+
+def best(points: Sequence[Point]) -> list[Point]:
+    """Those of the timed points that no other one beats in both time and error, fastest first."""
+    timed = sorted((point for point in points if point.step_ms is not None), key=lambda point: point.step_ms or 0.0)
+    found: list[Point] = []
+    for point in timed:
+        if not found or point.error < found[-1].error:
+            found.append(point)
+    return found
+
+
+def _point(source: str, number: int | None, layer: Layer, method: Method, dense: list[KVStore], repeats: int) -> Point:
+    config, stores = method.config, layer.stores(method.config)
+    (store,) = stores
+    store.settle()
+    errors = layer.errors(lambda step: layer.step(stores, step))
+    layer.forget(stores)
+    step_ms = exact_ms = None
+    if config.sampler in NATIVE:
+
+        def step(step: int) -> Tensor:
+            return layer.step(stores, step)
+
+        def exact(step: int) -> Tensor:
+            return layer.step(dense, step)
+
+        times: dict[str, list[float]] = {"exact": [], "step": []}
+        for measured in layer.timed({"exact": exact, "step": step}, repeats):
+            for name, each in measured.items():
+                times[name] += each
+            layer.forget([*stores, *dense])
+        step_ms, exact_ms = statistics.median(times["step"]), statistics.median(times["exact"])
+    return Point(
+        source=source,
+        layer=number,
+        tokens=layer.context,
+        name=method.name,
+        sampler=config.sampler,
+        K=config.K if config.sampler == "lsh" else None,
+        L=config.L if config.sampler == "lsh" else None,
+        bits=config.bits if config.sampler == "sketch" else None,
+        budget=None if config.sampler == "lsh" else config.budget,
+        error=float(errors.mean()),
+        error_p95=float(errors.flatten().quantile(0.95)),
+        sampled_share=store.stats.mean_share,
+        step_ms=step_ms,
+        exact_ms=exact_ms,
+        index_bytes_per_key=store.nbytes().index / (store.kv_heads * (store.indexed_to - config.sinks)),
+    )

@@ -1,0 +1,163 @@
+"""`magicpig bench frontier`: what each sampler's error costs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from magicpig.cli.bench_options import JsonFile, Threads, short_length, torch_dtype
+from magicpig.cli.errors import InputError
+from magicpig.cli.files import STDIO, OutputFile
+from magicpig.cli.options import Dtype, checked
+
+if TYPE_CHECKING:
+    from magicpig.bench.frontier import Point
+
+
+def frontier(
+    contexts: Annotated[
+        str, typer.Option(help="Lengths of synthetic contexts, as 131072 or 128K, separated by commas; or none.")
+    ] = "16K,128K,1M",
+    sets: Annotated[
+        list[Path] | None, typer.Option("--set", help="A file of `magicpig capture`; may be given several times.")
+    ] = None,
+    samplers: Annotated[
+        str,
+        typer.Option(help="Samplers separated by commas: all settings of each, or those behind a colon (sketch:256)."),
+    ] = "lsh,sketch,topk,oracle",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads of synthetic contexts.")] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads of synthetic contexts.")] = 2,
+    head_dim: Annotated[int, typer.Option(min=1, help="Length of a query, key or value of synthetic contexts.")] = 128,
+    dtype: Annotated[Dtype, typer.Option(help="Of synthetic queries, keys and values.")] = Dtype.bfloat16,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds over all query steps.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Different query steps in a round, of synthetic contexts.")] = 8,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the results into this file and its like, .png and .svg.")
+    ] = None,
+) -> None:
+    """Output error against time per step, index and keys read, for every sampler and setting.
+
+    On synthetic contexts and captured ones. Error is relative to exact attention in float64, over heads and steps;
+    times are medians with cold caches, in turns with the exact kernel. topk and oracle look at every key, so they have
+    an error and no time. The tables have the settings that no other beats in both time and error.
+    """
+    to_stdout = json_file == STDIO
+    console = Console(stderr=to_stdout)
+    with ExitStack() as files:
+        json_out = files.enter_context(OutputFile(None if to_stdout else json_file))
+        pictures = {
+            suffix: files.enter_context(OutputFile(figure.with_suffix(suffix)))
+            for suffix in (".png", ".svg")
+            if figure is not None
+        }
+        import torch
+
+        from magicpig.bench import frontier as bench
+        from magicpig.bench.layer import Shape, WrongResultError, check_context, verify_kernels
+        from magicpig.capture import load_capture
+        from magicpig.evaluation.matrix import parse_lengths
+        from magicpig.provenance import provenance
+
+        lengths = () if contexts == "none" else parse_lengths(contexts, "--contexts")
+        methods = bench.settings(samplers)
+        if any(method.config.sampler == "full" for method in methods):
+            raise InputError("--samplers full has no error to compare: exact attention is in every run")
+        shape = checked(Shape, heads, kv_heads, head_dim, 1, torch_dtype(dtype))
+        for tokens in lengths:
+            checked(check_context, tokens, [method.config for method in methods], shape)
+        captures = {path: load_capture(path) for path in sets or []}
+        if not lengths and not captures:
+            raise InputError("--contexts none leaves nothing to measure; give --set")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        points: list[Point] = []
+        try:
+            verify_kernels(shape)
+            with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+                layers = sum(len(capture.layers) for capture in captures.values())
+                task = progress.add_task("Measuring", total=len(methods) * (len(lengths) + layers))
+                for path, capture in captures.items():
+                    for layer, data in capture.layers.items():
+                        points += bench.measure(
+                            f"{path.stem}, {short_length(data.tokens)}",
+                            data,
+                            methods,
+                            layer=layer,
+                            repeats=repeats,
+                            on_point=lambda: progress.advance(task),
+                        )
+                for tokens in lengths:
+                    (data,) = shape.contexts(tokens, steps)
+                    points += bench.measure(
+                        f"synthetic, {short_length(tokens)}",
+                        data,
+                        methods,
+                        repeats=repeats,
+                        on_point=lambda: progress.advance(task),
+                    )
+        except WrongResultError as error:
+            print(f"magicpig: no timing, the results are wrong: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        if not points:
+            raise InputError("nothing to measure: every context is shorter than what is always read, or the budgets")
+        rows = [asdict(point) for point in points]
+        described = provenance() | {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "dtype": dtype.value,
+            "repeats": repeats,
+            "steps": steps,
+        }
+        answer = json.dumps(described | {"results": rows}, indent=2)
+        if to_stdout:
+            print(answer)
+        json_out.write(answer + "\n")
+        if figure is not None:
+            from magicpig.bench.draw import draw_frontier
+            from magicpig.figures.style import png_and_svg, style
+
+            with style():
+                for suffix, content in png_and_svg(draw_frontier(rows)).items():
+                    pictures[suffix].write(content)
+    for source in dict.fromkeys((point.source, point.layer) for point in points):
+        if found := bench.best([point for point in points if (point.source, point.layer) == source]):
+            console.print(_table(found))
+    console.print(
+        f"[dim]ms per layer and step, medians, with cold caches; synthetic: {heads} query heads, {kv_heads} key/value "
+        f"heads, head dim {head_dim}, {dtype.value}; {described['isa']}, {described['threads']} threads, "
+        f"{described['machine']}"
+    )
+
+
+def _table(points: list[Point]) -> Table:
+    first = points[0]
+    title = first.source if first.layer is None else f"{first.source}, layer {first.layer}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    for name in ("step", "vs exact", "rows", "B/key", "error", "p95"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in points:
+        ratio = "" if each.exact_ms is None or each.step_ms is None else f"[bold]{each.exact_ms / each.step_ms:.1f}x"
+        table.add_row(
+            each.name,
+            f"{each.step_ms:.2f}",
+            ratio,
+            f"{each.sampled_share:.2%}",
+            f"{each.index_bytes_per_key:.0f}",
+            f"{each.error:.3f}",
+            f"{each.error_p95:.3f}",
+        )
+    return table
