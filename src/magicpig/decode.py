@@ -158,9 +158,11 @@ def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) 
 def _sampler(stores: Sequence[KVStore]) -> LshSampler | SketchSampler | None:
     """What the stores that sample do it by; they must all have the same."""
     settled = [store for store in stores if store.settled]
-    if len({_setting(store.config) for store in settled}) > 1:
+    if not settled:
+        return None
+    if len(settled) > 1 and len({_setting(store.config) for store in settled}) > 1:
         raise ValueError(f"stores differ in {', '.join(_SETTING)} or seed; one step takes stores of one setting")
-    return settled[0].sampler if settled else None
+    return settled[0].sampler
 
 
 _SETTING = ("sampler", "K", "L", "min_hits", "bits", "budget", "epsilon")

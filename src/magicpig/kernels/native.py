@@ -500,7 +500,8 @@ def decode_step(
     """One step of one layer: append, sample, attend, merge. As decode.decode_step, which checks; contiguous."""
     B, H, D = query.shape
     output = torch.empty(B, H, D, dtype=query.dtype)
-    lse, predicted_error = torch.empty(2, B, H, dtype=torch.float32)
+    lse = torch.empty(B, H, dtype=torch.float32)
+    predicted_error = torch.empty(B, H, dtype=torch.float32)
     samples = _native.decode_step(
         views,
         sampler if isinstance(sampler, LshSampler) else None,

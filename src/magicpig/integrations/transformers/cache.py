@@ -61,8 +61,10 @@ class MagicPigCache(Cache):
         super().__init__(layers=layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.get_seq_length(layer_idx) != self.get_seq_length(0):
+        first: Any = self.layers[0]
+        layer: Any = self.layers[layer_idx]
+        states = layer.update(key_states, value_states, *args, **kwargs)
+        if layer.get_seq_length() != first.get_seq_length():
             raise RuntimeError(
                 f"layers 0 and {layer_idx} have not seen the same tokens: a forward pass was interrupted; "
                 "use a new MagicPigCache"
@@ -225,12 +227,13 @@ class MagicPigLayer(CacheLayerMixin):
         real = self._new_tokens(mask, T)
         self._pending = None
         self.query_heads = H
-        keys, values = (x.detach().to("cpu", self.dtype) for x in (pending.keys, pending.values))
-        queries = query.detach().to("cpu", self.dtype)
-        rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": _on_cpu(sink_logits)}
+        keys, values = _on_cpu(pending.keys, self.dtype), _on_cpu(pending.values, self.dtype)
+        queries = _on_cpu(query, self.dtype)
+        sink_logits = None if sink_logits is None else _on_cpu(sink_logits, torch.float32)
+        rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
         if T == 1 and real is None:
-            state = decode_step(queries[:, :, 0], keys[:, :, 0], values[:, :, 0], self.stores, **rule)
-            output = state.output[:, None]
+            state = decode_step(queries.squeeze(2), keys.squeeze(2), values.squeeze(2), self.stores, **rule)
+            output = state.output.unsqueeze(1)
         else:
             output = torch.zeros(B, T, H, D, dtype=self.dtype)
             for row in range(B):
@@ -238,7 +241,7 @@ class MagicPigLayer(CacheLayerMixin):
                 q, k, v = queries[row][:, chosen], keys[row][:, chosen], values[row][:, chosen]
                 if q.shape[1] > 0:
                     output[row, chosen] = self._attend_row(row, q, k, v, decode=T == 1, rule=rule).transpose(0, 1)
-        return output.to(query.device, query.dtype)
+        return output if queries is query else output.to(query.device, query.dtype)
 
     def _attend_row(self, row: int, q: Tensor, k: Tensor, v: Tensor, *, decode: bool, rule: dict[str, Any]) -> Tensor:
         """The new real tokens of one sequence: q (H, n, D), k and v (G, n, D). Returns (H, n, D)."""
@@ -263,14 +266,14 @@ class MagicPigLayer(CacheLayerMixin):
 
     def _new_tokens(self, mask: Tensor | None, T: int) -> Tensor | None:
         """Remembers the padding. Returns which of the T newest positions hold tokens, (B, T), or None if all do."""
+        if mask is None and self._real is None:
+            return None
         shape = (len(self.stores), self.positions)
         if mask is not None and mask.shape != shape:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {shape} with this cache")
         real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.to("cpu", torch.bool)
         past = self.positions - T
         stored = True if self._real is None else self._real
-        if mask is None and self._real is None:
-            return None
         if not bool((real[:, :past] == stored).all()):
             row, position = (real[:, :past] != stored).nonzero()[0].tolist()
             raise ValueError(
@@ -396,8 +399,11 @@ class _Work:
             self.predicted = stats.predicted if self.predicted is None else self.predicted + stats.predicted
 
 
-def _on_cpu(sink_logits: Tensor | None) -> Tensor | None:
-    return None if sink_logits is None else sink_logits.detach().to("cpu", torch.float32)
+def _on_cpu(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Most often it is there already; asking costs a tenth of a call.
+    if x.is_cpu and x.dtype == dtype and not x.requires_grad:
+        return x
+    return x.detach().to("cpu", dtype)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
