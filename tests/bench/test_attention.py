@@ -57,6 +57,14 @@ def test_a_sketch_of_two_bits_takes_36_bytes_of_a_key():
     assert 34 <= result.index_bytes_per_key < 36
 
 
+def test_rows_in_whole_numbers_take_less():
+    small = Config(sampler="sketch", budget=64, exact_below=0, kv_dtype="int8")
+    whole, eighth = attention.run(2000, [SKETCH[0], small], SHAPE, repeats=1, steps=2)
+    assert (whole.kv_dtype, eighth.kv_dtype) == ("model", "int8")
+    assert eighth.row_bytes < 0.5 * whole.row_bytes
+    assert eighth.exact_error < 1e-5  # the exact kernel reads the model's rows
+
+
 @pytest.mark.parametrize("config", [LSH[0], SKETCH[0]], ids=["lsh", "sketch"])
 def test_steps_are_forgotten_and_do_not_lengthen_the_context(config, monkeypatch):
     lengths = set()

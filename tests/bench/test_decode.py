@@ -7,6 +7,7 @@ from transformers import AttentionInterface
 from magicpig.bench import decode, shapes
 from magicpig.bench.clocks import PARTS, Clocks
 from magicpig.bench.decode import Decoder
+from magicpig.config import EXACT
 from magicpig.evaluation.matrix import parse_methods
 from magicpig.integrations.transformers import NAME, MagicPigCache
 from magicpig.integrations.transformers.attention import magicpig_attention
@@ -58,10 +59,17 @@ def test_one_result_per_sampler_whose_parts_add_up():
     assert lsh.kv_bytes == full.kv_bytes
 
 
+def test_rows_of_each_kind_are_there_once():
+    methods = parse_methods("full,full:kv_dtype=int8,sketch:32,kv_dtype=int8", exact_below=0, dense_layers=())
+    full, small, sketch = decoder().measure(600, methods, repeats=1)
+    assert small.kv_bytes == sketch.kv_bytes < 0.5 * full.kv_bytes
+    assert full.ratio_full == 1
+
+
 def test_the_parts_of_a_token_are_all_of_it():
     made = decoder()
     made.measure(300, METHODS[:1], repeats=1)
-    cache = made._filled(300)
+    cache = made._filled(300, EXACT)
     clock = Clocks()
     made._generate(cache, 300, clock)
     assert cache.get_seq_length() == 300

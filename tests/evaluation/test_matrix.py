@@ -65,6 +65,7 @@ def test_a_samplers_own_setting_wins():
         ("methods", "lsh:K=9,K=8", "unknown setting 'K' of"),
         ("methods", "lsh:sampler=full", "unknown setting 'sampler' of"),
         ("methods", "lsh:K=nine", "sampler 'lsh:K=nine': K='nine' is not a number"),
+        ("methods", "lsh:kv_dtype=int9", "sampler 'lsh:kv_dtype=int9': kv_dtype='int9'"),
         ("methods", "lsh:K=99", "sampler 'lsh:K=99': K=99"),
         ("methods", "lsh,lsh:K=10", "samplers 'lsh' and 'lsh:K=10' are the same"),
     ],

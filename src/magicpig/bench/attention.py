@@ -41,7 +41,8 @@ SAMPLED_TOLERANCE = 0.5
 class Result:
     """One context and setting. Times are medians of one layer's step.
 
-    K, L or budget, bits: the setting; those of another sampler are None.
+    K, L or budget, bits: the setting; those of another sampler are None. kv_dtype: of its rows; the exact kernel's are
+    the model's.
     ratio_exact, ratio_sdpa: exact_ms / step_ms and sdpa_ms / step_ms.
     index_ms: what indexing new tokens adds to a step, spread over the `block` tokens it is done for at once.
     sampled_share: rows a query head read of those it might have; sampled_rows: distinct rows read per kv head.
@@ -56,6 +57,7 @@ class Result:
     L: int | None
     budget: float | None
     bits: int | None
+    kv_dtype: str
     step_ms: float
     exact_ms: float
     sdpa_ms: float
@@ -88,7 +90,7 @@ def describe(shape: Shape, config: Config, repeats: int, steps: int) -> dict[str
         "head_dim": shape.head_dim,
         "batch": shape.batch,
         "dtype": str(shape.dtype).removeprefix("torch."),
-        "config": config.model_dump(mode="json", exclude={"sampler", "K", "L", "budget", "bits"}),
+        "config": config.model_dump(mode="json", exclude={"sampler", "K", "L", "budget", "bits", "kv_dtype"}),
         "repeats": repeats,
         "steps": steps,
         "eviction_bytes": layer.EVICTION_BYTES,
@@ -165,6 +167,7 @@ class _Bench(Layer):
             L=config.L if lsh else None,
             budget=config.budget if sketch else None,
             bits=config.bits if sketch else None,
+            kv_dtype=config.kv_dtype,
             step_ms=median["step"],
             exact_ms=median["exact"],
             sdpa_ms=median["sdpa"],

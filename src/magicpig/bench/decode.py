@@ -5,7 +5,7 @@ the time of a token depends on neither. Queries are what random weights make of 
 about as many keys are sampled as of a trained model. Nothing is said of quality, and prefill is never timed.
 
 Where memory allows, all samplers take turns in one process; otherwise each takes turns with full attention, by this
-library's exact kernel. The caches are forks of one, so what none of them changes is there once.
+library's exact kernel. Caches of one kind of rows are forks of one, so what none of them changes is there once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from magicpig.bench.clocks import PARTS, Clocks
 from magicpig.bench.shapes import settings
 from magicpig.bench.synthetic import synthetic_context
-from magicpig.config import EXACT, Config
+from magicpig.config import EXACT, Config, KVDtype
 from magicpig.evaluation.matrix import Method
 from magicpig.integrations.transformers import MagicPigCache, attach
 from magicpig.integrations.transformers.cache import MagicPigLayer
@@ -138,7 +138,8 @@ class Decoder:
         sampled = [method for method in methods if method not in full]
         shapes = layer_shapes(self.model_config, EXACT)
         fixed = 2 * context * shapes[0].kv_heads * shapes[0].head_dim * self.dtype.itemsize  # made once, then copied
-        fixed += self._cache_bytes(context, EXACT) + (self.weight_bytes() if self._model is None else 0)
+        fixed += self.weight_bytes() if self._model is None else 0
+        fixed += sum(self._cache_bytes(context, _exact(rows)) for rows in _kinds(methods))
         each = [self._cache_bytes(context, method.config) for method in sampled]
         free = free_memory()
         if (needed := fixed + max(each, default=0)) > free:
@@ -169,19 +170,19 @@ class Decoder:
         groups = self.check(context, methods)
         if self._model is None:
             self._model = attach(random_model(self.model_config, self.dtype), EXACT)
-        base = self._filled(context)
+        bases = {rows: self._filled(context, _exact(rows)) for rows in _kinds(methods)}
         results: dict[str, Result] = {}
         for group in groups:
-            for result in self._in_turns(base, group, context, repeats, on_round):
+            for result in self._in_turns(bases, group, context, repeats, on_round):
                 results.setdefault(result.name, result)  # full attention is in every group
         return list(results.values())
 
-    def _filled(self, context: int) -> MagicPigCache:
+    def _filled(self, context: int, exact: Config) -> MagicPigCache:
         """A cache that holds a synthetic context in every layer, indexed by nothing yet."""
         shapes = layer_shapes(self.model_config, EXACT)
         heads, D = shapes[0].kv_heads, shapes[0].head_dim
         data = synthetic_context(context - 1, heads=heads, kv_heads=heads, head_dim=D, dtype=self.dtype)
-        cache = MagicPigCache(self.model_config, EXACT)
+        cache = MagicPigCache(self.model_config, exact)
         for layer in _layers(cache):
             layer.lazy_initialization(data.keys[None], data.values[None])
             layer.stores[0].append(data.keys, data.values)
@@ -190,7 +191,7 @@ class Decoder:
 
     def _in_turns(
         self,
-        base: MagicPigCache,
+        bases: dict[KVDtype, MagicPigCache],
         methods: Sequence[Method],
         context: int,
         repeats: int,
@@ -198,7 +199,7 @@ class Decoder:
     ) -> list[Result]:
         caches, builds = [], []
         for method in methods:
-            caches.append(base.fork(method.config))
+            caches.append(bases[method.config.kv_dtype].fork(method.config))
             start = time.perf_counter()
             caches[-1].settle()
             builds.append(time.perf_counter() - start)
@@ -278,6 +279,15 @@ class _Times:
         whole = [sum(token.values()) - token["index"] + index for token in tokens]
         parts = {part: statistics.median(token[part] for token in tokens) for part in PARTS}
         return cls(statistics.median(whole), min(whole), parts | {"index": index})
+
+
+def _kinds(methods: Sequence[Method]) -> set[KVDtype]:
+    return {method.config.kv_dtype for method in methods}
+
+
+def _exact(rows: KVDtype) -> Config:
+    """Full attention over rows of this kind: what a cache is filled by before it is forked."""
+    return Config(sampler="full", kv_dtype=rows)
 
 
 def _layers(cache: MagicPigCache) -> list[MagicPigLayer]:

@@ -21,7 +21,8 @@ DEFAULTS = Config()
 Samplers = Annotated[
     str,
     typer.Option(
-        help="Samplers separated by commas, each with settings behind a colon if it has any: lsh:K=9,L=120,sketch:256."
+        help="Samplers separated by commas, each with settings behind a colon if it has any: lsh:K=9,L=120,sketch:256,"
+        "kv_dtype=int8."
     ),
 ]
 Budget = Annotated[float, typer.Option(help="Rows that samplers without a budget of their own read per head.")]

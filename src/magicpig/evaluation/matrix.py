@@ -130,7 +130,7 @@ def _method(name: str, defaults: dict[str, Any]) -> Method:
             allowed = [field for field in Config.model_fields if field not in ("sampler", *given)]
             raise _unknown("setting", key, allowed, f" of {name!r}")
         try:
-            given[key] = json.loads(value)
+            given[key] = value if key == "kv_dtype" else json.loads(value)
         except ValueError:
             raise MatrixError(f"sampler {name!r}: {key}={value!r} is not a number, true or false") from None
     try:
