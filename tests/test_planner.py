@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from magicpig.config import Config
+from magicpig.config import EXACT, Config
 from magicpig.kernels import native
 from magicpig.planner import InsufficientMemoryError, LayerShape, check, plan
+from magicpig.samplers import NAMES
 from magicpig.store import KVStore
 
 CONFIG = Config(K=6, L=10, exact_below=100, sinks=4, recent=16, block=64)
@@ -55,6 +56,17 @@ def test_too_much_is_refused_in_one_line_with_the_numbers() -> None:
     ) as e:
         check(needed, free=needed.total - 1)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("sampler", NAMES)
+def test_room_for_the_logits_of_every_head_is_planned(sampler: str) -> None:
+    config, tokens, heads = Config(sampler=sampler, exact_below=0), 100_000, 24
+    layer = LayerShape(2, 8, sampled=True, query_heads=heads)
+    transient = plan([layer] * 3, config, sequences=1, tokens=tokens, dtype=torch.bfloat16).transient
+    body = tokens - config.sinks - config.recent
+    wide = 8 if sampler.startswith("oracle") else 4  # the result alone, before it is rounded
+    assert transient >= heads * body * wide
+    assert plan([layer], EXACT, sequences=1, tokens=tokens, dtype=torch.bfloat16).transient == 0
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(0, 1), (1, 0)])

@@ -17,6 +17,9 @@ from magicpig.machine import free_memory
 from magicpig.store import YOUNG, block_capacity
 from magicpig.types import MemoryUse
 
+# Bytes for each query head and key while rows are chosen by logits (samplers.py), at the peak; measured, rounded up.
+DRAWING = {"topk": 16, "uniform-tail": 20, "oracle": 64, "oracle-replacement": 64, "quest": 8}
+
 
 class InsufficientMemoryError(MemoryError):
     """A request needs more memory than the machine can give."""
@@ -27,19 +30,21 @@ class LayerShape:
     """What a layer keeps of each token: D-wide keys and values of G heads.
 
     sampled: whether it may be indexed. window: the most tokens it keeps (sliding window attention), or None.
+    query_heads: H, if they are more than the kv heads; matters only to samplers that compute a logit for each.
     """
 
     kv_heads: int
     head_dim: int
     sampled: bool
     window: int | None = None
+    query_heads: int | None = None
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Upper bounds in bytes for `sequences` sequences of `tokens` tokens.
 
-    kept: keys, values and indexes at the end. transient: what indexing one layer needs besides, for a moment.
+    kept: keys, values and indexes at the end. transient: what indexing one layer, or drawing from it, needs besides.
     """
 
     sequences: int
@@ -108,12 +113,17 @@ def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) ->
 
 
 def _transient(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) -> int:
-    """Codes and the new index of one segment while the old one is still there; for Quest, keys side by side."""
+    """Codes and the new index of one segment while the old one is still there; for Quest, keys side by side.
+
+    For samplers for comparison, also what they compute of every key in a step.
+    """
     body = _body(layer, config, tokens)
     if config.sampler == "sketch":
         return layer.kv_heads * _sketch_bytes(layer, config, min(body, native.SEGMENT_ROWS)) if body else 0
     if config.sampler != "lsh":
-        return layer.kv_heads * body * layer.head_dim * dtype.itemsize if config.sampler == "quest" else 0
+        drawing = (layer.query_heads or layer.kv_heads) * body * DRAWING.get(config.sampler, 0)
+        pages = layer.kv_heads * body * layer.head_dim * dtype.itemsize if config.sampler == "quest" else 0
+        return max(drawing, pages)
     body = min(body, native.SEGMENT_ROWS)
     return layer.kv_heads * config.L * (2 * 2 * body + 4 * (2**config.K + 1)) if body else 0
 

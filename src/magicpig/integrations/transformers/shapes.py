@@ -18,7 +18,8 @@ def layer_shapes(model_config: PreTrainedConfig, config: Config) -> list[LayerSh
     shapes = []
     for index, (layer, kind, given) in enumerate(zip(decoder.per_layer_config, types, settings, strict=True)):
         sampled = kind == "full_attention" and not config.is_dense(index)
-        shapes.append(LayerShape(_kv_heads(layer), _head_dim(layer), sampled, given.get("sliding_window")))
+        heads = int(layer.num_attention_heads)
+        shapes.append(LayerShape(_kv_heads(layer), _head_dim(layer), sampled, given.get("sliding_window"), heads))
     return shapes
 
 
