@@ -9,7 +9,7 @@ import torch
 
 from magicpig.config import EXACT, Config
 from magicpig.tune import Goal, LayerChoice, Measured, Tuning
-from magicpig.tune.choose import good_enough
+from magicpig.tune.choose import good_enough, settings_of
 from magicpig.tune.report import name, summary
 
 GOAL = Goal(0.05, 0.1)
@@ -107,6 +107,19 @@ def test_errors_that_were_foreseen():
     exact = Measured(sketch(9), torch.full((4, 2), 1e-7), torch.zeros(4, 2), share=1.0, cost=1.0, index_bytes=0)
     assert exact.foreseen is None
     assert FULL.foreseen is None
+
+
+def test_settings_are_named_in_full_whatever_the_defaults_are():
+    assert settings_of(EXACT) == {"sampler": "full"}
+    assert settings_of(Config()) == {"sampler": "lsh", "K": 10, "L": 150}
+    assert settings_of(Config(min_hits=3, centre=False, seed=4)) == {
+        "sampler": "lsh",
+        "K": 10,
+        "L": 150,
+        "min_hits": 3,
+        "centre": False,
+    }
+    assert settings_of(sketch(0.5)) == {"sampler": "sketch", "budget": 0.5, "bits": 2}
 
 
 @pytest.mark.parametrize("pair", [(0.0, 0.1), (0.1, 0.05), (0.5, 1.0), (math.nan, 0.1)], ids=str)

@@ -117,6 +117,7 @@ def test_a_goal_out_of_reach_leaves_all_layers_dense(model_dir, text, tmp_path):
         (("--epsilon", "0.2", "--p95", "0.1"), "p95=0.1"),
         (("--samplers", "topk"), "--samplers 'topk' cannot be measured here; allowed: lsh, sketch"),
         (("--samplers", "sketch:bits=9"), "bits=9"),
+        (("--samplers", "sketch:kv_dtype=int8"), "kv_dtype cannot be tuned"),
         (("--steps", "1"), "--steps"),
         (("--text", "/nowhere"), "cannot read /nowhere"),
         (("--model", "/nowhere"), "/nowhere: no such directory"),

@@ -101,6 +101,8 @@ def tune(
                 if samplers is None
                 else [method.config for method in methods(samplers, NATIVE)]
             )
+            if any(config.kv_dtype != "model" for config in configs):
+                raise InputError("--samplers: kv_dtype cannot be tuned, rows are kept in the model's own dtype")
             network = generation.load(opened, dtype=dtype.value)
         with work_progress(notes) as progress:
             bar = progress.add_task("Reading the text", total=len(ids))

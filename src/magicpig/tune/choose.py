@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magicpig.config import EXACT, Config
+from magicpig.config import BY_LAYER, EXACT, Config
 from magicpig.tune.measure import Measured
 
 FASTER = 0.95  # of the time of full attention: what saves less than that is not worth an error
+
+SAID = {"full": ("sampler",), "lsh": ("sampler", "K", "L"), "sketch": ("sampler", "budget", "bits")}
+"""What a setting is named by, even where it is as by default."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,10 @@ class Tuning:
 
 
 def good_enough(measured: Sequence[Measured], goal: Goal) -> list[Measured]:
-    """Full attention, which is the first, and the settings that are faster and meet the goal; the fastest first."""
+    """The settings that are faster than full attention and meet the goal, the fastest first; then full attention.
+
+    measured: full attention first.
+    """
     full = measured[0]
     good = [one for one in measured[1:] if goal.is_safe(one.chosen_by) and one.cost < FASTER]
     return [*sorted(good, key=lambda one: one.cost), full]
@@ -113,10 +119,9 @@ def p95(errors: Tensor) -> float:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What `Config.layers` has to say of a layer that is to be read in this way."""
-    if config.sampler == "full":
-        return {"sampler": "full"}
-    if config.sampler == "lsh":
-        return config.model_dump(include={"sampler", "K", "L"})
-    budget = int(config.budget) if config.budget.is_integer() else config.budget
-    drawn = {"sampler": config.sampler, "budget": budget, "bits": config.bits}
-    return drawn if config.epsilon is None else drawn | {"epsilon": config.epsilon}
+    own = {}
+    for name in BY_LAYER:
+        value = getattr(config, name)
+        if name in SAID[config.sampler] or value != Config.model_fields[name].default:
+            own[name] = int(value) if name == "budget" and value.is_integer() else value
+    return own

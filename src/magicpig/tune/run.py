@@ -65,7 +65,7 @@ def _shape(attention: AttentionSet) -> Shape:
 
 
 def _check_memory(network: Any, tokens: int, configs: Sequence[Config], layers: Sequence[int]) -> None:
-    """What was read, what is kept of it, and one layer of the hungriest setting."""
+    """What was read, what is kept of it, and one layer as often as there are finalists of the hungriest setting."""
     shapes = layer_shapes(network.config, EXACT)
     whole = plan(shapes, EXACT, sequences=1, tokens=tokens, dtype=network.dtype)
     sampled = [replace(shapes[layer], sampled=True) for layer in layers]
@@ -75,5 +75,5 @@ def _check_memory(network: Any, tokens: int, configs: Sequence[Config], layers: 
         for config in configs
     ]
     worst = max(single, key=lambda each: each.total)
-    kept = MemoryUse(2 * whole.kept.rows + worst.kept.rows, worst.kept.index)
+    kept = MemoryUse(2 * whole.kept.rows + FINALISTS * worst.kept.rows, FINALISTS * worst.kept.index)
     check(replace(whole, kept=kept, transient=worst.transient))
