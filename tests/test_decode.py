@@ -459,7 +459,7 @@ def test_stores_that_do_not_belong_together_are_refused():
     query, keys, values = new_token(2)
     one = make_store(500)
     others = {
-        r"^stores differ in kv_heads, head_dim or dtype; ": [
+        r"^stores differ in kv_heads, head_dim, dtype or kv_dtype; ": [
             KVStore(G + 1, D, torch.float32, SAMPLED, sampled=True),
             KVStore(G, D - 1, torch.float32, SAMPLED, sampled=True),
             KVStore(G, D, torch.float16, SAMPLED, sampled=True),

@@ -184,14 +184,15 @@ def _check_query(query: Tensor, stores: Sequence[KVStore], scale: float) -> None
             )
         if len({id(store) for store in stores}) < len(stores):
             raise ValueError("stores has the same store twice; fork it")
-    if query.ndim != 3 or query.shape[0] != len(stores) or query.shape[2] != D:
-        raise ValueError(f"query has shape {tuple(query.shape)}; expected ({len(stores)}, H, {D})")
-    H = query.shape[1]
+    shape = query.shape
+    if len(shape) != 3 or shape[0] != len(stores) or shape[2] != D:
+        raise ValueError(f"query has shape {tuple(shape)}; expected ({len(stores)}, H, {D})")
+    H = shape[1]
     if H < 1 or H % G or H // G > native.MAX_GROUP:
         raise ValueError(
             f"query has {H} heads; expected a multiple of kv_heads={G}, at most {native.MAX_GROUP} times it"
         )
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         raise ValueError(f"query is on {query.device}; decoding reads stores in host memory and needs it on the cpu")
     native.dtype_code(query.dtype)
     if not math.isfinite(scale):
@@ -203,7 +204,7 @@ def _check_new(query: Tensor, keys: Tensor, values: Tensor, stores: Sequence[KVS
     for name, x in (("keys", keys), ("values", values)):
         if x.shape != expected:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {expected}")
-        if x.dtype != query.dtype or x.device != query.device:
+        if x.dtype != query.dtype or not x.is_cpu:
             raise ValueError(
                 f"{name} is {x.dtype} on {x.device}; expected {query.dtype} on {query.device} as the query"
             )

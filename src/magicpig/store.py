@@ -134,6 +134,7 @@ class KVStore:
         self.layout = RowLayout(head_dim, dtype, torch.int8 if config.kv_dtype == "int8" else dtype)
         self.view = StoreView(native.row_code(self.layout.stored), kv_heads, head_dim, config.sinks)
         self._blocks: list[_Block] = []
+        self._sampler: LshSampler | SketchSampler | None = None
         self._segments: tuple[native.Segment, ...] = ()
         self._sketches: tuple[native.SketchSegment, ...] = ()
         self.pages = torch.empty(2, kv_heads, 0, head_dim, dtype=dtype)  # `page_ranges` of the body, for Quest
@@ -158,14 +159,9 @@ class KVStore:
 
         Where the rows of the body are not chosen by hashing (samplers.py), it finds none: there are no tables.
         """
-        if not self.settled:
-            return None
-        config = self.config
-        if config.sampler == "sketch":
-            return shared_sketcher(self.head_dim, config.bits, config.seed, config.budget, config.epsilon)
-        if config.sampler != "lsh":
-            return shared_sampler(self.head_dim, 1, 1, 1, 0)
-        return shared_sampler(self.head_dim, config.K, config.L, config.min_hits, config.seed)
+        if self._sampler is None and self.settled:
+            self._sampler = self._shared_sampler()
+        return self._sampler
 
     @property
     def segments(self) -> tuple[native.Segment, ...]:
@@ -319,6 +315,14 @@ class KVStore:
         self.writable_to = 0
         other._schedule()
         return other
+
+    def _shared_sampler(self) -> LshSampler | SketchSampler:
+        config = self.config
+        if config.sampler == "sketch":
+            return shared_sketcher(self.head_dim, config.bits, config.seed, config.budget, config.epsilon)
+        if config.sampler != "lsh":
+            return shared_sampler(self.head_dim, 1, 1, 1, 0)
+        return shared_sampler(self.head_dim, config.K, config.L, config.min_hits, config.seed)
 
     def _check(self, keys: Tensor, values: Tensor) -> int:
         for name, x in (("keys", keys), ("values", values)):
