@@ -1,6 +1,7 @@
 import pytest
 
 from magicpig.config import Config
+from magicpig.config_file import ConfigFileError, to_text
 from magicpig.evaluation import matrix
 from magicpig.evaluation.tasks import TASKS
 
@@ -39,6 +40,23 @@ def test_samplers_with_settings():
         Config(sampler="lsh", exact_below=0),
         Config(sampler="quest", budget=64, sinks=8, exact_below=0),
     ]
+
+
+def test_settings_in_a_file(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text(to_text(Config(dense_layers=(1,), layers={0: {"sampler": "sketch"}}), {}))
+    full, tuned = matrix.parse_methods(f"full,{path}", exact_below=0, dense_layers=(2,))
+    assert full.config == Config(sampler="full", exact_below=0, dense_layers=(2,))
+    assert tuned.name == "tuned.json"
+    assert tuned.config == Config(exact_below=0, dense_layers=(1,), layers={0: {"sampler": "sketch"}})
+    (tmp_path / "others").mkdir()
+    other = tmp_path / "others" / "tuned.json"
+    other.write_text(to_text(Config(K=9), {}))
+    with pytest.raises(matrix.MatrixError, match="are the same"):
+        matrix.parse_methods(f"{path},{other}")
+    path.write_text("{}")
+    with pytest.raises(ConfigFileError, match=r"tuned\.json: not a file of settings"):
+        matrix.parse_methods(str(path))
 
 
 def test_a_samplers_own_setting_wins():

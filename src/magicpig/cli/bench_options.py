@@ -38,7 +38,7 @@ def methods(samplers: str, allowed: tuple[str, ...], **settings: Any) -> list[Me
     # However short the context, it is the sampled step that is to be measured.
     found = parse_methods(samplers, exact_below=0, **settings)
     for method in found:
-        if method.config.sampler not in allowed:
+        if method.config.sampler not in allowed or method.config.layers:
             raise InputError(f"--samplers {method.name!r} cannot be measured here; allowed: {', '.join(allowed)}")
     return list(found)
 

@@ -55,8 +55,8 @@ def ruler(
     samplers: Annotated[
         str,
         typer.Option(
-            help="Samplers with their settings, for example full,lsh,lsh:K=9,L=120,topk:0.02,window: a bare number is "
-            "the budget, rows per head and step or a share of the keys.",
+            help="Samplers with their settings, for example full,lsh,lsh:K=9,L=120,topk:0.02,tuned.json: a bare number "
+            "is the budget, rows per head and step or a share of the keys; a file is one of `magicpig tune`.",
             rich_help_panel=WHAT,
         ),
     ] = "full,lsh",

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from magicpig.config import SAMPLERS, Config
+from magicpig.config_file import load_config
 from magicpig.evaluation.tasks import TASKS, Sources
 
 PROTOCOLS = ("question-dense", "question-sparse")
@@ -100,7 +102,9 @@ def parse_methods(text: str, **defaults: Any) -> tuple[Method, ...]:
     """Samplers separated by commas, each with settings of `Config` behind a colon if it has any.
 
     "full,lsh,lsh:K=9,L=120,topk:0.02": a part with an equals sign belongs to the sampler before it, and a bare number
-    is the budget. ``defaults`` are settings that hold where a sampler has none of its own.
+    is the budget. A name that ends in .json is a file of settings (config_file.py). ``defaults`` are settings that hold
+    where a sampler has none of its own.
+    Raises MatrixError, and ConfigFileError for such a file.
     """
     named: list[list[str]] = []
     for part in _names(text, "--samplers"):
@@ -112,13 +116,16 @@ def parse_methods(text: str, **defaults: Any) -> tuple[Method, ...]:
     for parts in named:
         method = _method(",".join(parts), defaults)
         for other in methods:
-            if other.config == method.config:
+            if other.config == method.config or other.name == method.name:
                 raise MatrixError(f"samplers {other.name!r} and {method.name!r} are the same")
         methods.append(method)
     return tuple(methods)
 
 
 def _method(name: str, defaults: dict[str, Any]) -> Method:
+    if name.endswith(".json"):
+        # By its name alone: results do not depend on where it lies.
+        return _with_settings(Path(name).name, {**defaults, **load_config(name).model_dump(exclude_unset=True)})
     sampler, _, settings = name.partition(":")
     if sampler not in SAMPLERS:
         raise _unknown("sampler", sampler, SAMPLERS)
@@ -133,8 +140,12 @@ def _method(name: str, defaults: dict[str, Any]) -> Method:
             given[key] = value if key == "kv_dtype" else json.loads(value)
         except ValueError:
             raise MatrixError(f"sampler {name!r}: {key}={value!r} is not a number, true or false") from None
+    return _with_settings(name, {"sampler": sampler, **defaults, **given})
+
+
+def _with_settings(name: str, settings: dict[str, Any]) -> Method:
     try:
-        return Method(name, Config(sampler=sampler, **{**defaults, **given}))
+        return Method(name, Config(**settings))
     except ValueError as error:
         raise MatrixError(f"sampler {name!r}: {error}") from None
 
