@@ -1,4 +1,4 @@
-# make demo | test | test-lowest | lint | format | stub | wheel | clean
+# make demo | test | test-lowest | sanitize | lint | format | stub | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-lowest lint format stub wheel clean
+.PHONY: setup demo test test-lowest sanitize lint format stub wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMPS)/install
@@ -27,6 +27,18 @@ test-lowest: setup $(STAMPS)/lowest-$(LOWEST)
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -c \
 	  "import transformers as t; assert t.__version__ == '$(LOWEST)', t.__version__; print('transformers', t.__version__)"
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest tests/integrations $(ARGS)
+
+# What the kernels do with memory, watched: their tests on a build that stops at the first wrong address. Takes minutes.
+# Python itself is not built for it, so the runtime is loaded before; leaks are Python's affair.
+CHECKED  := build/sanitize
+RUNTIME  := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+WATCHED  := tests/kernels tests/test_decode.py tests/test_int8.py tests/test_sketch.py tests/test_store.py
+sanitize: setup
+	CXX='$(CXX)' $(BIN)/cmake -S . -B $(CHECKED) -G Ninja -DPython_EXECUTABLE='$(abspath $(BIN)/python)' \
+	  -DMAGICPIG_SANITIZE=ON -DMAGICPIG_EMULATE_BF16=ON
+	$(BIN)/cmake --build $(CHECKED)
+	LD_PRELOAD='$(RUNTIME)' ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python .ci/with_native.py $(CHECKED)/_native.abi3.so --no-cov $(WATCHED) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check
