@@ -38,7 +38,7 @@ sanitize: setup
 	  -DMAGICPIG_SANITIZE=ON -DMAGICPIG_EMULATE_BF16=ON
 	$(BIN)/cmake --build $(CHECKED)
 	LD_PRELOAD='$(RUNTIME)' ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python .ci/with_native.py $(CHECKED)/_native.abi3.so --no-cov $(WATCHED) $(ARGS)
+	  $(BIN)/python .ci/with_native.py $(CHECKED)/_native.abi3.so --no-cov --capture=sys $(WATCHED) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check

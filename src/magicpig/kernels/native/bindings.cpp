@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <tuple>
@@ -215,8 +214,9 @@ Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* lsh
   nb::list out;
   for (const HeadSample& sample : samples) {
     auto ids = allocate_array(sample.ids.size() * 4), log_u = allocate_array(sample.log_u.size() * 4);
-    std::memcpy(ids.data(), sample.ids.data(), sample.ids.size() * 4);
-    std::memcpy(log_u.data(), sample.log_u.data(), sample.log_u.size() * 4);
+    // Not memcpy: of an empty sample there is no address.
+    std::copy(sample.ids.begin(), sample.ids.end(), reinterpret_cast<uint32_t*>(ids.data()));
+    std::copy(sample.log_u.begin(), sample.log_u.end(), reinterpret_cast<float*>(log_u.data()));
     out.append(nb::make_tuple(ids, log_u));
   }
   return out;
