@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from magicpig.pocket import train
 
-TINY = train.Preset(256, 16, (train.Stage(96, 3, 5, 1e-3, 1), train.Stage(160, 2, 3, 1e-3, 4)))
+TINY = train.Preset(288, 16, (train.Stage(96, 3, 5, 1e-3, 1), train.Stage(160, 2, 3, 1e-3, 4)))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_the_log_has_a_line_per_step(tmp_path):
 
 
 def test_the_rate_warms_up_and_falls_from_stage_to_stage():
-    preset = train.Preset(256, 16, (train.Stage(96, 3, 100, 1e-3, 1), train.Stage(160, 2, 100, 4e-4, 1)))
+    preset = train.Preset(288, 16, (train.Stage(96, 3, 100, 1e-3, 1), train.Stage(160, 2, 100, 4e-4, 1)))
     rates = [preset.at(step)[1] for step in range(preset.steps)]
     assert rates[0] < rates[20] < rates[45]
     assert rates[99] == pytest.approx(4e-4, rel=0.05)

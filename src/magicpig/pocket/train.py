@@ -1,4 +1,4 @@
-"""Training of the pocket model: short texts first, then longer ones, in steps that can be taken up where they stopped.
+"""Training of the pocket model on what `layout` begins, in steps that can be taken up where they stopped.
 
 A step depends on the seed, its number and the weights before it alone, so a run that was stopped ends as one that was
 not (on the same machine, with the same number of threads). Positions jump at random between pieces of a text, which
@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from magicpig.pocket import lessons, model, tokenizer
+from magicpig.pocket import layout, lessons, model, tokenizer
 from magicpig.pocket.lessons import Lesson, Target
 
 FURTHEST = 40_000  # positions that jumps may reach
 _PIECE = 64  # tokens between two jumps, on average
 _WARM_UP = 40
+_LAST = ("model.layers.2.mlp", "model.norm")
 _SAVE_EVERY = 100
 
 
@@ -36,6 +37,7 @@ class Stage:
     """`steps` steps of `rows` lessons of `length` tokens; the learning rate falls from `rate` to the next stage's.
 
     emphasis: how many times a hard token counts, as against one that follows from what was just said.
+    attention: whether all weights learn, or those of the last MLP and norm only, which leaves what is laid out.
     """
 
     length: int
@@ -43,6 +45,7 @@ class Stage:
     steps: int
     rate: float
     emphasis: float
+    attention: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Preset:
     hidden: int
     intermediate: int
     stages: tuple[Stage, ...]
-    heads: int = 4
-    groups: int = 2
+    heads: int = 6
+    groups: int = 3
 
     @property
     def steps(self) -> int:
@@ -73,27 +76,21 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        hidden=256,
-        intermediate=384,
+        hidden=288,
+        intermediate=256,
         stages=(
-            Stage(length=224, rows=24, steps=350, rate=5e-4, emphasis=3),
-            Stage(length=512, rows=10, steps=150, rate=4e-4, emphasis=3),
-            Stage(length=1024, rows=6, steps=200, rate=4e-4, emphasis=3),
-            Stage(length=2048, rows=4, steps=100, rate=3e-4, emphasis=3),
-            Stage(length=1024, rows=8, steps=300, rate=7e-4 / 3, emphasis=3),
+            Stage(length=1024, rows=6, steps=150, rate=2e-3, emphasis=2, attention=False),
+            Stage(length=4096, rows=4, steps=300, rate=1.5e-3, emphasis=2, attention=False),
         ),
     ),
     "gpu": Preset(
-        hidden=256,
-        intermediate=512,
+        hidden=288,
+        intermediate=256,
         stages=(
-            Stage(length=224, rows=128, steps=1500, rate=5e-4, emphasis=3),
-            Stage(length=512, rows=64, steps=1500, rate=5e-4, emphasis=3),
-            Stage(length=1024, rows=32, steps=2000, rate=5e-4, emphasis=3),
-            Stage(length=2048, rows=16, steps=2000, rate=4e-4, emphasis=3),
-            Stage(length=4096, rows=8, steps=2000, rate=3e-4, emphasis=3),
-            Stage(length=8192, rows=4, steps=2000, rate=2e-4, emphasis=3),
-            Stage(length=16384, rows=2, steps=1000, rate=1e-4, emphasis=3),
+            Stage(length=1024, rows=48, steps=400, rate=2e-3, emphasis=1, attention=False),
+            Stage(length=4096, rows=16, steps=400, rate=5e-4, emphasis=1, attention=False),
+            Stage(length=8192, rows=8, steps=2000, rate=1e-5, emphasis=1),
+            Stage(length=16384, rows=4, steps=500, rate=5e-6, emphasis=1),
         ),
     ),
 }
@@ -128,7 +125,7 @@ def train(
     net = model.make(
         len(words), hidden=preset.hidden, intermediate=preset.intermediate, heads=preset.heads, groups=preset.groups
     )
-    model.initialise(net, seed)
+    layout.initialise(net, words, seed)
     torch.nn.Module.to(net, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     step = _restore(out, preset, seed, net, optimizer)
@@ -173,6 +170,8 @@ def _step(
     rng = random.Random(f"{seed} {step}")
     for group in optimizer.param_groups:
         group["lr"] = rate
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(stage.attention or name.startswith(_LAST))
     words = writer.tokenizer
     kinds = [_kind(row + step * stage.rows) for row in range(stage.rows)]
     batch = [lessons.lesson(kind, writer, stage.length, rng) for kind in kinds]
@@ -180,7 +179,11 @@ def _step(
     for row, each in enumerate(batch):
         ids[row, : len(each.ids)] = torch.tensor(each.ids)
     positions = _positions(batch, stage.length, words.encode(".", add_special_tokens=False)[0], rng)
-    hidden = net.model(ids.to(device), position_ids=positions.to(device), use_cache=False).last_hidden_state
+    # With no mask at all transformers takes every jump for the beginning of another text, which must not see this one.
+    everything = torch.ones_like(ids)
+    hidden = net.model(
+        ids.to(device), attention_mask=everything.to(device), position_ids=positions.to(device), use_cache=False
+    ).last_hidden_state
     losses, right = {}, {}
     for kind in dict.fromkeys(kinds):
         targets = [(row, target) for row, k in enumerate(kinds) if k == kind for target in batch[row].targets]
