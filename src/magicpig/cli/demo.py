@@ -26,7 +26,7 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="Directory of a transformers model; the one in this package by default.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of each document, question and answer included.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of each document, question and answer included.")] = 32768,
     seed: Annotated[int, typer.Option(min=0, help="Of the documents.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")] = False,
 ) -> None:
