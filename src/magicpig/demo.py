@@ -82,7 +82,7 @@ class Demo:
 def run(
     model: Model,
     *,
-    tokens: int = 4096,
+    tokens: int,
     seed: int = 0,
     on_start: Callable[[str, int], None] = lambda about, tokens: None,
     on_read: Callable[[int], None] = lambda tokens: None,
