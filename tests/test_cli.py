@@ -711,7 +711,7 @@ def test_figures_are_pictures_and_the_numbers_behind_them(model_dir, tmp_path, m
         (["--samplers", "lhs"], "unknown sampler 'lhs'; did you mean lsh"),
         (["--tasks", "few"], "unknown task 'few'; did you mean"),
         (["--length", "50", "--only", "2"], "length=50 is below the minimum of task fwe"),
-        (["--length", "1M", "--only", "1"], "length '1M' is not a number"),
+        (["--length", "1T", "--only", "1"], "length '1T' is not a number"),
     ],
 )
 def test_figures_refuse_what_cannot_be_drawn(model_dir, tmp_path, arguments, cause):

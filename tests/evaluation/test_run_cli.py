@@ -130,7 +130,7 @@ def test_interrupted_in_a_terminal_it_says_how_to_go_on(model_dir, tmp_path):
     terminal, inside = pty.openpty()
     command = [sys.executable, "-m", "magicpig", "eval", "ruler", "--model", model_dir, "--out", path, *MATRIX]
     running = subprocess.Popen(
-        [*command, "--samples", "1000"],
+        [*command, "--samples", "100"],  # what is shown before the first result must fit into the terminal's buffer
         stdout=inside,
         stderr=inside,
         start_new_session=True,
