@@ -140,7 +140,7 @@ class _Bench(Layer):
         errors = {name: self.errors(call) for name, call in attention.items()}
         self._forget(sampled)
         self._judge(errors)
-        index_ms = self._index_ms(sampled, config)
+        index_ms = statistics.median(self.indexing_ms(sampled) for _ in range(3))
 
         calls: dict[str, Callable[[int], object]] = {**attention, "stream": self._stream}
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -218,16 +218,3 @@ class _Bench(Layer):
             error = float(errors[name].mean())
             if not error <= allowed:  # NaN included
                 raise WrongResultError(f"{name} has a relative error of {error:.1e}, allowed {allowed:.0e}")
-
-    def _index_ms(self, stores: list[KVStore], config: Config) -> float:
-        """Milliseconds per token to index one block of tokens that leaves the recent window, median of three."""
-        times, tokens = [], min(config.block, self.context)
-        for _ in range(3):
-            forks = [store.fork() for store in stores]
-            for fork, each in zip(forks, self.data, strict=True):
-                fork.append(each.keys[:, :tokens], each.values[:, :tokens])
-            start = time.perf_counter()
-            for fork in forks:
-                fork.index_due()
-            times.append((time.perf_counter() - start) * 1e3 / tokens)
-        return statistics.median(times)

@@ -135,6 +135,17 @@ class Layer:
             sink_logits=each.sink_logits,
         ).output
 
+    def indexing_ms(self, stores: list[KVStore]) -> float:
+        """Milliseconds per token of indexing a block of tokens that has left the recent window."""
+        grown = [store.fork() for store in stores]
+        tokens = min(stores[0].config.block, self.context)
+        for store, each in zip(grown, self.data, strict=True):
+            store.append(each.keys[:, :tokens], each.values[:, :tokens])
+        start = time.perf_counter()
+        for store in grown:
+            store.index_due()
+        return (time.perf_counter() - start) * 1e3 / tokens
+
     def forget(self, stores: list[KVStore]) -> None:
         """Take the steps back."""
         for store in stores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -17,12 +16,14 @@ from magicpig.cli.bench_options import (
     DEFAULTS,
     Bits,
     Budget,
+    Contexts,
     JsonFile,
     Samplers,
     Threads,
     methods,
     short_length,
     torch_dtype,
+    write_results,
 )
 from magicpig.cli.files import STDIO, OutputFile
 from magicpig.cli.options import Dtype, checked
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 
 
 def attention(
-    context: Annotated[
-        str, typer.Option(help="Tokens in the cache, as 32768 or 32K; several separated by commas.")
-    ] = "32K",
+    context: Contexts = "32K",
     samplers: Samplers = "lsh,sketch",
     budget: Budget = DEFAULTS.budget,
     bits: Bits = DEFAULTS.bits,
@@ -81,10 +80,7 @@ def attention(
             print(f"magicpig: no timing, the results are wrong: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
         described = bench.describe(shape, configs[0], repeats, steps)
-        answer = json.dumps(described | {"results": [asdict(result) for result in results]}, indent=2)
-        if to_stdout:
-            print(answer)
-        file.write(answer + "\n")
+        write_results(described, [asdict(result) for result in results], file, to_stdout=to_stdout)
     console.print(_table(results))
     console.print(
         f"[dim]ms per layer and step, medians of {repeats * steps} calls; {heads} query heads, {kv_heads} key/value "

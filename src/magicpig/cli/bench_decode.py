@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,12 +16,14 @@ from magicpig.cli.bench_options import (
     DEFAULTS,
     Bits,
     Budget,
+    Contexts,
     JsonFile,
     Samplers,
     Threads,
     methods,
     short_length,
     torch_dtype,
+    write_results,
 )
 from magicpig.cli.files import STDIO, OutputFile
 from magicpig.cli.options import Dtype, checked, parse_layers
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
 def decode(
     shape: Annotated[str, typer.Option(help=f"A model's sizes: {', '.join(SHAPES)}.")] = "llama-3.2-1b",
     layers: Annotated[int | None, typer.Option(help="Its first so many layers. [default: all]")] = None,
-    context: Annotated[
-        str, typer.Option(help="Tokens in the cache, as 32768 or 32K; several separated by commas.")
-    ] = "32K",
+    context: Contexts = "32K",
     samplers: Samplers = "full,lsh,sketch",
     budget: Budget = DEFAULTS.budget,
     bits: Bits = DEFAULTS.bits,
@@ -79,10 +78,7 @@ def decode(
             for tokens in contexts:
                 results += decoder.measure(tokens, compared, repeats=repeats, on_round=lambda: progress.advance(task))
         described = describe(decoder, shape, repeats)
-        answer = json.dumps(described | {"results": [asdict(result) for result in results]}, indent=2)
-        if to_stdout:
-            print(answer)
-        file.write(answer + "\n")
+        write_results(described, [asdict(result) for result in results], file, to_stdout=to_stdout)
     console.print(_table(results))
     console.print(
         f"[dim]ms per token, medians of {repeats * steps} tokens; ours: Python of this package, per layer in "

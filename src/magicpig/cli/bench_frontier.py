@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from magicpig.cli.bench_options import JsonFile, Threads, short_length, torch_dtype
+from magicpig.cli.bench_options import JsonFile, Threads, short_length, torch_dtype, write_results
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import STDIO, OutputFile
 from magicpig.cli.options import Dtype, checked
@@ -121,10 +120,7 @@ def frontier(
             "repeats": repeats,
             "steps": steps,
         }
-        answer = json.dumps(described | {"results": rows}, indent=2)
-        if to_stdout:
-            print(answer)
-        json_out.write(answer + "\n")
+        write_results(described, rows, json_out, to_stdout=to_stdout)
         if figure is not None:
             from magicpig.bench.draw import draw_frontier
             from magicpig.figures.style import png_and_svg, style

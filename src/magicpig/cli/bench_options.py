@@ -1,13 +1,16 @@
-"""What the benchmarks' options have in common."""
+"""What the benchmarks' options and results have in common."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from magicpig.cli.errors import InputError
+from magicpig.cli.files import OutputFile
 from magicpig.cli.options import Dtype
 from magicpig.config import Config
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = Config()
 
+Contexts = Annotated[str, typer.Option(help="Tokens in the cache, as 32768 or 32K; several separated by commas.")]
 Samplers = Annotated[
     str,
     typer.Option(
@@ -41,6 +45,16 @@ def methods(samplers: str, allowed: tuple[str, ...], **settings: Any) -> list[Me
         if method.config.sampler not in allowed or method.config.layers:
             raise InputError(f"--samplers {method.name!r} cannot be measured here; allowed: {', '.join(allowed)}")
     return list(found)
+
+
+def write_results(
+    described: Mapping[str, Any], results: Sequence[Mapping[str, Any]], file: OutputFile, *, to_stdout: bool
+) -> None:
+    """One JSON object: what was measured how, and the results."""
+    answer = json.dumps({**described, "results": list(results)}, indent=2)
+    if to_stdout:
+        print(answer)
+    file.write(answer + "\n")
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
-from magicpig.cli.options import Dtype, checked
+from magicpig.cli.options import Dtype, ModelDtype, PrefillChunk, TrustRemoteCode, checked
 from magicpig.cli.report import prefill_progress
 from magicpig.machine import versions
 
@@ -57,13 +57,9 @@ def capture(
         str | None, typer.Option(help="Key/value heads to keep, separated by commas. [default: all]")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Keep the queries of this many last tokens.")] = 8,
-    dtype: Annotated[
-        Dtype, typer.Option(help="What the model computes in; auto is what its weights are stored in.")
-    ] = Dtype.auto,
-    prefill_chunk: Annotated[int, typer.Option(min=64, help="Read this many tokens at a time.")] = 1024,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
-    ] = False,
+    dtype: ModelDtype = Dtype.auto,
+    prefill_chunk: PrefillChunk = 1024,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Keep what attention computes with while a local model reads a text.
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
-from magicpig.cli.options import Dtype, or_pocket, parse_layers
+from magicpig.cli.options import Dtype, ModelOrPocket, or_pocket, parse_layers
 from magicpig.cli.report import run_evaluation, work_progress
 
 if TYPE_CHECKING:
@@ -31,13 +31,7 @@ Rows = list[dict[str, Any]]
 
 def figures(
     out: Annotated[Path, typer.Option(help="Directory for the pictures and numbers; made if it is missing.")],
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of a transformers model: config.json, safetensors weights, tokenizer. "
-            "[default: the pocket model]"
-        ),
-    ] = None,
+    model: ModelOrPocket = None,
     only: Annotated[str, typer.Option(help="Which figures, separated by commas.")] = ",".join(NAMES),
     length: Annotated[str, typer.Option(help="Tokens of prompt and answer together, as 16384 or 16K.")] = "16K",
     tasks: Annotated[

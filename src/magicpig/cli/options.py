@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -23,6 +23,20 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+ModelOrPocket = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of a transformers model: config.json, safetensors weights, tokenizer. "
+        "[default: the pocket model]"
+    ),
+]
+ModelDtype = Annotated[Dtype, typer.Option(help="What the model computes in; auto is what its weights are stored in.")]
+PrefillChunk = Annotated[int, typer.Option(min=64, help="Read this many tokens at a time.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
+]
 
 
 def checked(make: Callable[..., T], *arguments: Any, **settings: Any) -> T:

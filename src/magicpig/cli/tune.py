@@ -15,7 +15,15 @@ from rich.table import Table
 from magicpig.cli.bench_options import methods
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
-from magicpig.cli.options import Dtype, checked, or_pocket
+from magicpig.cli.options import (
+    Dtype,
+    ModelDtype,
+    ModelOrPocket,
+    PrefillChunk,
+    TrustRemoteCode,
+    checked,
+    or_pocket,
+)
 from magicpig.cli.report import work_progress
 from magicpig.config import Config
 
@@ -35,13 +43,7 @@ def tune(
     p95: Annotated[
         float | None, typer.Option(help="The same at the 95th percentile. [default: twice the mean]")
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of a transformers model: config.json, safetensors weights, tokenizer. "
-            "[default: the pocket model]"
-        ),
-    ] = None,
+    model: ModelOrPocket = None,
     length: Annotated[
         str | None, typer.Option(help="Read this many tokens of the text, as 16384 or 16K. [default: all]")
     ] = None,
@@ -56,13 +58,9 @@ def tune(
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Decode this many last tokens again with each setting.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Time them this often.")] = 1,
-    dtype: Annotated[
-        Dtype, typer.Option(help="What the model computes in; auto is what its weights are stored in.")
-    ] = Dtype.auto,
-    prefill_chunk: Annotated[int, typer.Option(min=64, help="Read this many tokens at a time.")] = 1024,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
-    ] = False,
+    dtype: ModelDtype = Dtype.auto,
+    prefill_chunk: PrefillChunk = 1024,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with all that was measured; all else goes to stderr.")
     ] = False,

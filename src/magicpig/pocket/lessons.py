@@ -157,15 +157,11 @@ def _niah(writer: Writer, rng: random.Random) -> None:
     rng.shuffle(lines)
     for line in lines:
         writer.say(line)
-    dense = writer.length < _WHOLE
     for _ in range(4 * questions):
         asked = rng.choice(list(facts))
         _, question, prefix = templates.niah(kind, [asked], 1)
         answer = facts[asked]
         text = question + prefix
-        if dense and rng.random() < 0.7:
-            # Short lessons also ask by the answer's beginning alone: more answers in the same time.
-            text = prefix
         if writer.tokens(text) + writer.tokens(answer) + 1 > writer.room:
             break
         writer.ask(text)

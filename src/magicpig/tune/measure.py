@@ -7,7 +7,6 @@ chosen by the first half of them; the second half says what came of the choice.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,16 +155,7 @@ class Trials:
             layer.forget(everyone)
         self._times += times[0]
         full, *steps = map(_typical, times)
-        return [(step + self._indexing_ms(store)) / full for step, store in zip(steps, stores, strict=True)]
-
-    def _indexing_ms(self, store: KVStore) -> float:
-        """Milliseconds per token of indexing a block that has left the recent window."""
-        attention = self.attention
-        grown, tokens = store.fork(), min(store.config.block, attention.tokens)
-        grown.append(attention.keys[:, :tokens], attention.values[:, :tokens])
-        start = time.perf_counter()
-        grown.index_due()
-        return (time.perf_counter() - start) * 1e3 / tokens
+        return [(step + layer.indexing_ms([store])) / full for step, store in zip(steps, stores, strict=True)]
 
 
 def _typical(times: Sequence[float]) -> float:
