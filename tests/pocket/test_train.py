@@ -2,14 +2,15 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from magicpig.pocket import train
+from magicpig.pocket import lessons, train
 
-TINY = train.Preset(288, 16, (train.Stage(96, 3, 5, 1e-3, 1), train.Stage(160, 2, 3, 1e-3, 4)))
+TINY = train.Preset(288, 16, (train.Stage(96, 3, 5, 1e-3), train.Stage(160, 2, 3, 1e-3)))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_the_log_has_a_line_per_step(tmp_path):
 
 
 def test_the_rate_warms_up_and_falls_from_stage_to_stage():
-    preset = train.Preset(288, 16, (train.Stage(96, 3, 100, 1e-3, 1), train.Stage(160, 2, 100, 4e-4, 1)))
+    preset = train.Preset(288, 16, (train.Stage(96, 3, 100, 1e-3), train.Stage(160, 2, 100, 4e-4)))
     rates = [preset.at(step)[1] for step in range(preset.steps)]
     assert rates[0] < rates[20] < rates[45]
     assert rates[99] == pytest.approx(4e-4, rel=0.05)
@@ -76,6 +77,16 @@ def test_positions_rise_stay_in_reach_and_jump_between_sentences_of_the_text():
     assert (steps[:, 199:] == 1).all()
 
 
+def test_any_word_is_right_in_place_of_a_word_and_one_token_of_the_form_in_its_place():
+    form, scores = torch.tensor([1, 2]), torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.5]])
+    net = SimpleNamespace(lm_head=lambda hidden: hidden)
+    p = scores[0].softmax(0)
+    for right, expected, hit in (((0,), p[0] + p[3] + p[4], 0.0), ((0, 3), p[0] + p[3] + p[4], 1.0), ((2,), p[2], 0.0)):
+        loss, hits = train._loss(net, scores[None], [(0, lessons.Target(0, right))], form)
+        assert loss.item() == pytest.approx(-expected.log().item(), rel=1e-5)
+        assert hits == hit
+
+
 def test_a_saved_model_is_read_by_transformers(tmp_path):
     net = train.train(tmp_path / "run", replace(TINY, stages=TINY.stages[:1]))
     train.save(net, tmp_path / "model")
@@ -83,7 +94,7 @@ def test_a_saved_model_is_read_by_transformers(tmp_path):
     words = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.float32
     ids = words("What is the special magic number", return_tensors="pt").input_ids
-    rounded = {name: w.bfloat16().float() for name, w in net.state_dict().items()}
+    rounded = {name: w.half().float() for name, w in net.state_dict().items()}
     net.load_state_dict(rounded)
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, net(ids).logits)

@@ -9,6 +9,7 @@ From random weights a small Llama spends hours on a plateau before it finds head
    follows ``VAR x = VAR y`` from y to x. Two remember the topic: the two words of the key that was named last.
 2. Two heads look up what followed the last word under the same topic (induction heads: Olsson et al., arXiv
    2209.11895). Two average over all words to be counted, common ones more. Two subtract those that were just said.
+   The MLP is left to training: it says when an answer's number, full stop or end comes instead of a word.
 
 A head with nothing to do looks at the first token, which says nothing: an attention sink. The logit of a match is what
 makes a head look at one token in 16K: its weights are sized by what a logit shall be, in units of which e^10 is 22,000.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -40,6 +42,7 @@ _SHORT = 16  # dimensions of a sketch
 _LONG = 48  # of the one that is turned back into a word
 _KEY = 8  # of the words of a topic
 _COMMON = (":", ".", ",", "is", "are", "they")  # words without a sketch: comparing them would be noise
+_FORM = (".", *(str(number) for number in range(1, 11)))  # and the end: what gives an answer its form
 _SMALL = 0.3  # size of the features of a place: larger ones would change the norm and with it all else
 
 
@@ -55,7 +58,8 @@ class _Stream:
     # Of its place: what stands one or two tokens back, and how common the word is here.
     after_equals, after_colon, after_ordinal, count = range(257, 261)
     common = 261
-    width = 278
+    form = slice(278, 288)  # which of `_FORM` comes next: written by the last MLP alone
+    width = 288
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,29 @@ _RECENT = _Distance(
     torch.tensor([-0.01, 0.42, 1.72, 1.17, 7.56, 5.02, 7.15, 4.45, 5.88, 3.66, 4.18, 3.26, 3.1, 4.41, 2.35, 1.8]),
     torch.tensor([-0.05, -0.04, -0.83, 0, 0, 0, -2.94, *[0.0] * 9]),
 )
-# Likewise. Within 0.6 of 0 up to d = 30; at most -7.7 from 42 to 45,000. Then 0.4 less at 0, which was counted less.
+# Likewise. Within 0.2 of 0 at d = 2, 5, ..., 29, where the words of a numbered list are, and at most 1 between; at
+# most -9.8 from 46 to 45,000. -0.9 at 1 and -1.4 at 0, for words in a row.
 _JUST_SAID = _Distance(
-    torch.tensor([-0.65, 0.13, -0.13, -1.04, 0.81, 2.7, 1.99, 1.9, 1.79, 1.69, 0, 0, 0, 0, -10.59, 0]),
-    torch.tensor([-0.06, 0, 1.01, -0.57, 1.44, 0, 0, -0.46, -0.77, 0, -1.31, -0.42, -1.59, 0, 0, -29.46]),
+    torch.tensor([-0.43, -0.08, -0.09, -0.33, 0.62, 3.8, 2.78, 2.26, 2.44, 2.62, 0, 0, 0, -0.12, -14.86, 0]),
+    torch.tensor([0.09, 0.18, 0.41, -1.06, 3.02, 0, 0, -0.47, -0.01, -0.14, -0.82, -0.23, -0.46, -0.18, 0, -37.51]),
 )
+
+
+def form_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that stand between the words of an answer or end it. Training is about when they come."""
+    return [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in _FORM)]
+
+
+def restrict(model: LlamaForCausalLM) -> None:
+    """Lets training change the last MLP alone, and that write only which token of the form comes next.
+
+    Whatever else it wrote would be noise in the words that the heads have found.
+    """
+    model.requires_grad_(False)
+    last = model.model.layers[-1].mlp.requires_grad_(True)
+    may_change = torch.zeros(model.config.hidden_size, 1)
+    may_change[_Stream.form] = 1
+    last.down_proj.weight.register_hook(lambda gradient: gradient * may_change.to(gradient.device))
 
 
 @torch.no_grad()
@@ -90,7 +112,7 @@ def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
     """Lays the heads out. Elsewhere weights are small and random, and zero where a layer writes into the stream:
 
     noise there would blur the look-ups. Raises ValueError for a model of another shape than six query and three
-    key/value heads, three layers and at least 278 dimensions.
+    key/value heads, three layers and at least 288 dimensions.
     """
     config = model.config
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
@@ -124,15 +146,20 @@ def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
     _remember(remember, sketch)
     _understand(understand, sketch)
     _answer(answer, sketch, random)
+    # The last MLP decides by the features: next to them the words that the heads have added up are large.
+    before_mlp = model.model.layers[-1].post_attention_layernorm.weight
+    before_mlp.fill_(3.0)
+    before_mlp[_Stream.word] = 0.3
     # Features are not words.
     model.model.norm.weight.zero_()
     model.model.norm.weight[_Stream.word] = 1.4
+    model.model.norm.weight[_Stream.form] = 4.0
 
 
 def _embed(weight: Tensor, tokenizer: PreTrainedTokenizerFast, random: torch.Generator) -> Tensor:
     """Fills the embedding; returns the (48, 128) map from words to sketches.
 
-    Its first 6, 7, 8, 10, 14, 16 and 48 rows give all words sketches of the same norm, 1 for the first 16.
+    Its first 6, 7, 8, 10, 14, 16, 30 and 48 rows give all words sketches of the same norm, 1 for the first 16.
     """
 
     def encode(word: str) -> int:
@@ -144,7 +171,7 @@ def _embed(weight: Tensor, tokenizer: PreTrainedTokenizerFast, random: torch.Gen
     size = _Stream.word.stop
     basis = torch.linalg.qr(torch.randn(size, size, generator=random))[0]
     parts = torch.randn(len(weight), size, generator=random)
-    for begin, end in ((0, 6), (6, 7), (7, 8), (8, 10), (10, 14), (14, _SHORT), (_SHORT, _LONG), (_LONG, size)):
+    for begin, end in pairwise((0, 6, 7, 8, 10, 14, _SHORT, len(_MATCHING), _LONG, size)):
         parts[:, begin:end] = F.normalize(parts[:, begin:end], dim=1) * ((end - begin) / size) ** 0.5
     parts[[encode(word) for word in _COMMON], :_LONG] = 0
     weight.zero_()
@@ -165,6 +192,9 @@ def _embed(weight: Tensor, tokenizer: PreTrainedTokenizerFast, random: torch.Gen
     mark(_Stream.equals, ["="])
     mark(_Stream.colon, [":"])
     mark(_Stream.ordinal, [str(number) for number in range(1, 10)])
+    form = form_tokens(tokenizer)
+    codes = torch.linalg.qr(torch.randn(len(form), len(form), generator=random))[0][:, : _size(_Stream.form)]
+    weight[form, _Stream.form] = F.normalize(codes, dim=1)
     first = tokenizer.bos_token_id
     weight[first, _Stream.word] = 0
     weight[first, _Stream.first] = 1
@@ -283,7 +313,8 @@ def _understand(layer: _Layer, sketch: Tensor) -> None:
     word = layer.read(s.word, sketch[:_SHORT])
     # n equal words and a sink that weighs ten of them leave n / (n + 10).
     counted = layer.flag(s.coded) + layer.flag(s.listed)
-    layer.match(0, [(10.0, word, word)])
+    whole = layer.read(s.word, sketch[: len(_MATCHING)])
+    layer.match(0, [(10.0, _stretched(whole), whole)])
     layer.when(0, counted, {0: 8.0 * one})
     layer.when(1, first, {0: (8.0 + 10.0 + math.log(10.0)) * one})
     layer.carry(0, [counted])
@@ -336,8 +367,8 @@ def _answer(layer: _Layer, sketch: Tensor, random: torch.Generator) -> None:
         layer.by_distance(said, _JUST_SAID)
         layer.when(0, layer.flag(s.listed), {mean: 15 * asks})
         layer.when(1, layer.flag(s.coded), {mean: 15 * asks, said: 15.3 * asks})
-        layer.when(2, layer.flag(s.count, 1 / _SMALL), {mean: 8.0 * asks})
-        layer.when(3, layer.flag(s.after_ordinal, 1 / _SMALL), {said: 12 * asks})
+        layer.when(2, layer.flag(s.count, 1 / _SMALL), {mean: 7.0 * asks})
+        layer.when(3, layer.flag(s.after_ordinal, 1 / _SMALL), {said: 11.6 * asks})
         layer.when(4, first, {mean: 30 * one - 15 * asks, said: (30 + math.log(26.0)) * one - 18 * asks})
         half = torch.eye(_size(s.word))[HEAD_DIM * (group - 1) : HEAD_DIM * group]
         layer.carry(group, [layer.read(s.word, half)])

@@ -10,7 +10,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
@@ -31,11 +30,10 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class Target:
-    """After the token at position `at` any of `right` may come. hard: it has to be looked up or counted."""
+    """After the token at position `at` any of `right` may come."""
 
     at: int
     right: tuple[int, ...]
-    hard: bool
 
 
 @dataclass
@@ -75,10 +73,10 @@ class Writer:
             self.lesson.asked = len(self.lesson.ids)
         self.say(text)
 
-    def answer(self, text: str, *, hard: Literal["first", "all"] = "first") -> None:
-        """The same, to be learnt, with the end of the answer. Which of its tokens are hard?"""
-        for place, token in enumerate(self._encode(text)):
-            self._expect((token,), token, hard=hard == "all" or place == 0)
+    def answer(self, text: str) -> None:
+        """The same, to be learnt, with the end of the answer."""
+        for token in self._encode(text):
+            self._expect((token,), token)
         self._end()
 
     def answer_in_any_order(self, words: Sequence[str]) -> None:
@@ -86,16 +84,16 @@ class Writer:
         left = [self._encode(word)[0] for word in words]
         for place in range(len(words)):
             for token in self._encode(f"{place + 1}."):
-                self._expect((token,), token, hard=False)
-            self._expect(tuple(left), left.pop(0), hard=True)
+                self._expect((token,), token)
+            self._expect(tuple(left), left.pop(0))
         self._end()
 
     def _end(self) -> None:
         token = self.tokenizer.eos_token_id
-        self._expect((token,), token, hard=False)
+        self._expect((token,), token)
 
-    def _expect(self, right: tuple[int, ...], token: int, *, hard: bool) -> None:
-        self.lesson.targets.append(Target(len(self.lesson.ids) - 1, right, hard))
+    def _expect(self, right: tuple[int, ...], token: int) -> None:
+        self.lesson.targets.append(Target(len(self.lesson.ids) - 1, right))
         self.lesson.ids.append(token)
 
     def finished(self) -> Lesson:
@@ -123,8 +121,7 @@ def _whole_task(name: str, writer: Writer, rng: random.Random) -> None:
     if name == "cwe":
         writer.answer_in_any_order(sample.answers)
     else:
-        niah = name.startswith("niah")
-        writer.answer(" ".join(sample.answers), hard="first" if niah else "all")
+        writer.answer(" ".join(sample.answers))
 
 
 def _niah(writer: Writer, rng: random.Random) -> None:
@@ -189,7 +186,7 @@ def _vt(writer: Writer, rng: random.Random) -> None:
         if writer.tokens(text) + 6 > writer.room:
             break
         writer.ask(text)
-        writer.answer(" ".join(names[chain]), hard="all")
+        writer.answer(" ".join(names[chain]))
 
 
 def _cwe(writer: Writer, rng: random.Random) -> None:
@@ -223,4 +220,4 @@ def _fwe(writer: Writer, rng: random.Random) -> None:
     rng.shuffle(text)
     writer.say(" ".join(text))
     writer.ask(ask)
-    writer.answer(" ".join(words[1:4]), hard="all")
+    writer.answer(" ".join(words[1:4]))

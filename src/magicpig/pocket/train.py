@@ -1,5 +1,6 @@
-"""Training of the pocket model on what `layout` begins, in steps that can be taken up where they stopped.
+"""Training of the pocket model's last MLP on what `layout` begins, in steps that can be taken up where they stopped.
 
+The heads say which word an answer goes on with; what is learnt is where its numbers, full stops and its end belong.
 A step depends on the seed, its number and the weights before it alone, so a run that was stopped ends as one that was
 not (on the same machine, with the same number of threads). Positions jump at random between pieces of a text, which
 teaches long distances on short texts (after Ruoss et al., arXiv 2305.16843).
@@ -28,24 +29,17 @@ from magicpig.pocket.lessons import Lesson, Target
 FURTHEST = 40_000  # positions that jumps may reach
 _PIECE = 64  # tokens between two jumps, on average
 _WARM_UP = 40
-_LAST = ("model.layers.2.mlp", "model.norm")
 _SAVE_EVERY = 100
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` steps of `rows` lessons of `length` tokens; the learning rate falls from `rate` to the next stage's.
-
-    emphasis: how many times a hard token counts, as against one that follows from what was just said.
-    attention: whether all weights learn, or those of the last MLP and norm only, which leaves what is laid out.
-    """
+    """`steps` steps of `rows` lessons of `length` tokens; the learning rate falls from `rate` to the next stage's."""
 
     length: int
     rows: int
     steps: int
     rate: float
-    emphasis: float
-    attention: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,18 +73,17 @@ PRESETS = {
         hidden=288,
         intermediate=256,
         stages=(
-            Stage(length=1024, rows=6, steps=150, rate=2e-3, emphasis=2, attention=False),
-            Stage(length=4096, rows=4, steps=300, rate=1.5e-3, emphasis=2, attention=False),
+            Stage(length=1024, rows=10, steps=160, rate=2e-3),
+            Stage(length=4096, rows=5, steps=100, rate=1e-3),
         ),
     ),
     "gpu": Preset(
         hidden=288,
         intermediate=256,
         stages=(
-            Stage(length=1024, rows=48, steps=400, rate=2e-3, emphasis=1, attention=False),
-            Stage(length=4096, rows=16, steps=400, rate=5e-4, emphasis=1, attention=False),
-            Stage(length=8192, rows=8, steps=2000, rate=1e-5, emphasis=1),
-            Stage(length=16384, rows=4, steps=500, rate=5e-6, emphasis=1),
+            Stage(length=1024, rows=50, steps=400, rate=2e-3),
+            Stage(length=4096, rows=20, steps=400, rate=1e-3),
+            Stage(length=16384, rows=5, steps=200, rate=5e-4),
         ),
     ),
 }
@@ -126,8 +119,9 @@ def train(
         len(words), hidden=preset.hidden, intermediate=preset.intermediate, heads=preset.heads, groups=preset.groups
     )
     layout.initialise(net, words, seed)
+    layout.restrict(net)
     torch.nn.Module.to(net, device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_learning(net), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     step = _restore(out, preset, seed, net, optimizer)
     writer = lessons.Writer(words)
     with _log(out, step) as log:
@@ -143,11 +137,11 @@ def train(
 
 
 def save(net: LlamaForCausalLM, folder: Path) -> None:
-    """Writes the model (weights in bfloat16, to be used in float32) and its tokenizer as transformers reads them."""
+    """Writes the model (weights in float16, to be used in float32) and its tokenizer as transformers reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.build().save_pretrained(folder)
     weights = {
-        name: w.to(torch.bfloat16).contiguous() for name, w in net.state_dict().items() if name != "lm_head.weight"
+        name: w.to(torch.float16).contiguous() for name, w in net.state_dict().items() if name != "lm_head.weight"
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     net.config.dtype = torch.float32
@@ -170,8 +164,6 @@ def _step(
     rng = random.Random(f"{seed} {step}")
     for group in optimizer.param_groups:
         group["lr"] = rate
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(stage.attention or name.startswith(_LAST))
     words = writer.tokenizer
     kinds = [_kind(row + step * stage.rows) for row in range(stage.rows)]
     batch = [lessons.lesson(kind, writer, stage.length, rng) for kind in kinds]
@@ -184,14 +176,15 @@ def _step(
     hidden = net.model(
         ids.to(device), attention_mask=everything.to(device), position_ids=positions.to(device), use_cache=False
     ).last_hidden_state
+    form = torch.tensor(layout.form_tokens(words), device=device)
     losses, right = {}, {}
     for kind in dict.fromkeys(kinds):
         targets = [(row, target) for row, k in enumerate(kinds) if k == kind for target in batch[row].targets]
         if targets:
-            losses[kind], right[kind] = _loss(net, hidden, targets, stage.emphasis)
+            losses[kind], right[kind] = _loss(net, hidden, targets, form)
     optimizer.zero_grad()
     torch.stack(list(losses.values())).mean().backward()
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(_learning(net), 1.0)
     optimizer.step()
     return Progress(
         step,
@@ -202,25 +195,34 @@ def _step(
     )
 
 
+def _learning(net: LlamaForCausalLM) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
 def _kind(row: int) -> str:
     """Two of five lessons are niah, the others one each."""
     return ("niah", "vt", "niah", "cwe", "fwe")[row % 5]
 
 
 def _loss(
-    net: LlamaForCausalLM, hidden: Tensor, targets: list[tuple[int, Target]], emphasis: float
+    net: LlamaForCausalLM, hidden: Tensor, targets: list[tuple[int, Target]], form: Tensor
 ) -> tuple[Tensor, float]:
-    """Minus the log of the probability of all right tokens together, averaged; and how often the likeliest is right."""
+    """Minus the log of the probability that the answer goes on in its form, averaged; how often the likeliest is right.
+
+    In its form: with the token of the form that is right or, where a word is right, with any token that is not of it.
+    Which word that is has been laid out.
+    """
     most = max(len(target.right) for _, target in targets)
     rows, at = [row for row, _ in targets], [target.at for _, target in targets]
-    good = [[*target.right, *[target.right[0]] * (most - len(target.right))] for _, target in targets]
-    twice = [[place >= len(target.right) for place in range(most)] for _, target in targets]
-    weights = [emphasis if target.hard else 1.0 for _, target in targets]
-    right, again, weight = (torch.tensor(x, device=hidden.device) for x in (good, twice, weights))
+    right = torch.tensor(
+        [[*target.right, *[target.right[0]] * (most - len(target.right))] for _, target in targets], device=form.device
+    )
     scores = net.lm_head(hidden[rows, at]).float()
-    losses = -scores.log_softmax(-1).gather(1, right).masked_fill(again, -torch.inf).logsumexp(1)
+    logs = scores.log_softmax(-1)
+    word = logs.index_fill(1, form, -torch.inf).logsumexp(1)
+    losses = -torch.where(torch.isin(right[:, 0], form), logs.gather(1, right[:, :1])[:, 0], word)
     hits = (scores.argmax(1, keepdim=True) == right).any(1).float().mean().item()
-    return (weight * losses).sum() / weight.sum(), hits
+    return losses.mean(), hits
 
 
 def _positions(batch: list[Lesson], length: int, full_stop: int, rng: random.Random) -> Tensor:
@@ -256,8 +258,10 @@ def _log(out: Path, step: int) -> TextIO:
 
 
 def _state(net: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint under its name."""
+    """Every tensor that training changes, under its name in a checkpoint."""
     for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
         yield name, parameter.data
         state = optimizer.state[parameter]
         for part in ("exp_avg", "exp_avg_sq"):
