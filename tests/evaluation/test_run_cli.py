@@ -61,6 +61,23 @@ def test_show_is_the_same_summary(results):
     assert run("show", path).stdout == shown
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_table_wider_than_the_terminal_is_shown_in_parts(results, monkeypatch, width):
+    path, _ = results
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    many = [lines[0]]
+    for number in range(8):
+        many += [{**line, "sampler": f"{line['sampler']} {number}"} for line in lines[1:]]
+    wide = path.with_name("wide.jsonl")
+    wide.write_text("".join(json.dumps(line) + "\n" for line in many))
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = run("show", wide).stdout
+    assert max(map(len, shown.splitlines())) <= width
+    for number in range(8):
+        assert shown.count(f"full {number}") == 2  # protocols
+    assert shown.count("length  task") == {60: 32, 80: 12, 200: 4}[width]
+
+
 def test_show_for_other_programs(results):
     path, _ = results
     answer = json.loads(run("show", path, "--json").stdout)

@@ -20,11 +20,16 @@ from magicpig.cli.options import Dtype, parse_layers
 from magicpig.cli.report import run_evaluation
 
 if TYPE_CHECKING:
+    from rich.console import JustifyMethod
+
     from magicpig.evaluation.results import Results
+    from magicpig.evaluation.table import Table as ResultsTable
 
 WHAT = "What is evaluated"
 HOW = "How"
 DATA = "Data"
+
+_NAMES = 2  # columns of a results table that name a row
 
 evaluate = typer.Typer(help="Evaluate answers: tasks with known answers, samplers side by side.", no_args_is_help=True)
 
@@ -258,11 +263,26 @@ def _show(results: Results) -> None:
         console.print("no sample is finished yet")
     for each in tables(summarise(results)):
         console.print(each.title)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for index, name in enumerate(each.head):
-            table.add_column(escape(name), justify="left" if index < 2 else "right", overflow="fold")
-        for block in each.blocks:
-            for row in block:
-                table.add_row(*map(escape, row))
-            table.add_section()
-        console.print(table)
+        for columns in _columns_that_fit(each, console.width):
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+            for column in columns:
+                justify: JustifyMethod = "left" if column < _NAMES else "right"
+                table.add_column(escape(each.head[column]), justify=justify, overflow="fold")
+            for block in each.blocks:
+                for row in block:
+                    table.add_row(*(escape(row[column]) for column in columns))
+                table.add_section()
+            console.print(table)
+
+
+def _columns_that_fit(table: ResultsTable, width: int) -> list[list[int]]:
+    """The columns in groups that are not wider than `width`, where that can be; each begins with the names."""
+    rows = [table.head, *(row for block in table.blocks for row in block)]
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(table.head))]
+    names = list(range(_NAMES))
+    groups: list[list[int]] = []
+    for column in range(_NAMES, len(widths)):
+        if not groups or sum(widths[each] for each in [*groups[-1], column]) > width:
+            groups.append([*names])
+        groups[-1].append(column)
+    return groups
