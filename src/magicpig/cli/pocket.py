@@ -33,7 +33,7 @@ def train(
         Path, typer.Option(help="Folder for checkpoint, log and model. A run goes on where it was stopped.")
     ],
     preset: Annotated[
-        Preset, typer.Option(help="cpu: ten minutes on two cores. gpu: more and longer texts.")
+        Preset, typer.Option(help="cpu: eight minutes on two cores. gpu: more and longer texts.")
     ] = Preset.cpu,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and the lessons.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: all]")] = None,
