@@ -35,7 +35,8 @@ from magicpig.pocket.model import HEAD_DIM, ROPE_BASE
 _HALF = HEAD_DIM // 2
 # A head's dimensions. The first 16 frequencies tell distances; the others hardly rotate within 40,000 positions.
 _DISTANCES = 16
-_MATCHING = [*range(16, 27), *range(45, 64)]  # for comparing what two tokens hold
+# The last three of these turn within 16K tokens, so they are for what comes last in a comparison.
+_MATCHING = [*range(16, 27), *range(48, 64), 47, 46, 45]  # for comparing what two tokens hold
 _FLAGS = [27, 28, 29, 30, 31]  # one feature each
 
 _SHORT = 16  # dimensions of a sketch
@@ -347,9 +348,9 @@ def _answer(layer: _Layer, sketch: Tensor, random: torch.Generator) -> None:
     pairs = [
         *(
             (unit, _stretched(layer.read(asked)[:n]), layer.read(told)[:n])
-            for asked, told, n in zip(s.asked, s.told, (7, 6), strict=True)
+            for asked, told, n in zip(s.asked, s.told, (6, 6), strict=True)
         ),
-        (1.2 * unit, _stretched(layer.read(s.word, sketch[:10])), layer.before(1)[:10]),
+        (1.2 * unit, _stretched(layer.read(s.word, sketch[:8])), layer.before(1)[:8]),
         (0.6 * unit, _stretched(layer.read(s.back[1])[:7]), layer.before(2)[:7]),
     ]
     part = torch.linalg.qr(torch.randn(_size(s.word), HEAD_DIM, generator=random))[0].T
@@ -360,6 +361,7 @@ def _answer(layer: _Layer, sketch: Tensor, random: torch.Generator) -> None:
     # A value begins after a colon, and goes on after its pieces.
     begin = 1.8 * unit * (one - layer.flag(s.piece))
     layer.when(0, layer.flag(s.after_colon, 1 / _SMALL), dict.fromkeys((0, 1), begin))
+    layer.when(2, layer.flag(s.plain[2]), dict.fromkeys((0, 1), 0.3 * unit * layer.flag(s.plain[1])))
     layer.when(1, first, dict.fromkeys((0, 1), unit * (2.2 * one + 20 * layer.flag(s.aside))))
     # Two groups, each for half of the word.
     for group in (1, 2):
