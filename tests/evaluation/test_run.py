@@ -127,12 +127,23 @@ begin = time.perf_counter()
 assert os.waitpid(start(whole), 0)[1] == 0
 longest = time.perf_counter() - begin
 moments = random.Random(0)
-for _ in range(8):
-    child = start(killed)
-    time.sleep(moments.uniform(0, longest))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    print(killed.stat().st_size if killed.exists() else 0)
+
+def size():
+    return killed.stat().st_size if killed.exists() else 0
+
+for turn in range(8):
+    before, child, ended = size(), start(killed), False
+    if turn % 2:
+        time.sleep(moments.uniform(0, longest))
+    else:  # soon after it has written something, however long that takes
+        while size() <= before and not ended:
+            time.sleep(0.001)
+            ended = os.waitpid(child, os.WNOHANG)[0] != 0
+        time.sleep(moments.uniform(0, longest / 10))
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    print(size())
 assert os.waitpid(start(killed), 0)[1] == 0
 """
 
