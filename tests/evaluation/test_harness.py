@@ -12,7 +12,7 @@ import yaml
 from magicpig.config import Config
 from magicpig.evaluation import harness
 from magicpig.evaluation.matrix import MatrixError
-from magicpig.evaluation.tasks import TASKS, Sources
+from magicpig.evaluation.tasks import TASKS, Sources, TaskError
 from magicpig.generation import load, open_model
 
 installed = pytest.mark.skipif(
@@ -112,7 +112,7 @@ def test_run_refuses_what_cannot_be_evaluated(model_dir, monkeypatch, tasks, set
             super().__init__(**options | {"include_defaults": False})
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", OurTasks)
-    with pytest.raises(MatrixError, match=message):
+    with pytest.raises((MatrixError, TaskError), match=message):
         harness.run(open_model(model_dir), tasks, config=Config(), **settings)
 
 
