@@ -157,8 +157,8 @@ def run(
     tasks: names separated by commas: our tasks and their groups, and lm_eval's own, which may download their data.
     lengths, samples, seed, sources: of our tasks. limit: of questions per task. fewshot: solved examples in front of a
     question, where lm_eval's task allows it. chat: wrap prompts as a user's message. dtype: as in `generation.load`.
-    Raises MatrixError if lm_eval is not installed or there is no such task, TaskError if one of ours cannot be generated,
-    ModelError if the model cannot be loaded.
+    Raises MatrixError if lm_eval is not installed or there is no such task, TaskError if one of ours cannot be
+    generated, ModelError if the model cannot be loaded.
     """
     try:
         from lm_eval import simple_evaluate
