@@ -62,12 +62,7 @@ def test_the_heads_know_which_word_comes_next_before_training(words, task):
     for index in range(2):
         sample = tasks.generate(task, words, 4096, index=index, seed=11)
         writer.begin(4096)
-        writer.say(sample.context)
-        writer.ask(sample.question)
-        if task == "cwe":
-            writer.answer_in_any_order(sample.answers)
-        else:
-            writer.answer(" ".join(sample.answers))
+        writer.sample(sample)
         lesson = writer.finished()
         targets = [target for target in lesson.targets if target.right[0] not in form]
         scores = _read(net, lesson.ids, logits_to_keep=torch.tensor([target.at for target in targets])).logits[0]

@@ -2,7 +2,7 @@
 
 From random weights a small Llama spends hours on a plateau before it finds heads that look back, look up and count.
 `initialise` lays such heads out by hand, as programs can be compiled into a transformer (Lindner et al., arXiv
-2301.05062); training makes them robust and learns all that is not laid out. Layer by layer:
+2301.05062); training leaves them alone and learns the form of answers. Layer by layer:
 
 0. Four heads copy sketches of the words 1 to 4 tokens back.
 1. One head looks for the same word before, with the first token as a sink, which tells how common the word is. One
@@ -261,7 +261,7 @@ class _Layer:
         for logit, query, key in pairs:
             at = _MATCHING[begin : begin + len(key)]
             begin += len(key)
-            # Shared evenly by query and key: a step of Adam moves large and small weights as far.
+            # Shared evenly by query and key.
             strength = (logit * HEAD_DIM**0.5) ** 0.5 / self.scale
             self.queries[head, at] = strength * query
             self.keys[head // 2, at] = strength * key

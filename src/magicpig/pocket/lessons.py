@@ -88,6 +88,15 @@ class Writer:
             self._expect(tuple(left), left.pop(0))
         self._end()
 
+    def sample(self, sample: tasks.Sample) -> None:
+        """A text of the evaluation with its question, to be answered."""
+        self.say(sample.context)
+        self.ask(sample.question)
+        if sample.task == "cwe":
+            self.answer_in_any_order(sample.answers)
+        else:
+            self.answer(" ".join(sample.answers))
+
     def _end(self) -> None:
         token = self.tokenizer.eos_token_id
         self._expect((token,), token)
@@ -116,12 +125,7 @@ def lesson(kind: str, writer: Writer, length: int, rng: random.Random) -> Lesson
 def _whole_task(name: str, writer: Writer, rng: random.Random) -> None:
     index = rng.randrange(1 << 40)
     sample = tasks.generate(name, writer.tokenizer, writer.length, index=index, seed=_SEED)
-    writer.say(sample.context)
-    writer.ask(sample.question)
-    if name == "cwe":
-        writer.answer_in_any_order(sample.answers)
-    else:
-        writer.answer(" ".join(sample.answers))
+    writer.sample(sample)
 
 
 def _niah(writer: Writer, rng: random.Random) -> None:
