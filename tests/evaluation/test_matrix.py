@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from magicpig.config import Config
@@ -97,8 +99,9 @@ def test_mistakes_are_named(parse, text, message):
 
 def test_order_of_samples_and_runs():
     both = matrix.Matrix(("vt", "cwe"), (1024, 2048), matrix.parse_methods("full,lsh"), samples=2)
-    assert list(both.cells())[:3] == [("vt", 1024, 0), ("vt", 1024, 1), ("cwe", 1024, 0)]
+    assert list(both.cells())[:3] == [("vt", 1024, 0), ("cwe", 1024, 0), ("vt", 2048, 0)]
     assert len(set(both.cells())) == 8
+    assert list(both.cells())[:4] == list(replace(both, samples=1).cells())
     assert [(protocol, method.name) for protocol, method in both.runs()] == [
         ("question-dense", "full"),
         ("question-dense", "lsh"),

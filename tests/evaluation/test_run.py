@@ -37,9 +37,9 @@ def test_one_line_per_sample_protocol_and_sampler(finished):
     found = read_results(finished).lines
     assert [(line["length"], line["task"], line["index"], line["protocol"], line["sampler"]) for line in found] == [
         (length, task, index, protocol, sampler)
+        for index in (0, 1)
         for length in (1000, 1024)
         for task in ("niah_single_1", "fwe")
-        for index in (0, 1)
         for protocol in ("question-dense", "question-sparse")
         for sampler in ("full", "lsh:K=4,L=20")
     ]
@@ -71,6 +71,17 @@ def test_a_finished_run_is_not_repeated(finished, model, monkeypatch):
     run.evaluate(model, MATRIX, finished, on_start=lambda *work: seen.append(work))
     assert seen[0][0] == seen[0][1]
     assert finished.read_bytes() == before
+
+
+def test_more_samples_go_on_where_fewer_ended(finished, model, tmp_path):
+    path, seen = tmp_path / "r.jsonl", []
+    run.evaluate(model, replace(MATRIX, samples=1), path)
+    assert lines(finished).startswith(lines(path))
+    run.evaluate(model, MATRIX, path)
+    assert lines(path) == lines(finished)
+    run.evaluate(model, replace(MATRIX, samples=1), path, on_start=lambda *work: seen.append(work))
+    assert seen[0][0] == seen[0][1]
+    assert lines(path) == lines(finished)
 
 
 def test_work_adds_up_also_after_an_interruption(model, tmp_path, finished):

@@ -73,7 +73,9 @@ def ruler(
             rich_help_panel=WHAT,
         ),
     ] = "question-dense",
-    samples: Annotated[int, typer.Option(min=1, help="Samples per task and length.", rich_help_panel=WHAT)] = 10,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Samples per task and length; a file of fewer goes on.", rich_help_panel=WHAT)
+    ] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the tasks.", rich_help_panel=WHAT)] = 0,
     dense_layers: Annotated[
         str | None,

@@ -54,10 +54,13 @@ class Matrix:
     sources: Sources = field(default_factory=Sources)
 
     def cells(self) -> Iterator[tuple[str, int, int]]:
-        """(task, length, index) of every sample, in the order of the results: short texts first."""
-        for length in self.lengths:
-            for task in self.tasks:
-                for index in range(self.samples):
+        """(task, length, index) of every sample, in the order of the results: each once, then each once more.
+
+        So the results of few samples are the beginning of the results of many.
+        """
+        for index in range(self.samples):
+            for length in self.lengths:
+                for task in self.tasks:
                     yield task, length, index
 
     def runs(self) -> Iterator[tuple[str, Method]]:

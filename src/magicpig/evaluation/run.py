@@ -1,7 +1,7 @@
 """The runner: every sample of a matrix, answered by every sampler under every protocol, into one results file.
 
 A run that was stopped, however rudely, goes on where it was when it is started again with the same settings, and the
-file ends up the same.
+file ends up the same. One that has ended goes on if more samples are wanted.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def evaluate(
     work = [length * (1 + len(runs)) for _, length, _ in cells]
     made = provenance() | {"jobs": jobs}
     with ResultsFile(path, _settings(model, matrix, dtype, chunk), made, group=len(runs)) as file:
-        on_start(sum(work[: file.done]), sum(work))
-        todo = cells[file.done :]
+        done = min(file.done, len(cells))  # there may be more than are wanted
+        on_start(sum(work[:done]), sum(work))
+        todo = cells[done:]
         if todo and jobs == 1:
             examiner = Examiner(model, matrix, dtype, chunk)
             for cell in todo:
@@ -166,7 +167,7 @@ def _judged(model: Model, sample: Sample, answer: Answer) -> dict[str, Any]:
 
 
 def _settings(model: Model, matrix: Matrix, dtype: str, chunk: int) -> dict[str, Any]:
-    """All that decides about the results. Files go by name and content, so that they may move."""
+    """All that decides about the results but their number. Files go by name and content, so that they may move."""
     files = {
         name: path and {"name": path.name, "sha256": _sha256([path])} for name, path in vars(matrix.sources).items()
     }
@@ -177,7 +178,6 @@ def _settings(model: Model, matrix: Matrix, dtype: str, chunk: int) -> dict[str,
             "lengths": matrix.lengths,
             "samplers": {method.name: method.config.model_dump(mode="json") for method in matrix.methods},
             "protocols": matrix.protocols,
-            "samples": matrix.samples,
             "seed": matrix.seed,
             "chat": matrix.chat,
             "new_tokens": matrix.new_tokens,

@@ -64,7 +64,7 @@ def write(model: Path, results: Results, *, command: str, machine: str) -> str:
     hidden, inter, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, groups, layers = config["num_attention_heads"], config["num_key_value_heads"], config["num_hidden_layers"]
     per_layer = 2 * hidden * head_dim * (heads + groups) + 3 * hidden * inter
-    settings = results.header["settings"]
+    cells = [cell for cell in table.summarise(results) if cell.sampler == "full"]
     return _CARD.format(
         parameters=(config["vocab_size"] * hidden + layers * per_layer) / 1e6,
         layers=layers,
@@ -75,9 +75,9 @@ def write(model: Path, results: Results, *, command: str, machine: str) -> str:
         base=config["rope_parameters"]["rope_theta"],
         command=command,
         machine=machine or "On two cores.",
-        samples=settings["samples"],
-        seed=settings["seed"],
-        table=_grid([cell for cell in table.summarise(results) if cell.sampler == "full"]),
+        samples=min(cell.samples for cell in cells),
+        seed=results.header["settings"]["seed"],
+        table=_grid(cells),
     )
 
 
