@@ -1,7 +1,8 @@
 """The one place where an error becomes a line on stderr and an exit code.
 
-What the user or the machine is to blame for: one line, exit code 2. Ctrl-C: one line, 130. A closed pipe: silence.
-Everything else is a bug of ours and keeps its traceback.
+What the user or the machine is to blame for: one line, exit code 2. Kernels that are wrong on this machine, so that
+nothing they did may be shown: one line, 1. Ctrl-C: one line, 130. A closed pipe: silence. Everything else is a bug of
+ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+WRONG_RESULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -29,6 +31,9 @@ class OneLineErrors(TyperGroup):
             code = super().main(*args, **options)
             sys.stdout.flush()
         except Exception as error:
+            if _is_wrong_result(error):
+                _say(f"no timing, the results are wrong: {error}")
+                sys.exit(WRONG_RESULT)
             if not _is_known(error):
                 raise
             _say(f"error: {' '.join(str(_message(error)).split())}")
@@ -46,6 +51,12 @@ def _message(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
         return error.format_message()
     return str(error)
+
+
+def _is_wrong_result(error: Exception) -> bool:
+    from magicpig.bench.layer import WrongResultError  # imported late, like those below
+
+    return isinstance(error, WrongResultError)
 
 
 def _is_known(error: Exception) -> bool:

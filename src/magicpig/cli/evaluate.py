@@ -16,7 +16,7 @@ from rich.table import Table
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
-from magicpig.cli.options import Dtype, parse_layers
+from magicpig.cli.options import Dtype, ModelDtype, TrustRemoteCode, parse_layers
 from magicpig.cli.report import run_evaluation
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def ruler(
         ChatTemplate, typer.Option(help="Wrap prompts as a user's message for a chat model.", rich_help_panel=HOW)
     ] = ChatTemplate.auto,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the network; auto is what the weights are stored in.", rich_help_panel=HOW)
+        Dtype,
+        typer.Option(help="What the model computes in; auto is what its weights are stored in.", rich_help_panel=HOW),
     ] = Dtype.auto,
     prefill_chunk: Annotated[int, typer.Option(min=64, help="Tokens read at a time.", rich_help_panel=HOW)] = 1024,
     jobs: Annotated[
@@ -198,10 +199,8 @@ def lm_eval(
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many questions per task.")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples in front of each question.")] = None,
     chat: Annotated[bool, typer.Option(help="Wrap prompts as a user's message for a chat model.")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Of the network; auto is what the weights are stored in.")] = Dtype.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
-    ] = False,
+    dtype: ModelDtype = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     export: Annotated[
         Path | None, typer.Option(help="Only write our tasks to this directory, for lm_eval --include_path.")
     ] = None,

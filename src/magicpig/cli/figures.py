@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
-from magicpig.cli.options import Dtype, ModelOrPocket, or_pocket, parse_layers
+from magicpig.cli.options import Dtype, ModelDtype, ModelOrPocket, TrustRemoteCode, or_pocket, parse_layers
 from magicpig.cli.report import run_evaluation, work_progress
 
 if TYPE_CHECKING:
@@ -57,10 +57,8 @@ def figures(
     ] = None,
     texts: Annotated[int, typer.Option(min=1, help="Texts per task.", rich_help_panel=ATTENTION)] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Queries per text.", rich_help_panel=ATTENTION)] = 8,
-    dtype: Annotated[Dtype, typer.Option(help="Of the network; auto is what the weights are stored in.")] = Dtype.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
-    ] = False,
+    dtype: ModelDtype = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Draw what the method rests on, measured on a local model: PNG, SVG and the numbers behind them as JSON lines.
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
-from magicpig.cli.options import Dtype, checked, config_from
+from magicpig.cli.options import Dtype, ModelDtype, PrefillChunk, TrustRemoteCode, checked, config_from
 from magicpig.cli.report import cache_as_dict, prefill_progress
 from magicpig.config import Config, KVDtype, SamplerName
 from magicpig.machine import versions
@@ -110,13 +110,9 @@ def generate(
     seed: Annotated[
         int, typer.Option(help="Seed of the sampling of keys and of --temperature.", rich_help_panel=METHOD)
     ] = DEFAULTS.seed,
-    dtype: Annotated[
-        Dtype, typer.Option(help="What the model computes in; auto is what its weights are stored in.")
-    ] = Dtype.auto,
-    prefill_chunk: Annotated[int, typer.Option(min=64, help="Read the prompt this many tokens at a time.")] = 1024,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
-    ] = False,
+    dtype: ModelDtype = Dtype.auto,
+    prefill_chunk: PrefillChunk = 1024,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON object; all else goes to stderr.", rich_help_panel=RESULT),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +77,7 @@ def tune(
     with OutputFile(out) as file, plots[".png"], plots[".svg"]:
         with notes.status("Loading the model"):
             from magicpig import generation
-            from magicpig.bench.layer import NATIVE, WrongResultError
+            from magicpig.bench.layer import NATIVE
             from magicpig.config_file import to_text
             from magicpig.evaluation.matrix import parse_lengths
             from magicpig.evaluation.run import identity
@@ -110,21 +109,17 @@ def tune(
                     progress.reset(bar, total=total)
                 progress.update(bar, description=f"Layer {layer}", completed=done)
 
-            try:
-                tuning = find(
-                    network,
-                    ids,
-                    configs,
-                    goal,
-                    steps=steps,
-                    repeats=repeats,
-                    chunk=prefill_chunk,
-                    on_prefill=lambda tokens: progress.advance(bar, tokens),
-                    on_setting=on_setting,
-                )
-            except WrongResultError as error:
-                print(f"magicpig: nothing to tune, the results are wrong: {error}", file=sys.stderr)
-                raise typer.Exit(1) from None
+            tuning = find(
+                network,
+                ids,
+                configs,
+                goal,
+                steps=steps,
+                repeats=repeats,
+                chunk=prefill_chunk,
+                on_prefill=lambda tokens: progress.advance(bar, tokens),
+                on_setting=on_setting,
+            )
         about = {
             "made_by": "magicpig tune",
             "model": identity(opened),

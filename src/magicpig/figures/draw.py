@@ -32,7 +32,7 @@ CLAIM = ("topk", "lsh", "sketch")  # one loses aggregation, the others keep it
 
 def draw_anatomy(mass: Rows, cosines: Rows) -> Figure:
     """Figure 2: how attention is spread, what the sink does to that, and the geometry behind both."""
-    figure, (spread, sink, cones) = panels(3)
+    figure, (spread, sink, cones) = panels(3, height=3.5)
     _draw_spread(spread, mass)
     _draw_sink(sink, mass)
     _draw_cones(cones, cosines)
@@ -45,7 +45,7 @@ def draw_errors(rows: Rows) -> Figure:
     heads, among = ({_head(row) for row in part} for part in (rows, tailed))
     parts = {f"Long-tailed heads ({len(among)} of {len(heads)})": tailed, f"All heads ({len(heads)})": rows}
     shown = {title: chosen for title, chosen in parts.items() if chosen}
-    figure, axes = panels(len(shown), width=3.9, height=3.6, share_y=True)
+    figure, axes = panels(len(shown), width=3.9, height=3.6)
     for each, (title, chosen) in zip(axes, shown.items(), strict=True):
         each.set_title(title)
         curves = _curves(chosen)
@@ -148,7 +148,7 @@ def _draw_spread(axes: Axes, rows: Rows) -> None:
     axes.plot([TAIL_SHARE, TAIL_SHARE, SHARES[0]], [0.3, TAIL_MASS, TAIL_MASS], color=BLACK, linestyle=":", linewidth=1)
     _mass_axes(axes)
     rule = f"long-tailed: top {_percent(TAIL_SHARE)} hold < {_percent(TAIL_MASS)}"
-    axes.legend(loc="lower right", title=rule, title_fontsize=7.5, frameon=True, framealpha=1, edgecolor="white")
+    _legend_under(axes, rule)
 
 
 def _draw_sink(axes: Axes, rows: Rows) -> None:
@@ -161,7 +161,7 @@ def _draw_sink(axes: Axes, rows: Rows) -> None:
         axes.fill_between(SHARES, *np.quantile(curves, [0.25, 0.75], axis=0), color=colour, alpha=0.14, linewidth=0)
         axes.plot(SHARES, np.median(curves, axis=0), color=colour, linestyle=dashes, label=label)
     _mass_axes(axes)
-    axes.legend(loc="lower right", title="median and quartiles of heads", title_fontsize=7.5)
+    _legend_under(axes, "median and quartiles of heads")
 
 
 def _draw_cones(axes: Axes, rows: Rows) -> None:
@@ -186,6 +186,11 @@ def _draw_cones(axes: Axes, rows: Rows) -> None:
     axes.set_ylabel("cosine (a point per head; line: median)")
 
 
+def _legend_under(axes: Axes, title: str) -> None:
+    """A panel's own legend, where no curve can lie."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, title=title, title_fontsize=7.5)
+
+
 def _mass_axes(axes: Axes) -> None:
     share_axis(axes, "share of keys, largest first", SHARES[0], 1.0)
     axes.set_ylim(0, 1.02)
@@ -202,7 +207,10 @@ def _head(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _curves(rows: Rows) -> dict[str, list[Point]]:
-    """By sampler, for each of its settings: mean share and mean error over the heads."""
+    """By sampler, for each of its settings: median share and median error over the heads.
+
+    Not the mean: where the values that a head averages nearly cancel, any error is many times its output.
+    """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         found.setdefault(row["sampler"], {}).setdefault(row["method"], []).append(row)
@@ -211,12 +219,12 @@ def _curves(rows: Rows) -> dict[str, list[Point]]:
 
 def _point(rows: Rows) -> Point:
     errors = [row["error"] for row in rows]
-    return Point(float(np.mean([row["share"] for row in rows])), float(np.mean(errors)), *bootstrap(errors))
+    return Point(float(np.median([row["share"] for row in rows])), float(np.median(errors)), *bootstrap(errors))
 
 
 def bootstrap(values: Iterable[float]) -> tuple[float, float]:
-    """A 95 % interval of the mean: percentiles over resamples (Efron 1979), the same ones every time."""
+    """A 95 % interval of the median: percentiles over resamples (Efron 1979), the same ones every time."""
     data = np.array(list(values))
     drawn = np.random.default_rng(0).integers(len(data), size=(RESAMPLES, len(data)))
-    low, high = np.quantile(data[drawn].mean(1), [0.025, 0.975])
+    low, high = np.quantile(np.median(data[drawn], axis=1), [0.025, 0.975])
     return float(low), float(high)
