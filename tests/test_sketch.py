@@ -132,6 +132,24 @@ def test_a_cropped_store_is_one_that_never_had_the_tokens():
     assert torch.equal(a_info.ids[0][0], b_info.ids[0][0])
 
 
+@pytest.mark.parametrize("first", [5000, 5001, 5008, 5056])
+@pytest.mark.parametrize("budget", [300, 5300])
+def test_where_a_segment_ends_does_not_matter_to_a_sample(first, budget):
+    keys, values = context(2, 5400, 32)
+    whole = make_store(keys, values, budget=budget)
+    parts = whole.fork()
+    parts._set_sketches([])
+    parts.view.indexed_to = 3
+    parts._index(3 + first)
+    parts._index(whole.indexed_to)
+    assert [sketch.count for sketch in parts._sketches] == [first, whole.indexed_to - 3 - first]
+    query = 2 * torch.randn(1, 4, 32)
+    (_, a), (_, b) = (attend_stores(query, [store], scale=0.2) for store in (whole, parts))
+    for h in range(4):
+        assert torch.equal(a.ids[0][h], b.ids[0][h])
+        assert torch.equal(a.log_u[0][h], b.log_u[0][h])
+
+
 def test_forks_share_a_sketch_and_go_their_own_way():
     keys, values = context(2, 400, 64)
     store = make_store(keys, values)

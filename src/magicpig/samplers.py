@@ -16,6 +16,7 @@ from torch import Tensor
 
 from magicpig.config import Config
 from magicpig.kernels.pages import PAGE_ROWS, page_ranges, upper_bounds
+from magicpig.kernels.sketch.reference import walk_order
 from magicpig.types import Sample
 
 
@@ -119,11 +120,13 @@ def inclusion(weights: Tensor, rows: int) -> Tensor:
 def systematic(u: Tensor, generator: torch.Generator) -> Tensor:
     """Draws each row with its probability u (H, n): rows at which the sum of u, from a random start, passes an integer.
 
-    In every line as many as u sums to, rounded up or down (Madow 1949).
+    In every line as many as u sums to, rounded up or down (Madow 1949). It is summed in the order in which sketches
+    are walked along, since texts repeat themselves.
     """
-    start = torch.rand(len(u), 1, dtype=u.dtype, generator=generator)
-    passed = (u.masked_fill(u >= 1, 0.0).cumsum(1) + start).floor()
-    return (u >= 1) | (passed.diff(dim=1, prepend=torch.zeros_like(start)) > 0)
+    start, order = torch.rand(len(u), 1, dtype=u.dtype, generator=generator), walk_order(u.shape[1])
+    passed = (u.masked_fill(u >= 1, 0.0)[:, order].cumsum(1) + start).floor()
+    taken = passed.diff(dim=1, prepend=torch.zeros_like(start)) > 0
+    return (u >= 1) | torch.zeros_like(taken).index_copy_(1, order, taken)
 
 
 def _logits(query: Tensor, body: Sequence[Tensor], scale: float, softcap: float | None) -> Tensor:

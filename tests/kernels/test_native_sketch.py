@@ -210,5 +210,6 @@ def test_zero_keys_and_zero_queries_are_drawn_evenly(isa):
         scored = native.score(query, segment, 0, sampler, scale=1.0)
         assert not scored.scores.fixed.any()
         drawn = native.draw(scored, 64, seed=0, head=0, position=0)
-        assert drawn.ids.diff().unique().tolist() == [10]
+        assert len(drawn.ids) == 64
+        assert set((drawn.ids // 64).bincount().tolist()) == {6, 7}  # of 10 parts of the text, each has its share
         assert_same_draw(scored, 64)

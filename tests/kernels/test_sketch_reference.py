@@ -174,6 +174,20 @@ def test_over_all_starts_a_key_is_picked_exactly_as_often_as_u_says(budget, doub
     assert ((picked - expected).abs() <= (1 << doublings) - 1).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 100, 1024, 5000])
+def test_a_walk_comes_to_every_key_once(n):
+    assert torch.equal(sketch.walk_order(n).sort().values, torch.arange(n))
+
+
+def test_a_walk_keeps_neighbours_together():
+    order = sketch.walk_order(4096)
+    for size in (2, 16, 64, 1024):  # every node of the tree, in one go
+        parts = order.view(-1, size) // size
+        assert (parts == parts[:, :1]).all()
+    swapped = (order.view(-1, 2)[:, 0] % 2).double()  # 2048 fair coins
+    assert abs(float(swapped.mean()) - 0.5) < 5 * 0.5 / math.sqrt(2048)
+
+
 def test_halving_the_step_extends_a_sample():
     weights = integers(5000, high=10**3) ** 2
     step = sketch.step_for(weights, 100)

@@ -15,6 +15,33 @@ constexpr int kWeightBits = 30;      // all weights together are about 2^30
 constexpr int kScoreBits = 7;        // fraction bits of a score, unless the largest needs more whole bits
 constexpr int64_t kLargePerRow = 8;  // keys looked at as candidates for certainty, per row of the budget, at most
 constexpr double kLog2E = 1.4426950408889634;
+constexpr uint64_t kNotTaken = ~uint64_t{0};
+
+// The least weight of a key.
+uint32_t floor_weight(int64_t keys) {
+  return std::max(1u, static_cast<uint32_t>(kFloor * (1 << kWeightBits) / static_cast<double>(keys)));
+}
+
+uint32_t scrambled(uint32_t x) {
+  x = (x ^ x * 0x3D20ADEAu) + 0x9E3779B9u;
+  x *= 0x5851F42Du;
+  x ^= x * 0x05526C56u;
+  return x ^ x * 0x53A22864u;
+}
+
+uint32_t reversed(uint32_t x, int bits) {
+  uint32_t out = 0;
+  for (int i = 0; i < bits; ++i) out |= (x >> i & 1) << (bits - 1 - i);
+  return out;
+}
+
+// The lane of a group that a walk comes to as its i-th: each node of the tree over them has a bit of `swaps`.
+uint32_t swapped(uint32_t i, uint32_t swaps) {
+  uint32_t path = 0;
+  for (int level = 0; level < 4; ++level)
+    path = 2 * path + ((i >> (3 - level) ^ swaps >> ((1u << level) - 1 + path)) & 1);
+  return path;
+}
 
 }  // namespace
 
@@ -107,7 +134,8 @@ WeightRule weight_rule(const ScoreSum* sums, int64_t count, int64_t stride, int 
 void Weights::reset(int64_t keys, int64_t blocks, int64_t budget) {
   keys_ = keys;
   budget_ = budget;
-  block_ = found_ = 0;
+  block_ = found_ = added_ = 0;
+  pieces_.clear();
   const auto grow = [](std::vector<uint32_t>& memory, int64_t count) {
     if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
   };
@@ -119,15 +147,16 @@ void Weights::reset(int64_t keys, int64_t blocks, int64_t budget) {
 
 void Weights::add(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules) {
   const float unit = static_cast<float>((1 - kFloor) * (1 << kWeightBits) / heads);
-  const auto floor =
-      std::max<int32_t>(1, static_cast<int32_t>(kFloor * (1 << kWeightBits) / static_cast<double>(keys_)));
+  const auto floor = static_cast<int32_t>(floor_weight(keys_));
   const float certain = static_cast<float>(1 << kWeightBits) / static_cast<float>(kLargePerRow * budget_);
   uint32_t* large = large_.data() + found_;
   const int64_t found =
       kernels().weigh(fixed, count, heads, rules, unit, floor, certain, weights_.data() + block_ * kSketchKeys,
                       sums_.data() + block_ * (kSketchKeys / kSumKeys), large);
   for (int64_t i = 0; i < found; ++i) large[i] += static_cast<uint32_t>(block_ * kSketchKeys);
+  pieces_.push_back({added_, block_ * kSketchKeys});
   found_ += found;
+  added_ += count;
   block_ += (count + kSketchKeys - 1) / kSketchKeys;
 }
 
@@ -153,9 +182,7 @@ void Weights::settle_step() {
   if (budget_ >= keys_) {
     step_ = 1;
   } else {
-    const auto floor =
-        std::max<uint64_t>(1, static_cast<uint64_t>(kFloor * (1 << kWeightBits) / static_cast<double>(keys_)));
-    uint64_t lightest = (1 << kWeightBits) / (kLargePerRow * budget_) + floor + 1;
+    uint64_t lightest = (1 << kWeightBits) / (kLargePerRow * budget_) + floor_weight(keys_) + 1;
     // Where few keys have nearly all of the weight, lighter ones than expected are certain too.
     while (!solve(lightest)) {
       lightest /= 16;
@@ -166,35 +193,88 @@ void Weights::settle_step() {
       }
     }
   }
-  if (step_ == 1) {
-    // Every key is a step of its own.
-    std::fill_n(sums_.begin(), sum_count(), kSumKeys);
-    return;
-  }
+  // No key is longer than a step.
   for (int64_t i = 0; i < found_; ++i) {
     const uint32_t weight = weights_[large_[i]];
     if (weight > step_) sums_[large_[i] / kSumKeys] -= static_cast<uint32_t>(weight - step_);
   }
+  join_sums();
 }
 
-void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* indices, std::vector<float>* log_u) const {
-  indices->clear();
-  log_u->clear();
-  const double inverse = 1 / static_cast<double>(step_);
-  uint64_t walked = (start << doublings) % step_;
-  for (int64_t s = 0; s < sum_count(); ++s) {
-    const uint64_t all = static_cast<uint64_t>(sums_[s]) << doublings;
-    if (walked + all < step_) {
-      walked += all;
-      continue;
+// Turns the sums of a piece's keys into those of all keys, of which the first of a piece may be amid a group.
+void Weights::join_sums() {
+  const int64_t groups = (keys_ + kSumKeys - 1) / kSumKeys;
+  const auto aligned = [](const Piece& piece) { return piece.key % kSumKeys == 0; };
+  if (step_ > 1 && std::all_of(pieces_.begin(), pieces_.end(), aligned)) {
+    // Blocks begin anew with each piece, so sums only move to the front.
+    for (size_t p = 0; p < pieces_.size(); ++p) {
+      const int64_t first = pieces_[p].key / kSumKeys;
+      const int64_t end = p + 1 < pieces_.size() ? pieces_[p + 1].key / kSumKeys : groups;
+      std::memmove(&sums_[first], &sums_[pieces_[p].slot / kSumKeys], (end - first) * sizeof(sums_[0]));
     }
-    for (int64_t i = s * kSumKeys; i < (s + 1) * kSumKeys; ++i) {
-      const uint64_t weight = std::min<uint64_t>(weights_[i], step_) << doublings;
+    return;
+  }
+  std::fill_n(sums_.begin(), groups, 0);
+  for (size_t p = 0; p < pieces_.size(); ++p) {
+    const int64_t end = p + 1 < pieces_.size() ? pieces_[p + 1].key : keys_;
+    for (int64_t key = pieces_[p].key; key < end; ++key) {
+      const uint64_t weight = weights_[pieces_[p].slot + key - pieces_[p].key];
+      sums_[key / kSumKeys] += static_cast<uint32_t>(std::min(weight, step_));
+    }
+  }
+}
+
+void Weights::order_walk(int bits) {
+  if (bits == order_bits_) return;
+  order_bits_ = bits;
+  order_.resize(size_t{1} << bits);
+  for (uint32_t i = 0; i < order_.size(); ++i) order_[i] = reversed(scrambled(reversed(i, bits)), bits);
+}
+
+void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, std::vector<float>* log_u) {
+  keys->clear();
+  log_u->clear();
+  const int64_t groups = (keys_ + kSumKeys - 1) / kSumKeys;
+  int bits = 0;
+  while (int64_t{1} << bits < groups) ++bits;
+  order_walk(bits);
+  entries_.assign(groups, kNotTaken);
+  uint64_t walked = (start << doublings) % step_;
+  for (const uint32_t group : order_) {
+    if (group >= groups) continue;
+    const uint64_t entered = walked;
+    walked += static_cast<uint64_t>(sums_[group]) << doublings;
+    if (walked < step_) continue;
+    walked %= step_;
+    entries_[group] = entered;
+  }
+  const double inverse = 1 / static_cast<double>(step_);
+  const Piece* piece = pieces_.data();
+  const Piece* last = piece + pieces_.size() - 1;
+  for (int64_t group = 0; group < groups; ++group) {
+    if (entries_[group] == kNotTaken) continue;
+    walked = entries_[group];
+    const int64_t first = group * kSumKeys;
+    const uint32_t swaps = scrambled(static_cast<uint32_t>(group)) * 0x9E3779B1u >> 17;
+    float drawn[kSumKeys];  // log u, if taken
+    uint32_t taken = 0;
+    for (uint32_t i = 0; i < kSumKeys; ++i) {
+      const uint32_t lane = swapped(i, swaps);
+      const int64_t key = first + lane;
+      if (key >= keys_) continue;
+      while (piece < last && key >= piece[1].key) ++piece;
+      while (key < piece->key) --piece;
+      const uint64_t weight = std::min<uint64_t>(weights_[piece->slot + key - piece->key], step_) << doublings;
       walked += weight;
       if (walked < step_) continue;
       walked %= step_;
-      indices->push_back(static_cast<uint32_t>(i));
-      log_u->push_back(weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse)));
+      taken |= 1u << lane;
+      drawn[lane] = weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse));
+    }
+    for (; taken != 0; taken &= taken - 1) {
+      const int lane = __builtin_ctz(taken);
+      keys->push_back(static_cast<uint32_t>(first + lane));
+      log_u->push_back(drawn[lane]);
     }
   }
 }

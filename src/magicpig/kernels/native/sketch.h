@@ -55,7 +55,8 @@ void prepare_query(const SketchSampler& sampler, const float* turned, float offs
 // The score that has all the weight of a head, from the sums of its pieces.
 WeightRule weight_rule(const ScoreSum* sums, int64_t count, int64_t stride, int fraction_bits);
 
-// The weights of one kv head's keys, piece by piece: [block][kSketchKeys], and what a walk along them needs.
+// The weights of one kv head's keys, piece by piece: [block][kSketchKeys], and what a walk along them needs. A piece has
+// blocks of its own; the walk knows the keys by their place among all, wherever pieces end.
 class Weights {
  public:
   // Makes room for `keys` keys in `blocks` blocks of which `budget` will be drawn.
@@ -65,18 +66,29 @@ class Weights {
   // Fixes the step in which the walk goes: see step_for in kernels/sketch/reference.py.
   void settle_step();
   uint64_t step() const { return step_; }
-  // Systematic sampling: indices [block * kSketchKeys + lane], ascending, and log u. See pick in the reference.
-  void pick(uint64_t start, int doublings, std::vector<uint32_t>* indices, std::vector<float>* log_u) const;
+  // Systematic sampling: which keys, ascending, and log u. See pick in the reference.
+  void pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, std::vector<float>* log_u);
 
   const uint32_t* weights() const { return weights_.data(); }
   int64_t blocks() const { return block_; }
 
  private:
+  struct Piece {
+    int64_t key, slot;  // of its first key: place among all keys, and in weights_
+  };
+
   bool solve(uint64_t lightest);
+  void join_sums();
+  void order_walk(int bits);
   int64_t sum_count() const { return block_ * (kSketchKeys / kSumKeys); }
 
-  int64_t keys_, budget_, block_, found_;
-  std::vector<uint32_t> weights_, sums_, large_;
+  int64_t keys_, budget_, block_, found_, added_;
+  std::vector<Piece> pieces_;
+  std::vector<uint32_t> weights_, large_;
+  std::vector<uint32_t> sums_;     // [block][kSketchKeys / kSumKeys]; then of kSumKeys keys each, in their order
+  std::vector<uint32_t> order_;    // of groups of kSumKeys keys: see walk_order in the reference
+  std::vector<uint64_t> entries_;  // where in its step a walk is that ends one in this group
+  int order_bits_ = -1;
   uint64_t step_;
 };
 

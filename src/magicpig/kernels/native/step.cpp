@@ -427,13 +427,7 @@ void draw(const Plan& plan, int64_t index) {
       break;
     }
     memory.weights.pick(start, doublings, &memory.ids, &memory.log_u);
-    int u = pair.first_scan;
-    for (uint32_t& id : memory.ids) {
-      while (u + 1 < last && id >= plan.units[u + 1].first_block * kSketchKeys) ++u;
-      const Unit& unit = plan.units[u];
-      id = static_cast<uint32_t>(store.sketches[unit.segment].first + unit.begin +
-                                 (id - unit.first_block * kSketchKeys));
-    }
+    for (uint32_t& id : memory.ids) id += static_cast<uint32_t>(store.sinks);
     plan.run.attend_shared(store.dtype, plan.dim, row_blocks(store, first.head), memory.ids.data(),
                            static_cast<int64_t>(memory.ids.size()), memory.log_u.data(), plan.group, queries,
                            plan.offsets + q0, plan.step.rule, states);
