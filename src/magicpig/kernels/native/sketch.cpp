@@ -15,7 +15,7 @@ constexpr int kWeightBits = 30;      // all weights together are about 2^30
 constexpr int kScoreBits = 7;        // fraction bits of a score, unless the largest needs more whole bits
 constexpr int64_t kLargePerRow = 8;  // keys looked at as candidates for certainty, per row of the budget, at most
 constexpr double kLog2E = 1.4426950408889634;
-constexpr uint64_t kNotTaken = ~uint64_t{0};
+constexpr uint32_t kNotTaken = ~0u;
 
 // The least weight of a key.
 uint32_t floor_weight(int64_t keys) {
@@ -35,12 +35,16 @@ uint32_t reversed(uint32_t x, int bits) {
   return out;
 }
 
-// The lane of a group that a walk comes to as its i-th: each node of the tree over them has a bit of `swaps`.
-uint32_t swapped(uint32_t i, uint32_t swaps) {
-  uint32_t path = 0;
-  for (int level = 0; level < 4; ++level)
-    path = 2 * path + ((i >> (3 - level) ^ swaps >> ((1u << level) - 1 + path)) & 1);
-  return path;
+// The lanes of a group in the order in which a walk comes to them: each node of the tree over them has a bit of `swaps`.
+void order_lanes(uint32_t swaps, uint8_t* lanes) {
+  lanes[0] = 0;
+  for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
+    for (int i = nodes - 1; i >= 0; --i) {
+      const uint8_t node = lanes[i], first = swaps >> (nodes - 1 + node) & 1;
+      lanes[2 * i] = 2 * node + first;
+      lanes[2 * i + 1] = 2 * node + 1 - first;
+    }
+  }
 }
 
 }  // namespace
@@ -246,7 +250,7 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
     walked += static_cast<uint64_t>(sums_[group]) << doublings;
     if (walked < step_) continue;
     walked %= step_;
-    entries_[group] = entered;
+    entries_[group] = static_cast<uint32_t>(entered);
   }
   const double inverse = 1 / static_cast<double>(step_);
   const Piece* piece = pieces_.data();
@@ -256,10 +260,11 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
     walked = entries_[group];
     const int64_t first = group * kSumKeys;
     const uint32_t swaps = scrambled(static_cast<uint32_t>(group)) * 0x9E3779B1u >> 17;
+    uint8_t lanes[kSumKeys];
+    order_lanes(swaps, lanes);
     float drawn[kSumKeys];  // log u, if taken
     uint32_t taken = 0;
-    for (uint32_t i = 0; i < kSumKeys; ++i) {
-      const uint32_t lane = swapped(i, swaps);
+    for (const uint8_t lane : lanes) {
       const int64_t key = first + lane;
       if (key >= keys_) continue;
       while (piece < last && key >= piece[1].key) ++piece;

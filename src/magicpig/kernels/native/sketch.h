@@ -87,7 +87,7 @@ class Weights {
   std::vector<uint32_t> weights_, large_;
   std::vector<uint32_t> sums_;     // [block][kSketchKeys / kSumKeys]; then of kSumKeys keys each, in their order
   std::vector<uint32_t> order_;    // of groups of kSumKeys keys: see walk_order in the reference
-  std::vector<uint64_t> entries_;  // where in its step a walk is that ends one in this group
+  std::vector<uint32_t> entries_;  // where in its step a walk is that ends one in this group
   int order_bits_ = -1;
   uint64_t step_;
 };
