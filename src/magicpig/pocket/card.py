@@ -54,7 +54,8 @@ confidence interval, by tokens:
 ## Limits
 
 Its vocabulary is the word lists of the tasks; other text falls to single characters and means nothing to it. Answers
-are short and in the tasks' form. It says nothing about how well sampled attention serves a large model on other text.
+are short and in the tasks' form. It goes on with a uuid by its last two pieces, and every sixteenth uuid has the same
+two pieces twice. It says nothing about how well sampled attention serves a large model on other text.
 """
 
 
