@@ -46,7 +46,8 @@ struct Batch {
   }
   // Requests of a later row the piece that is being read of row j, so that misses spread over the arithmetic.
   void request(int j, int element) const {
-    if (j < requested && element * (int)sizeof(T) % kLine == 0) __builtin_prefetch(ahead[j] + element, 0, 2);
+    if (kScaled<T> && element * (int)sizeof(T) % kLine != 0) return;
+    if (j < requested) __builtin_prefetch(ahead[j] + element, 0, 2);
   }
   // Of rows with scales the end, too: they begin anywhere in a line.
   void request_end(int j, int dim) const {
