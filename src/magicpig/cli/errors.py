@@ -31,13 +31,13 @@ class OneLineErrors(TyperGroup):
             code = super().main(*args, **options)
             sys.stdout.flush()
         except Exception as error:
+            if _is_known(error):
+                _say(f"error: {' '.join(str(_message(error)).split())}")
+                sys.exit(BAD_INPUT)
             if _is_wrong_result(error):
                 _say(f"no timing, the results are wrong: {error}")
                 sys.exit(WRONG_RESULT)
-            if not _is_known(error):
-                raise
-            _say(f"error: {' '.join(str(_message(error)).split())}")
-            sys.exit(BAD_INPUT)
+            raise
         if code == INTERRUPTED:
             _say("interrupted")
         sys.exit(code or 0)
@@ -54,7 +54,7 @@ def _message(error: Exception) -> str:
 
 
 def _is_wrong_result(error: Exception) -> bool:
-    from magicpig.bench.layer import WrongResultError  # imported late, like those below
+    from magicpig.bench.layer import WrongResultError  # imported late, like those of _is_known
 
     return isinstance(error, WrongResultError)
 

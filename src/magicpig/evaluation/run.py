@@ -53,9 +53,8 @@ def evaluate(
     work = [length * (1 + len(runs)) for _, length, _ in cells]
     made = provenance() | {"jobs": jobs}
     with ResultsFile(path, _settings(model, matrix, dtype, chunk), made, group=len(runs)) as file:
-        done = min(file.done, len(cells))  # there may be more than are wanted
-        on_start(sum(work[:done]), sum(work))
-        todo = cells[done:]
+        on_start(sum(work[: file.done]), sum(work))
+        todo = cells[file.done :]
         if todo and jobs == 1:
             examiner = Examiner(model, matrix, dtype, chunk)
             for cell in todo:
