@@ -152,6 +152,21 @@ def test_scores_with_a_softcap(softcap, isa):
     assert int((scored.scores.fixed - expected.fixed).abs().max()) <= 1
 
 
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e30])
+def test_scores_of_any_size_fit_their_bits_and_keep_their_order(size, isa):
+    keys, query = make_keys(200, 64), size * torch.randn(2, 64)
+    segment, sampler = sketch(keys, 2)
+    scored = native.score(query, segment, 0, sampler, scale=0.2)
+    levels = 2 * codes(segment, 0, 2, 64) - 3
+    logits = scored.query.double() @ levels.double().T * segment.scales[0, :200].double()
+    expected = 32767 / 2 * logits / logits.abs().amax(1, keepdim=True)
+    room = scored.scores.fixed.double().abs().amax(1, keepdim=True) / 32767
+    assert float(room.min()) > 0.05
+    assert float(room.max()) <= 1
+    assert float((scored.scores.fixed / (2 * room) - expected).abs().max()) <= 1 / float(room.min())
+    assert_same_draw(scored, 20)
+
+
 @pytest.mark.parametrize("R", GROUPS)
 def test_groups_of_every_size_score_alike(R, isa):
     keys, query = make_keys(130, 80), torch.randn(R, 80)

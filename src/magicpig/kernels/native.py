@@ -316,7 +316,7 @@ def score(
     lanes, whole = torch.zeros(R, width), torch.empty(R, width, dtype=torch.int8)
     lanes[:, :D] = query
     offset = torch.zeros(R) if offset is None else offset.to(torch.float32).contiguous()
-    fixed = torch.empty(blocks, R, SKETCH_KEYS, dtype=torch.int16)
+    fixed = torch.empty(blocks, R, SKETCH_KEYS // 2, 2, dtype=torch.int16)
     sums = _native.score(
         sampler,
         lanes.data_ptr(),
@@ -331,7 +331,7 @@ def score(
         fixed.data_ptr(),
         whole.data_ptr(),
     )
-    by_head = fixed.transpose(0, 1).reshape(R, -1)[:, :n].to(torch.int64)
+    by_head = fixed.permute(1, 0, 3, 2).reshape(R, -1)[:, :n].to(torch.int64)
     return SketchScores(Scores(by_head, torch.tensor([s[0] for s in sums])), whole[:, :D], fixed, sums)
 
 

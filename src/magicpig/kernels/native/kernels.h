@@ -31,6 +31,7 @@ constexpr int kLawSize = 4096;       // intervals of the table of log inclusion 
 constexpr int kMaxTables = 1024;
 constexpr int kSketchKeys = 64;   // keys of one block of a sketch
 constexpr int kSumKeys = 16;      // keys whose weights are summed, so that a walk along them can skip these
+constexpr int kScoreBits = 7;     // fraction bits of a score, unless the largest needs more whole bits
 constexpr int kFarthest = 40;     // octaves below the largest score at which a key counts for its floor only
 constexpr int kCollectSlack = 4;  // ids that `collect` may write past those it returns
 
@@ -152,7 +153,8 @@ struct Kernels {
   // length of the key.
   void (*pack)(const float* turned, const Rotation& rotation, int bits, float distance, int lane, uint32_t* block,
                uint16_t* scale);
-  // Scores of `count` keys from the start of a block on: fixed [block][heads][kSketchKeys], and their sums, one a head.
+  // Scores of `count` keys from the start of a block on, and their sums, one a head: fixed [block][heads][i][j] is that of
+  // key i + j * kSketchKeys / 2 of the block, so that two keys share a lane.
   void (*score)(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
                 const ScoreRule* rules, int16_t* fixed, ScoreSum* sums);
   // Weights [block][kSketchKeys] = unit * mean over heads of the powers of the scores, + floor; zero past `count`.

@@ -60,19 +60,25 @@ inline uint32_t sum(U v) {
 }
 
 // out[i] = sum(v[i]) for four vectors: a third of the work of four separate sums.
-inline void sum4(const F* v, float* out) {
+template <class V, class T>
+inline void sum4(const V* v, T* out) {
 #if defined(__AVX512F__)
-  const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
-  const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-  const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-  const __m512 abcd =
-      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  const auto pairs = [](V a, V b) {
+    return (V)_mm512_unpacklo_ps((__m512)a, (__m512)b) + (V)_mm512_unpackhi_ps((__m512)a, (__m512)b);
+  };
+  const __m512d ab = (__m512d)pairs(v[0], v[1]), cd = (__m512d)pairs(v[2], v[3]);
+  V abcd = (V)_mm512_unpacklo_pd(ab, cd) + (V)_mm512_unpackhi_pd(ab, cd);
+  abcd += (V)_mm512_shuffle_f32x4((__m512)abcd, (__m512)abcd, 0x4e);
+  abcd += (V)_mm512_shuffle_f32x4((__m512)abcd, (__m512)abcd, 0xb1);
+  memcpy(out, &abcd, 4 * sizeof(T));
 #elif defined(__AVX2__)
-  const __m256 ab = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), cd = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
-  const __m256 abcd = _mm256_hadd_ps(ab, cd);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  const auto pairs = [](V a, V b) {
+    return (V)_mm256_unpacklo_ps((__m256)a, (__m256)b) + (V)_mm256_unpackhi_ps((__m256)a, (__m256)b);
+  };
+  const __m256d ab = (__m256d)pairs(v[0], v[1]), cd = (__m256d)pairs(v[2], v[3]);
+  V abcd = (V)_mm256_unpacklo_pd(ab, cd) + (V)_mm256_unpackhi_pd(ab, cd);
+  abcd += (V)_mm256_permute2f128_ps((__m256)abcd, (__m256)abcd, 1);
+  memcpy(out, &abcd, 4 * sizeof(T));
 #else
   for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
 #endif
@@ -117,19 +123,36 @@ inline U load(const uint32_t* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+inline void store(uint32_t* p, U v) { memcpy(p, &v, sizeof v); }
 inline I splat(int32_t x) { return x - I{}; }
 inline I max(I a, I b) { return a > b ? a : b; }
 
-// Sixteen-bit numbers of W lanes in memory.
-typedef int16_t Short __attribute__((vector_size(W * 2)));
-inline I load(const int16_t* p) {
-  Short v;
+// Sixteen-bit numbers, two in each lane.
+typedef int16_t S __attribute__((vector_size(W * 4)));
+inline S splat(int16_t x) { return x - S{}; }
+inline S max(S a, S b) { return a > b ? a : b; }
+inline S load_scores(const int16_t* p) {
+  S v;
   memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, I);
+  return v;
 }
-inline void store(int16_t* p, I v) {
-  const Short narrow = __builtin_convertvector(v, Short);
-  memcpy(p, &narrow, sizeof narrow);
+inline void store(int16_t* p, S v) { memcpy(p, &v, sizeof v); }
+inline bool any(S mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  for (int i = 0; i < 2 * W; ++i) {
+    if (mask[i] != 0) return true;
+  }
+  return false;
+#endif
+}
+inline int16_t largest(S v) {
+  int16_t best = v[0];
+  for (int i = 1; i < 2 * W; ++i) best = v[i] > best ? v[i] : best;
+  return best;
 }
 
 // Numbers of eight bits of W lanes in memory.
@@ -153,9 +176,13 @@ constexpr int kByteDots = 32767 / (2 * 127);
 typedef int16_t ByteSum __attribute__((vector_size(W * 4)));
 inline ByteSum add_dot(ByteSum sum, U bytes, I other) {
 #if defined(__AVX512BW__)
-  return sum + (ByteSum)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)other);
+  sum += (ByteSum)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)other);
+  __asm__("" : "+v"(sum));  // products that wait to be added in another order need more registers than there are
+  return sum;
 #elif defined(__AVX2__)
-  return sum + (ByteSum)_mm256_maddubs_epi16((__m256i)bytes, (__m256i)other);
+  sum += (ByteSum)_mm256_maddubs_epi16((__m256i)bytes, (__m256i)other);
+  __asm__("" : "+x"(sum));
+  return sum;
 #else
   const ByteSum x = (ByteSum)bytes, y = (ByteSum)other;
   return sum + (x & 255) * ((y << 8) >> 8) + (x >> 8) * (y >> 8);

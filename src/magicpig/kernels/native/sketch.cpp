@@ -12,10 +12,8 @@ namespace {
 
 constexpr double kFloor = 0.05;      // share of the weight that all keys get alike
 constexpr int kWeightBits = 30;      // all weights together are about 2^30
-constexpr int kScoreBits = 7;        // fraction bits of a score, unless the largest needs more whole bits
 constexpr int64_t kLargePerRow = 8;  // keys looked at as candidates for certainty, per row of the budget, at most
 constexpr double kLog2E = 1.4426950408889634;
-constexpr uint32_t kNotTaken = ~0u;
 
 // The least weight of a key.
 uint32_t floor_weight(int64_t keys) {
@@ -35,16 +33,38 @@ uint32_t reversed(uint32_t x, int bits) {
   return out;
 }
 
-// The lanes of a group in the order in which a walk comes to them: each node of the tree over them has a bit of `swaps`.
+// In a group each node of the tree over its lanes has a bit of `swaps`: whether a walk comes to its second half first.
+bool swapped(uint32_t swaps, int nodes, int node) { return swaps >> (nodes - 1 + node) & 1; }
+
+// The lanes of a group in the order in which a walk comes to them.
 void order_lanes(uint32_t swaps, uint8_t* lanes) {
   lanes[0] = 0;
+#pragma GCC unroll 4
   for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
     for (int i = nodes - 1; i >= 0; --i) {
-      const uint8_t node = lanes[i], first = swaps >> (nodes - 1 + node) & 1;
+      const uint8_t node = lanes[i], first = swapped(swaps, nodes, node);
       lanes[2 * i] = 2 * node + first;
       lanes[2 * i + 1] = 2 * node + 1 - first;
     }
   }
+}
+
+// The lane that a walk through a group is in after `way`, of which there is no more than the sum of the weights.
+int lane_at(const uint32_t* weights, uint32_t swaps, uint64_t way) {
+  uint64_t sums[2 * kSumKeys];  // of node i among n at [n + i]
+  for (int i = 0; i < kSumKeys; ++i) sums[kSumKeys + i] = weights[i];
+  for (int i = kSumKeys - 1; i > 1; --i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  int node = 0;
+  for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
+    int child = 2 * node + swapped(swaps, nodes, node);
+    const uint64_t sum = sums[2 * nodes + child];
+    if (way > sum) {
+      way -= sum;
+      child ^= 1;
+    }
+    node = child;
+  }
+  return node;
 }
 
 }  // namespace
@@ -113,7 +133,8 @@ void prepare_query(const SketchSampler& sampler, const float* turned, float offs
       rule.softcap > 0 ? rule.softcap : static_cast<double>(std::fabs(logit)) * magnitude * top_level * largest;
   const double room = std::floor(std::log2(32767 / std::max(bound * kLog2E, 1e-30)));
   const int fraction_bits = static_cast<int>(std::clamp(room, 0.0, static_cast<double>(kScoreBits)));
-  const float octaves = static_cast<float>(std::ldexp(kLog2E, fraction_bits));
+  // With too little room even for whole octaves an octave becomes several: no score may leave its 16 bits.
+  const float octaves = static_cast<float>(std::ldexp(kLog2E, room < 0 ? static_cast<int>(room) : fraction_bits));
   query->rule = {.query = query->values,
                  .correction = top_level * sum,
                  .fraction_bits = fraction_bits,
@@ -242,46 +263,68 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
   int bits = 0;
   while (int64_t{1} << bits < groups) ++bits;
   order_walk(bits);
-  entries_.assign(groups, kNotTaken);
+  taken_.assign((groups + 63) / 64, 0);
+  entries_.resize(groups);
   uint64_t walked = (start << doublings) % step_;
   for (const uint32_t group : order_) {
     if (group >= groups) continue;
     const uint64_t entered = walked;
     walked += static_cast<uint64_t>(sums_[group]) << doublings;
     if (walked < step_) continue;
-    walked %= step_;
+    walked -= step_;
+    if (walked >= step_) walked %= step_;
+    __builtin_prefetch(&weights_[group * kSumKeys]);  // where they are, unless a piece before ends amid a block
+    taken_[group / 64] |= uint64_t{1} << group % 64;
     entries_[group] = static_cast<uint32_t>(entered);
   }
   const double inverse = 1 / static_cast<double>(step_);
   const Piece* piece = pieces_.data();
-  const Piece* last = piece + pieces_.size() - 1;
-  for (int64_t group = 0; group < groups; ++group) {
-    if (entries_[group] == kNotTaken) continue;
-    walked = entries_[group];
-    const int64_t first = group * kSumKeys;
-    const uint32_t swaps = scrambled(static_cast<uint32_t>(group)) * 0x9E3779B1u >> 17;
-    uint8_t lanes[kSumKeys];
-    order_lanes(swaps, lanes);
-    float drawn[kSumKeys];  // log u, if taken
-    uint32_t taken = 0;
-    for (const uint8_t lane : lanes) {
-      const int64_t key = first + lane;
-      if (key >= keys_) continue;
-      while (piece < last && key >= piece[1].key) ++piece;
-      while (key < piece->key) --piece;
-      const uint64_t weight = std::min<uint64_t>(weights_[piece->slot + key - piece->key], step_) << doublings;
-      walked += weight;
-      if (walked < step_) continue;
-      walked %= step_;
-      taken |= 1u << lane;
-      drawn[lane] = weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse));
-    }
-    for (; taken != 0; taken &= taken - 1) {
-      const int lane = __builtin_ctz(taken);
-      keys->push_back(static_cast<uint32_t>(first + lane));
-      log_u->push_back(drawn[lane]);
+  for (size_t word = 0; word < taken_.size(); ++word) {
+    for (uint64_t left = taken_[word]; left != 0; left &= left - 1) {
+      const int64_t group = static_cast<int64_t>(word) * 64 + __builtin_ctzll(left);
+      uint32_t weights[kSumKeys];
+      piece = read_group(group, piece, weights);
+      const uint32_t swaps = scrambled(static_cast<uint32_t>(group)) * 0x9E3779B1u >> 17;
+      const auto take = [&](int lane) {
+        const uint64_t weight = static_cast<uint64_t>(weights[lane]) << doublings;
+        keys->push_back(static_cast<uint32_t>(group * kSumKeys + lane));
+        log_u->push_back(weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse)));
+      };
+      walked = entries_[group];
+      if (walked + (static_cast<uint64_t>(sums_[group]) << doublings) < 2 * step_) {  // one step ends here
+        const uint64_t way = step_ - walked, whole = uint64_t{1} << doublings;
+        take(lane_at(weights, swaps, (way + whole - 1) >> doublings));
+        continue;
+      }
+      uint8_t lanes[kSumKeys];
+      order_lanes(swaps, lanes);
+      uint32_t taken = 0;
+      for (const uint8_t lane : lanes) {
+        walked += static_cast<uint64_t>(weights[lane]) << doublings;
+        if (walked < step_) continue;
+        walked %= step_;
+        taken |= 1u << lane;
+      }
+      for (; taken != 0; taken &= taken - 1) take(__builtin_ctz(taken));
     }
   }
+}
+
+// The weights of the keys of a group, as long as a step at most, zero where no key is. Returns the piece of the first of them,
+// which is not before `piece`.
+const Weights::Piece* Weights::read_group(int64_t group, const Piece* piece, uint32_t* to) const {
+  const Piece* last = pieces_.data() + pieces_.size() - 1;
+  const int64_t first = group * kSumKeys, end = std::min(keys_, first + kSumKeys);
+  while (piece < last && first >= piece[1].key) ++piece;
+  const Piece* of = piece;
+  for (int64_t key = first; key < end;) {
+    while (of < last && key >= of[1].key) ++of;
+    const int64_t until = of < last ? std::min(end, of[1].key) : end;
+    const uint32_t* from = &weights_[of->slot + key - of->key];
+    for (; key < until; ++key) to[key - first] = static_cast<uint32_t>(std::min<uint64_t>(*from++, step_));
+  }
+  std::fill(to + (end - first), to + kSumKeys, 0);
+  return piece;
 }
 
 uint64_t start_for(uint64_t seed, uint64_t head, uint64_t position, uint64_t step) {

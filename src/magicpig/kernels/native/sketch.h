@@ -80,6 +80,7 @@ class Weights {
   bool solve(uint64_t lightest);
   void join_sums();
   void order_walk(int bits);
+  const Piece* read_group(int64_t group, const Piece* piece, uint32_t* to) const;
   int64_t sum_count() const { return block_ * (kSketchKeys / kSumKeys); }
 
   int64_t keys_, budget_, block_, found_, added_;
@@ -87,7 +88,8 @@ class Weights {
   std::vector<uint32_t> weights_, large_;
   std::vector<uint32_t> sums_;     // [block][kSketchKeys / kSumKeys]; then of kSumKeys keys each, in their order
   std::vector<uint32_t> order_;    // of groups of kSumKeys keys: see walk_order in the reference
-  std::vector<uint32_t> entries_;  // where in its step a walk is that ends one in this group
+  std::vector<uint64_t> taken_;    // a bit for each group in which a step ends
+  std::vector<uint32_t> entries_;  // where in its step the walk comes to such a group
   int order_bits_ = -1;
   uint64_t step_;
 };

@@ -106,7 +106,8 @@ struct Plan {
   SketchQuery* sketched;  // (B H)
   ScoreSum* sums;         // (units, R)
   std::vector<Unit> units;
-  std::vector<int> order;  // looked-up samples, whose size nobody knows, before exact rows
+  std::vector<int> order;  // in which the units are begun
+  std::vector<int> tasks;  // first in `order` of each stretch that one thread does by itself, and the end
   std::unique_ptr<Pair[]> pairs;
   int64_t pair_count;
 
@@ -236,11 +237,24 @@ void make_units(Plan& plan) {
   }
   plan.order.resize(plan.units.size());
   std::iota(plan.order.begin(), plan.order.end(), 0);
-  // With a sketch pair by pair, so that few are in progress at a time.
-  if (plan.sketch == nullptr) {
-    std::stable_partition(plan.order.begin(), plan.order.end(),
-                          [&](int u) { return plan.units[u].work != Work::exact; });
+  if (plan.sketch != nullptr) return;  // pair by pair, so that the scores of few are in memory at a time
+  // Looked-up samples, whose size nobody knows, before exact rows.
+  std::stable_partition(plan.order.begin(), plan.order.end(), [&](int u) { return plan.units[u].work != Work::exact; });
+}
+
+// A pair with a sketch is best left to one thread, in whose caches its scores then are, as long as there are pairs for
+// all threads: the last are shared.
+void make_tasks(Plan& plan) {
+  const int count = static_cast<int>(plan.units.size());
+  plan.tasks.clear();
+  int u = 0;
+  for (int64_t p = 0; plan.sketch != nullptr && p < plan.pair_count; ++p) {
+    const int end = plan.end_unit(p);
+    if ((end - u) * threads() > count - u) break;
+    plan.tasks.push_back(u);
+    u = end;
   }
+  for (; u <= count; ++u) plan.tasks.push_back(u);
 }
 
 // Exact attention of a group over the rows of positions [begin, end).
@@ -464,6 +478,30 @@ void finish(const Plan& plan, int64_t pair) {
   }
 }
 
+// Does one unit, and what its pair is waiting for if it is the last one.
+void work(const Plan& plan, const Unit& unit) {
+  for (int s = unit.first_state; s < unit.first_state + unit.states; ++s) {
+    // Certain rows add nothing to the variance.
+    float* spread = unit.work == Work::exact ? nullptr : plan.spreads + s * plan.dim;
+    plan.states[s] = empty_state(plan.dim, plan.values + s * plan.dim, spread);
+  }
+  switch (unit.work) {
+    case Work::exact:
+      attend_exact(plan, unit);
+      break;
+    case Work::lookup:
+      attend_lookup(plan, unit);
+      break;
+    case Work::scan:
+      scan(plan, unit);
+  }
+  const int64_t index = static_cast<int64_t>(unit.sequence) * plan.heads + unit.head;
+  Pair& pair = plan.pairs[index];
+  if (pair.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  if (pair.scores != nullptr) draw(plan, index);
+  finish(plan, index);
+}
+
 void count_rows(const Plan& plan) {
   for (int b = 0; b < plan.sequences; ++b) {
     StoreView& store = *plan.stores[b];
@@ -519,6 +557,7 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const 
     for (int b = 0; b < plan.sequences; ++b) append(*stores[b], plan, b);
   }
   make_units(plan);
+  make_tasks(plan);
 
   thread_local std::vector<float> floats;
   thread_local std::vector<uint64_t> sign_memory;
@@ -561,28 +600,8 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const 
     for (int64_t q = first; q < end; ++q) sketch_query(plan, q);
   });
 
-  parallel(static_cast<int64_t>(plan.units.size()), [&](int64_t i) {
-    const Unit& unit = plan.units[plan.order[i]];
-    for (int s = unit.first_state; s < unit.first_state + unit.states; ++s) {
-      // Certain rows add nothing to the variance.
-      float* spread = unit.work == Work::exact ? nullptr : plan.spreads + s * dim;
-      plan.states[s] = empty_state(plan.dim, plan.values + s * dim, spread);
-    }
-    switch (unit.work) {
-      case Work::exact:
-        attend_exact(plan, unit);
-        break;
-      case Work::lookup:
-        attend_lookup(plan, unit);
-        break;
-      case Work::scan:
-        scan(plan, unit);
-    }
-    const int64_t index = static_cast<int64_t>(unit.sequence) * plan.heads + unit.head;
-    Pair& pair = plan.pairs[index];
-    if (pair.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    if (pair.scores != nullptr) draw(plan, index);
-    finish(plan, index);
+  parallel(static_cast<int64_t>(plan.tasks.size()) - 1, [&](int64_t task) {
+    for (int i = plan.tasks[task]; i < plan.tasks[task + 1]; ++i) work(plan, plan.units[plan.order[i]]);
   });
   for (int64_t p = 0; p < plan.pair_count; ++p) {
     if (plan.pairs[p].first_unit == plan.end_unit(p)) finish(plan, p);  // an empty store: zeros, lse -inf

@@ -106,8 +106,9 @@ def score(
     octaves = logits / math.log(2.0)
     room = torch.floor(torch.log2(32767 / (largest / math.log(2.0)).clamp(min=1e-30)))
     fraction_bits = room.clamp(0, SCORE_BITS).to(torch.int64)
-    fixed = (octaves * 2.0 ** fraction_bits[:, None]).round().clamp(-32768, 32767).to(torch.int64)
-    return Scores(fixed, fraction_bits)
+    # With too little room even for whole octaves an octave becomes several: no score may leave its 16 bits.
+    exponent = torch.where(room < 0, room, fraction_bits)
+    return Scores((octaves * 2.0 ** exponent[:, None]).round().to(torch.int64), fraction_bits)
 
 
 def power_of_two(fixed: Tensor, fraction_bits: int) -> Tensor:

@@ -4,13 +4,15 @@
 
 namespace {
 
-constexpr int kTurnRows = W == 16 ? 6 : 2;       // vectors turned at once
-constexpr int kTurnColumns = kLane / W;          // of W coordinates each
-constexpr int kScoreHeads = 4;                   // heads scored at once
-constexpr int kScoreVectors = W == 16 ? 4 : 2;   // of W keys each
-constexpr int kSketchVectors = kSketchKeys / W;  // of a block
-constexpr int kRebaseOctaves = 8;                // by which scores may exceed the base of their sum
-constexpr int kPrefetchBlocks = 1;               // blocks of codes requested ahead
+constexpr int kTurnRows = W == 16 ? 6 : 2;      // vectors turned at once
+constexpr int kTurnColumns = kLane / W;         // of W coordinates each
+constexpr int kScoreHeads = 4;                  // heads scored at once
+constexpr int kScoreVectors = W == 16 ? 4 : 2;  // of W keys each
+constexpr int kRebaseOctaves = 8;               // by which scores may exceed the base of their sum
+constexpr int kPrefetchBlocks = 4;              // blocks of codes requested ahead
+constexpr int kLowestScore = -32768;
+constexpr float kRoundToShort =
+    12582912.0f;  // added to a float below 2^15, leaves its nearest whole number in the lower bits
 
 template <int M>
 inline void turn_tile(const float* x, int64_t stride, const Rotation& rotation, int column, float* y) {
@@ -101,130 +103,167 @@ void pack(const float* turned, const Rotation& rotation, int bits, float distanc
   }
 }
 
-// acc[h][v] += products of WIDTH-bit codes, times 2^SHIFT, with the heads' whole numbers, for VECTORS * W keys.
-template <int WIDTH, int SHIFT, int HEADS, int VECTORS>
-inline const uint32_t* add_plane(const uint32_t* words, const uint32_t* ahead, int head_dim, const int8_t* const* query,
-                                 I (*acc)[VECTORS]) {
-  constexpr int kPerWord = 32 / WIDTH, kGroups = 8 / WIDTH;
-  constexpr int kLargest = ((1 << WIDTH) - 1) << SHIFT;
-  constexpr int kWords = kByteDots / (kLargest * kGroups);  // whose products fit a sum
-  static_assert(kWords >= 1);
-  const int count = (head_dim + kPerWord - 1) / kPerWord;
-  for (int first = 0; first < count; first += kWords) {
-    const int last = count < first + kWords ? count : first + kWords;
-    ByteSum sums[HEADS][VECTORS] = {};
-    for (int word = first; word < last; ++word) {
-      U packed[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) packed[v] = load(words + (int64_t)word * kSketchKeys + v * W);
-      for (int v = 0; v < VECTORS * W; v += 16) __builtin_prefetch(ahead + (int64_t)word * kSketchKeys + v, 0, 2);
+// Adds to sums[h][v] the products of WIDTH-bit codes with the heads' whole numbers, times 2^SHIFT, from `words` to `last`, for
+// VECTORS vectors of W keys that are evenly spread over the block.
+template <int WIDTH, int SHIFT, int HEADS, int VECTORS, class Sum>
+[[gnu::always_inline]] inline void add_words(const uint32_t* words, const uint32_t* ahead, int first, int last,
+                                             const int8_t* const* query, Sum (*sums)[VECTORS]) {
+  constexpr int kPerWord = 32 / WIDTH, kGroups = 8 / WIDTH, kApart = kSketchKeys / VECTORS;
+  for (int word = first; word < last; ++word) {
+    U packed[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) packed[v] = load(words + (int64_t)word * kSketchKeys + v * kApart);
+    for (int v = 0; v < VECTORS * W; v += 16) __builtin_prefetch(ahead + (int64_t)word * kSketchKeys + v, 0, 3);
 #pragma GCC unroll 8
-      for (int k = 0; k < kGroups; ++k) {
-        U codes[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) {
-          const int right = WIDTH * k - SHIFT;
-          codes[v] = (right >= 0 ? packed[v] >> right : packed[v] << -right) & (0x01010101u * kLargest);
-        }
-        for (int h = 0; h < HEADS; ++h) {
-          int32_t four;
-          memcpy(&four, query[h] + word * kPerWord + 4 * k, 4);
-          for (int v = 0; v < VECTORS; ++v) sums[h][v] = add_dot(sums[h][v], codes[v], splat(four));
-        }
+    for (int k = 0; k < kGroups; ++k) {
+      U codes[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) {
+        const int right = WIDTH * k - SHIFT;
+        codes[v] =
+            (right >= 0 ? packed[v] >> right : packed[v] << -right) & (0x01010101u * (((1 << WIDTH) - 1) << SHIFT));
+      }
+      for (int h = 0; h < HEADS; ++h) {
+        int32_t four;
+        memcpy(&four, query[h] + word * kPerWord + 4 * k, 4);
+        for (int v = 0; v < VECTORS; ++v) sums[h][v] = add_dot(sums[h][v], codes[v], splat(four));
       }
     }
-    for (int h = 0; h < HEADS; ++h) {
-      for (int v = 0; v < VECTORS; ++v) acc[h][v] += total(sums[h][v]);
-    }
-  }
-  return words + (int64_t)count * kSketchKeys;
-}
-
-template <int HEADS, int VECTORS>
-inline void code_dots(int bits, const uint32_t* words, const uint32_t* ahead, int head_dim, const int8_t* const* query,
-                      I (*acc)[VECTORS]) {
-  switch (bits) {
-    case 1:
-      add_plane<1, 0, HEADS, VECTORS>(words, ahead, head_dim, query, acc);
-      break;
-    case 2:
-      add_plane<2, 0, HEADS, VECTORS>(words, ahead, head_dim, query, acc);
-      break;
-    case 3: {
-      const uint32_t* rest = add_plane<2, 0, HEADS, VECTORS>(words, ahead, head_dim, query, acc);
-      add_plane<1, 2, HEADS, VECTORS>(rest, ahead + (rest - words), head_dim, query, acc);
-      break;
-    }
-    default:
-      add_plane<4, 0, HEADS, VECTORS>(words, ahead, head_dim, query, acc);
   }
 }
 
-// About 2^x for a score, relative to a base: see power_of_two in kernels/sketch/reference.py.
-inline F power_of_two(I fixed, int32_t base, int fraction_bits) {
-  const I near = max(fixed - base, splat((int32_t)(-(kFarthest << fraction_bits))));
-  return (F)((near << (23 - fraction_bits)) + (127 << 23));
+// The same for all words of a plane. Returns how many there are.
+template <int WIDTH, int SHIFT, int HEADS, int VECTORS>
+[[gnu::always_inline]] inline int add_plane(const uint32_t* words, const uint32_t* ahead, int head_dim,
+                                            const int8_t* const* query, I (*acc)[VECTORS]) {
+  constexpr int kPerWord = 32 / WIDTH;
+  const int count = (head_dim + kPerWord - 1) / kPerWord;
+  if constexpr (sizeof(ByteSum{}[0]) == sizeof(int32_t)) {
+    add_words<WIDTH, SHIFT, HEADS, VECTORS>(words, ahead, 0, count, query, acc);
+  } else {
+    constexpr int kWords = kByteDots / ((((1 << WIDTH) - 1) << SHIFT) * (8 / WIDTH));  // whose products fit a sum
+    static_assert(kWords >= 1);
+    for (int first = 0; first < count; first += kWords) {
+      ByteSum sums[HEADS][VECTORS] = {};
+      const int last = count < first + kWords ? count : first + kWords;
+      add_words<WIDTH, SHIFT, HEADS, VECTORS>(words, ahead, first, last, query, sums);
+      for (int h = 0; h < HEADS; ++h) {
+        for (int v = 0; v < VECTORS; ++v) acc[h][v] += total(sums[h][v]);
+      }
+    }
+  }
+  return count;
 }
+
+template <int BITS, int HEADS, int VECTORS>
+[[gnu::always_inline]] inline void code_dots(const uint32_t* words, const uint32_t* ahead, int head_dim,
+                                             const int8_t* const* query, I (*acc)[VECTORS]) {
+  if constexpr (BITS == 3) {
+    const int64_t rest = add_plane<2, 0, HEADS, VECTORS>(words, ahead, head_dim, query, acc) * (int64_t)kSketchKeys;
+    add_plane<1, 2, HEADS, VECTORS>(words + rest, ahead + rest, head_dim, query, acc);
+  } else {
+    add_plane<BITS, 0, HEADS, VECTORS>(words, ahead, head_dim, query, acc);
+  }
+}
+
+// About 2^x of scores, relative to a base: see power_of_two in kernels/sketch/reference.py. With as many fraction bits as a
+// bfloat16 has, a score is the pattern of such a number.
+struct Powers {
+  S lowest, bias, factor;
+
+  Powers() = default;
+  Powers(int32_t base, int fraction_bits) {
+    const int32_t farthest = base - (kFarthest << fraction_bits);
+    lowest = splat((int16_t)(farthest > kLowestScore ? farthest : kLowestScore));
+    bias = splat((int16_t)((127 << fraction_bits) - base));  // may wrap, and then does so back
+    factor = splat((int16_t)(1 << (kScoreBits - fraction_bits)));
+  }
+  // Of the keys of the lower and of the upper half of a block.
+  void of(S scores, F& lower, F& upper) const {
+    const U pattern = (U)((max(scores, lowest) + bias) * factor);
+    lower = (F)(pattern << 16);
+    upper = (F)(pattern & 0xffff0000u);
+  }
+};
 
 // The sum of the powers of one head's scores so far, whose base only ever rises.
 struct PowerSum {
-  F sum;
-  int32_t base, limit;
+  int fraction_bits;
+  F sum{};
+  int32_t base = kLowestScore;
+  S limit;  // of a score; a higher one raises the base
+  Powers powers;
+
+  PowerSum() = default;
+  explicit PowerSum(int fraction_bits) : fraction_bits(fraction_bits), powers(base, fraction_bits) { set_limit(); }
+
+  void set_limit() {
+    const int32_t highest = base + (kRebaseOctaves << fraction_bits);
+    limit = splat((int16_t)(highest < 32767 ? highest : 32767));
+  }
+  void raise(int16_t top) {
+    const int32_t octave = top >> fraction_bits, fall = octave - (base >> fraction_bits);
+    sum = sum * (fall > 126 ? 0.0f : __builtin_ldexpf(1.0f, -fall));
+    base = octave << fraction_bits;
+    powers = Powers(base, fraction_bits);
+    set_limit();
+  }
+  // The scores of a block.
+  void add(const int16_t* fixed) {
+    S scores[kSketchKeys / (2 * W)], top = load_scores(fixed);
+    for (int i = 0; i < kSketchKeys / (2 * W); ++i) {
+      scores[i] = load_scores(fixed + i * 2 * W);
+      top = max(top, scores[i]);
+    }
+    if (any(top > limit)) raise(largest(top));
+    for (int i = 0; i < kSketchKeys / (2 * W); ++i) {
+      F lower, upper;
+      powers.of(scores[i], lower, upper);
+      sum += lower + upper;
+    }
+  }
 };
 
-inline void add_powers(const I* fixed, int fraction_bits, PowerSum* to) {
-  I top = fixed[0];
-  for (int v = 1; v < kSketchVectors; ++v) top = max(top, fixed[v]);
-  if (positive(to_f(top - to->limit)) != 0) {
-    const int32_t octave = (int32_t)largest(to_f(top)) >> fraction_bits;
-    const int32_t base = octave << fraction_bits;
-    const int fall = octave - (to->base >> fraction_bits);
-    to->sum = to->sum * (fall > 126 ? 0.0f : __builtin_ldexpf(1.0f, -fall));
-    to->base = base;
-    to->limit = base + (kRebaseOctaves << fraction_bits);
-  }
-  for (int v = 0; v < kSketchVectors; ++v) to->sum += power_of_two(fixed[v], to->base, fraction_bits);
-}
-
 // Scores of one block for HEADS heads: written to `fixed` [HEADS][kSketchKeys], their powers added to `sums`.
-template <int HEADS>
+template <int BITS, int HEADS>
 inline void score_block(const SketchLayout& layout, const uint32_t* words, const uint32_t* ahead,
                         const uint16_t* scales, int count, const ScoreRule* rules, int16_t* fixed, PowerSum* sums) {
+  constexpr int kHalf = kSketchKeys / 2, kVectors = kScoreVectors, kApart = kSketchKeys / kVectors;
   const int8_t* query[HEADS];
   for (int h = 0; h < HEADS; ++h) query[h] = rules[h].query;
-  I scores[HEADS][kSketchVectors];
-  for (int v0 = 0; v0 < kSketchVectors; v0 += kScoreVectors) {
-    I acc[HEADS][kScoreVectors] = {};
-    code_dots<HEADS, kScoreVectors>(layout.bits, words + v0 * W, ahead + v0 * W, layout.head_dim, query, acc);
-    for (int v = 0; v < kScoreVectors; ++v) {
-      const F scale = widen((const f16*)scales + (v0 + v) * W);
-      for (int h = 0; h < HEADS; ++h) {
-        const ScoreRule& rule = rules[h];
-        const F dot = to_f(2 * acc[h][v] - rule.correction);
-        F score = scale * dot * rule.unit;
+  for (int first = 0; first < kApart; first += W) {
+    I acc[HEADS][kVectors] = {};
+    code_dots<BITS, HEADS, kVectors>(words + first, ahead + first * kVectors, layout.head_dim, query, acc);
+    F scale[kVectors];
+    for (int v = 0; v < kVectors; ++v) scale[v] = widen((const f16*)scales + first + v * kApart);
+    for (int h = 0; h < HEADS; ++h) {
+      const ScoreRule& rule = rules[h];
+      U rounded[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const F dot = 2.0f * to_f(acc[h][v]) - (float)rule.correction;
+        F score = scale[v] * dot * rule.unit;
         if (rule.softcap > 0.0f) score = cap_logits(score + rule.offset, rule.softcap) * rule.octaves;
-        scores[h][v0 + v] = nearest(min(max(score, splat(-32768.0f)), splat(32767.0f)));
+        rounded[v] = (U)(score + kRoundToShort);
+      }
+      for (int v = 0; v < kVectors / 2; ++v) {
+        const U pair = (rounded[v] & 0xffffu) | (rounded[v + kVectors / 2] << 16);
+        store(fixed + h * kSketchKeys + 2 * (first + v * kApart), (S)pair);
       }
     }
   }
-  for (int h = 0; h < HEADS; ++h) {
-    if (count < kSketchKeys) {
-      alignas(64) int16_t kept[kSketchKeys];
-      for (int v = 0; v < kSketchVectors; ++v) store(kept + v * W, scores[h][v]);
-      for (int i = count; i < kSketchKeys; ++i) kept[i] = -32768;
-      for (int v = 0; v < kSketchVectors; ++v) scores[h][v] = load(kept + v * W);
-    }
-    for (int v = 0; v < kSketchVectors; ++v) store(fixed + h * kSketchKeys + v * W, scores[h][v]);
-    add_powers(scores[h], rules[h].fraction_bits, &sums[h]);
+  for (int h = 0; h < HEADS; ++h, fixed += kSketchKeys) {
+    for (int i = count; i < kSketchKeys; ++i) fixed[2 * (i % kHalf) + i / kHalf] = kLowestScore;
+    sums[h].add(fixed);
   }
 }
 
-void score(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-           const ScoreRule* rules, int16_t* fixed, ScoreSum* sums) {
+template <int BITS>
+void score_bits(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
+                const ScoreRule* rules, int16_t* fixed, ScoreSum* sums) {
   const int64_t block_words = (int64_t)layout.words * kSketchKeys;
   constexpr int kGroup = kScoreHeads;
   for (int h = 0; h < heads; h += kGroup) {
     const int group = heads - h < kGroup ? heads - h : kGroup;
     PowerSum part[kGroup];
-    for (int i = 0; i < group; ++i) part[i] = {F{}, -(1 << 24), -(1 << 24)};
+    for (int i = 0; i < group; ++i) part[i] = PowerSum(rules[h + i].fraction_bits);
     int64_t block = 0;
     for (int64_t first = 0; first < count; first += kSketchKeys, ++block) {
       const int here = count - first < kSketchKeys ? (int)(count - first) : kSketchKeys;
@@ -233,50 +272,61 @@ void score(const SketchLayout& layout, const uint32_t* words, const uint16_t* sc
       const uint16_t* own = scales + first;
       int16_t* to = fixed + (block * heads + h) * kSketchKeys;
       if (group == 4) {
-        score_block<4>(layout, from, ahead, own, here, rules + h, to, part);
+        score_block<BITS, 4>(layout, from, ahead, own, here, rules + h, to, part);
         continue;
       }
       int i = 0;
       if (group >= 2) {
-        score_block<2>(layout, from, ahead, own, here, rules + h, to, part);
+        score_block<BITS, 2>(layout, from, ahead, own, here, rules + h, to, part);
         i = 2;
       }
       if (i < group) {
-        score_block<1>(layout, from, ahead, own, here, rules + h + i, to + i * kSketchKeys, part + i);
+        score_block<BITS, 1>(layout, from, ahead, own, here, rules + h + i, to + i * kSketchKeys, part + i);
       }
     }
     for (int i = 0; i < group; ++i) sums[h + i] = {part[i].base, (double)sum(part[i].sum)};
   }
 }
 
+void score(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
+           const ScoreRule* rules, int16_t* fixed, ScoreSum* sums) {
+  constexpr decltype(&score) kByBits[] = {score_bits<1>, score_bits<2>, score_bits<3>, score_bits<4>};
+  kByBits[layout.bits - 1](layout, words, scales, count, heads, rules, fixed, sums);
+}
+
 int64_t weigh(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules, float unit, int32_t floor,
               float certain, uint32_t* weights, uint32_t* sums, uint32_t* large) {
-  int64_t found = 0, block = 0;
-  for (int64_t first = 0; first < count; first += kSketchKeys, ++block) {
-    const int16_t* from = fixed + block * heads * kSketchKeys;
-    uint32_t* to = weights + block * kSketchKeys;
-    F shares[kSketchVectors] = {};
-    for (int h = 0; h < heads; ++h) {
-      for (int v = 0; v < kSketchVectors; ++v) {
-        shares[v] += power_of_two(load(from + h * kSketchKeys + v * W), rules[h].top, rules[h].fraction_bits);
+  constexpr int kHalf = kSketchKeys / 2;
+  int64_t found = 0;
+  for (int64_t first = 0; first < count; first += kSketchKeys) {
+    F shares[2][kHalf / W] = {};
+    for (int h = 0; h < heads; ++h, fixed += kSketchKeys) {
+      const Powers powers(rules[h].top, rules[h].fraction_bits);
+      for (int v = 0; v < kHalf / W; ++v) {
+        F lower, upper;
+        powers.of(load_scores(fixed + v * 2 * W), lower, upper);
+        shares[0][v] += lower;
+        shares[1][v] += upper;
       }
     }
     uint64_t above = 0;
-    for (int v = 0; v < kSketchVectors; ++v) {
-      const F share = shares[v] * unit;
-      const I weight = truncate(share) + floor;
-      above |= positive(share - certain) << (v * W);
-      memcpy(to + v * W, &weight, sizeof weight);
+    for (int key = 0; key < kSketchKeys; key += W) {
+      const F share = shares[key / kHalf][key % kHalf / W] * unit;
+      store(weights + key, (U)(truncate(share) + floor));
+      above |= positive(share - certain) << key;
     }
     if (count - first < kSketchKeys) {
-      for (int64_t i = count - first; i < kSketchKeys; ++i) to[i] = 0;
+      for (int64_t i = count - first; i < kSketchKeys; ++i) weights[i] = 0;
       above &= ((uint64_t)1 << (count - first)) - 1;
     }
-    for (int i = 0; i < kSketchKeys; i += kSumKeys) {
-      U part{};
-      for (int j = i; j < i + kSumKeys; j += W) part += load(to + j);
-      *sums++ = sum(part);
+    U parts[kSketchKeys / kSumKeys];
+    for (int i = 0; i < kSketchKeys / kSumKeys; ++i) {
+      parts[i] = U{};
+      for (int j = 0; j < kSumKeys; j += W) parts[i] += load(weights + i * kSumKeys + j);
     }
+    sum4(parts, sums);
+    weights += kSketchKeys;
+    sums += kSketchKeys / kSumKeys;
     for (; above != 0; above &= above - 1) large[found++] = (uint32_t)first + lowest_bit(above);
   }
   return found;
