@@ -7,10 +7,26 @@ import pytest
 from magicpig.config import Config
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_but_for_the_sampler():
     config = Config()
-    assert (config.sampler, config.K, config.L, config.min_hits) == ("lsh", 10, 150, 2)
+    assert config.sampler == "sketch"
+    assert (config.K, config.L, config.min_hits) == (10, 150, 2)
     assert (config.sinks, config.recent) == (4, 64)
+
+
+@pytest.mark.parametrize("settings", [{"K": 10}, {"L": 150}, {"min_hits": 2}, {"K": 9, "L": 120, "budget": 64}])
+def test_who_says_how_to_hash_wants_to_hash(settings):
+    assert Config(**settings).sampler == "lsh"
+    assert Config(**settings, sampler="sketch").sampler == "sketch"
+    assert Config(layers={3: settings}).of_layer(3).sampler == "lsh"
+    assert Config(layers={3: settings}).of_layer(2).sampler == "sketch"
+    assert Config(sampler="topk", layers={3: settings | {"sampler": "sketch"}}).of_layer(3).sampler == "sketch"
+
+
+@pytest.mark.parametrize(("head_dim", "bits"), [(16, 4), (64, 4), (80, 3), (96, 2), (128, 2), (256, 2)])
+def test_short_keys_are_sketched_in_more_bits(head_dim, bits):
+    assert Config().sketch_bits(head_dim) == bits
+    assert Config(bits=1).sketch_bits(head_dim) == 1
 
 
 # Smallest and largest allowed, and what lies beyond.
@@ -41,7 +57,7 @@ def test_numbers_within_range_are_kept_and_others_refused(name):
 
 
 def test_every_number_has_a_range_here():
-    assert {name for name, field in Config.model_fields.items() if field.annotation is int} == set(RANGES)
+    assert {name for name, field in Config.model_fields.items() if field.annotation in (int, int | None)} == set(RANGES)
 
 
 @pytest.mark.parametrize("value", ["10", 10.0, 3.5, None, True, [10]], ids=repr)

@@ -31,8 +31,14 @@ def test_a_file_by_hand_needs_little(tmp_path):
     assert load_config(path) == Config()
 
 
+def test_a_file_says_the_sampler_where_it_would_be_another_one(tmp_path):
+    for config in (Config(sampler="sketch", K=9), Config(K=9), Config(sampler="lsh")):
+        (tmp_path / "a.json").write_text(to_text(config, {}))
+        assert load_config(tmp_path / "a.json") == config
+
+
 def test_a_file_says_only_what_is_not_so_anyway():
-    content = json.loads(to_text(Config(sampler="sketch", K=10), {"date": "today"}))
+    content = json.loads(to_text(Config(sampler="sketch", K=10, budget=512.0), {"date": "today"}))
     assert content == {
         "format": "magicpig.config",
         "version": 1,

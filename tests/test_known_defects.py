@@ -54,7 +54,7 @@ def test_generated_tokens_are_indexed_and_their_buffer_has_no_end():
 @pytest.mark.parametrize("tokens", [1, 69, 500, 2046])
 def test_short_prompts_stay_exact_by_default(tokens):
     # Released: 98 % of the keys of a prompt of 100 tokens are left out as of one of 100 000.
-    store = store_of(tokens, Config())
+    store = store_of(tokens, Config(sampler="lsh"))
     query, keys, values = token()
     state = decode_step(query, keys, values, [store], scale=0.125)
     assert not store.settled
@@ -62,7 +62,7 @@ def test_short_prompts_stay_exact_by_default(tokens):
 
 
 def test_generation_that_grows_long_begins_to_sample():
-    store = store_of(2040, Config())
+    store = store_of(2040, Config(sampler="lsh"))
     for _ in range(20):
         decode_step(*token(), [store], scale=0.125)
     assert store.settled
@@ -191,7 +191,7 @@ def test_no_instruction_set_beyond_the_compilers_is_needed():
 
 def test_the_index_of_a_key_takes_two_bytes_per_table():
     # Released: 600 bytes per key and kv head for (10, 150), more than bfloat16 keys and values of 128 dimensions.
-    config = Config(exact_below=0)
+    config = Config(sampler="lsh", exact_below=0)
     sizes = []
     for tokens in [2068, 4068]:
         store = store_of(tokens, config)

@@ -49,7 +49,7 @@ def test_layers_and_sequences_add_up() -> None:
 
 
 def test_too_much_is_refused_in_one_line_with_the_numbers() -> None:
-    needed = plan([LayerShape(8, 128, True)], Config(), sequences=2, tokens=200_000, dtype=torch.bfloat16)
+    needed = plan([LayerShape(8, 128, True)], Config(sampler="lsh"), sequences=2, tokens=200_000, dtype=torch.bfloat16)
     check(needed, free=needed.total)
     with pytest.raises(
         InsufficientMemoryError, match=r"^2 sequences of 200000 tokens need 2\.77 GiB .* are free;"

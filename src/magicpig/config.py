@@ -14,6 +14,8 @@ SamplerName = Literal[
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 KVDtype = Literal["model", "int8"]
 QUANTISED = ("lsh", "sketch", "full")  # samplers that attend to keys and values in whole numbers
+HASHING = ("K", "L", "min_hits")  # settings of "lsh" alone
+SKETCH_BYTES = 32  # of a key's codes, at most, with as many bits as by default, unless there must be two
 BY_LAYER = ("sampler", "budget", "bits", "epsilon", "centre", "K", "L", "min_hits")
 """The settings that a layer may have of its own."""
 
@@ -23,14 +25,22 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    sampler: SamplerName = Field("lsh", description="how body keys are picked; 'full' reads all of them")
+    sampler: SamplerName = Field(
+        "sketch",
+        description="how body keys are picked; 'full' reads all of them; where only K, L or min_hits is given, 'lsh'",
+    )
     budget: float = Field(
-        512,
+        512.0,
         gt=0,
         allow_inf_nan=False,
         description="rows that samplers which can choose read per head and step; below 1, a share of the body",
     )
-    bits: int = Field(2, ge=1, le=4, description="of a coordinate in a sketch; 3 where heads are 64 wide or less")
+    bits: int | None = Field(
+        None,
+        ge=1,
+        le=4,
+        description="of a coordinate in a sketch; default: as many of 2 to 4 as fit in 32 bytes of a key",
+    )
     epsilon: float | None = Field(
         None,
         gt=0,
@@ -69,13 +79,13 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_json(cls, settings: Any) -> Any:
+    def _complete(cls, settings: Any) -> Any:
         # JSON has no tuples, and no numbers as keys.
         if isinstance(settings, dict) and isinstance(settings.get("dense_layers"), list):
             settings = {**settings, "dense_layers": tuple(settings["dense_layers"])}
         if isinstance(settings, dict) and isinstance(settings.get("layers"), dict):
             settings = {**settings, "layers": {_number(layer): own for layer, own in settings["layers"].items()}}
-        return settings
+        return _with_sampler(settings)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -108,7 +118,11 @@ class Config(BaseModel):
         if own is None:
             return self.model_copy(update={"layers": {}}) if self.layers else self
         shared = self.model_dump(exclude={"layers", "dense_layers"})
-        return Config(**{**shared, **own}, dense_layers=())
+        return Config(**{**shared, **_with_sampler(own)}, dense_layers=())
+
+    def said(self) -> dict[str, Any]:
+        """What has to be said to get this config, ready for JSON."""
+        return {"sampler": self.sampler} | self.model_dump(mode="json", exclude_defaults=True)
 
     def is_dense(self, layer: int) -> bool:
         """Whether this layer's attention stays exact."""
@@ -121,10 +135,21 @@ class Config(BaseModel):
         """The same settings, but over an indexed cache a forward of this many tokens is sampled, too."""
         return Config(**self.model_dump() | {"decode_tokens": max(tokens, self.decode_tokens)})
 
+    def sketch_bits(self, head_dim: int) -> int:
+        """Bits of a coordinate in a sketch of keys of this length. Short keys need more, since fewer errors cancel."""
+        return self.bits if self.bits is not None else max(2, min(4, 8 * SKETCH_BYTES // head_dim))
+
     def rows(self, body: int) -> int:
         """How many of `body` rows the budget allows a head: at least one, and at most all."""
         wanted = self.budget if self.budget >= 1 else self.budget * body
         return max(1, min(body, round(wanted)))
+
+
+def _with_sampler(settings: Any) -> Any:
+    """Who says how to hash wants to hash."""
+    if isinstance(settings, dict) and "sampler" not in settings and not set(settings).isdisjoint(HASHING):
+        return {"sampler": "lsh", **settings}
+    return settings
 
 
 EXACT = Config(sampler="full")

@@ -37,9 +37,8 @@ def load_config(path: Path | str) -> Config:
 
 
 def to_text(config: Config, about: dict[str, Any]) -> str:
-    """The file's content: all that is not as it is by default, and `about`, which must be JSON."""
-    settings = config.model_dump(mode="json", exclude_defaults=True)
-    content = {"format": FORMAT, "version": VERSION, "settings": settings, "about": about}
+    """The file's content: the sampler, all that is not as it is by default, and `about`, which must be JSON."""
+    content = {"format": FORMAT, "version": VERSION, "settings": config.said(), "about": about}
     return json.dumps(content, indent=2) + "\n"
 
 

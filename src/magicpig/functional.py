@@ -23,15 +23,15 @@ def attend(
     keys: Tensor,
     values: Tensor,
     *,
-    sampler: SamplerName = "lsh",
+    sampler: SamplerName | None = None,
     budget: float = 512,
-    bits: int = 2,
+    bits: int | None = None,
     epsilon: float | None = None,
     centre: bool = True,
     kv_dtype: KVDtype = "model",
-    K: int = 10,
-    L: int = 150,
-    min_hits: int = 2,
+    K: int | None = None,
+    L: int | None = None,
+    min_hits: int | None = None,
     seed: int = 0,
     sinks: int = 4,
     recent: int = 64,
@@ -41,8 +41,9 @@ def attend(
 ) -> tuple[Tensor, Tensor, StepInfo]:
     """Attention of one new token over N keys, exact (`sampler="full"`) or from a sample (MagicPIG, arXiv 2410.16179).
 
-    "lsh" is the paper's sampler; "sketch" draws a `budget` of rows by what a few `bits` of each coordinate say of their
-    logits. The others, with a `budget` too, are there for comparison: docs/algorithm.md.
+    "sketch", the default, draws a `budget` of rows by what a few `bits` of each coordinate say of their logits; "lsh",
+    the default where K, L or min_hits is given, is the paper's sampler. The others, with a `budget` too, are there for
+    comparison: docs/algorithm.md.
 
     query: (B, H, 1, D); keys, values: (B, G, N, D) with H a multiple of G; float32, bfloat16, float16 or float64, CPU.
     Settings are those of `Config`; scale defaults to 1 / sqrt(D). There is no length below which sampling is left out.
@@ -54,16 +55,14 @@ def attend(
     are in none of them. predicted_error (B, H) is the relative error of the output that the sample lets expect.
     Raises ValueError on bad shapes, dtypes, devices, settings, and on keys or values that are not finite.
     """
+    chosen = {"sampler": sampler, "K": K, "L": L, "min_hits": min_hits}
     config = Config(
-        sampler=sampler,
+        **{name: setting for name, setting in chosen.items() if setting is not None},
         budget=budget,
         bits=bits,
         epsilon=epsilon,
         centre=centre,
         kv_dtype=kv_dtype,
-        K=K,
-        L=L,
-        min_hits=min_hits,
         seed=seed,
         sinks=sinks,
         recent=recent,
@@ -109,7 +108,7 @@ def _attend_reference(
                 q,
                 k,
                 v,
-                bits=config.bits,
+                bits=config.sketch_bits(keys.shape[3]),
                 budget=config.rows(keys.shape[2] - config.sinks - config.recent),
                 epsilon=config.epsilon,
                 **shared,

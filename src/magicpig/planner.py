@@ -84,7 +84,7 @@ def check(plan: MemoryPlan, free: int | None = None) -> None:
         raise InsufficientMemoryError(
             f"{many}{plan.tokens} tokens need {_gib(plan.total)} (keys and values {_gib(plan.kept.rows)}, index "
             f"{_gib(plan.kept.index)}, indexing {_gib(plan.transient)}) and {_gib(free)} are free; "
-            "shorten the prompt or max_new_tokens, or lower L"
+            "less would do with a shorter prompt, fewer max_new_tokens, kv_dtype='int8', or for lsh a lower L"
         )
 
 
@@ -130,7 +130,8 @@ def _transient(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtyp
 
 def _sketch_bytes(layer: LayerShape, config: Config, keys: int) -> int:
     """Of one kv head: words and scales of whole blocks. Segments are as many as for tables, one of them growing."""
-    planes = (2, 1) if config.bits == 3 else (config.bits,)
+    bits = config.sketch_bits(layer.head_dim)
+    planes = (2, 1) if bits == 3 else (bits,)
     words = sum(-(-layer.head_dim * width // 32) for width in planes)
     segments = -(-keys // (native.SEGMENT_ROWS - YOUNG)) + 1
     return (keys + segments * native.SKETCH_KEYS) * (4 * words + 2) + 4 * segments

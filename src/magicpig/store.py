@@ -319,7 +319,9 @@ class KVStore:
     def _shared_sampler(self) -> LshSampler | SketchSampler:
         config = self.config
         if config.sampler == "sketch":
-            return shared_sketcher(self.head_dim, config.bits, config.seed, config.budget, config.epsilon)
+            return shared_sketcher(
+                self.head_dim, config.sketch_bits(self.head_dim), config.seed, config.budget, config.epsilon
+            )
         if config.sampler != "lsh":
             return shared_sampler(self.head_dim, 1, 1, 1, 0)
         return shared_sampler(self.head_dim, config.K, config.L, config.min_hits, config.seed)

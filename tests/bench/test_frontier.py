@@ -44,7 +44,7 @@ def test_a_point_per_setting():
     for point in (small, large, lsh, oracle):
         assert (point.source, point.layer, point.tokens) == ("made up", 3, 900)
         assert 0 < point.error < point.error_p95
-    assert (small.bits, small.budget, small.K, small.L) == (2, 32, None, None)
+    assert (small.bits, small.budget, small.K, small.L) == (4, 32, None, None)
     assert (lsh.bits, lsh.budget, lsh.K, lsh.L) == (None, None, 5, 30)
     assert small.sampled_share == pytest.approx(32 / 832, rel=0.05)
     assert large.error < small.error

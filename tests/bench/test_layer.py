@@ -8,7 +8,7 @@ from magicpig.bench.layer import Layer, Shape, check_context
 from magicpig.config import EXACT, Config
 
 SHAPE = Shape(heads=6, kv_heads=2, head_dim=48, batch=2, dtype=torch.float32)
-LSH = Config(exact_below=0)
+LSH = Config(sampler="lsh", exact_below=0)
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,7 @@ def test_settings_in_a_file(tmp_path):
 
 def test_a_samplers_own_setting_wins():
     (method,) = matrix.parse_methods("lsh:exact_below=100,centre=false", exact_below=0)
-    assert method.config == Config(exact_below=100, centre=False)
+    assert method.config == Config(sampler="lsh", exact_below=100, centre=False)
 
 
 @pytest.mark.parametrize(

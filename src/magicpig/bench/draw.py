@@ -62,7 +62,7 @@ def _draw_curves(axes: Axes, points: Rows, name: str) -> None:
         for setting, curve in sorted(curves.items(), key=lambda item: str(item[0])):
             aside = sampler == "sketch" and setting != BITS
             _draw_curve(axes, sampler, sorted(curve, key=_setting), name, aside=aside)
-            if sampler in ("sketch", "lsh") and name != "sampled_share":
+            if sampler in ("sketch", "lsh") and name == "index_bytes_per_key":  # there each curve has its own place
                 last = max(curve, key=lambda point: point["error"])
                 text = f"{setting} bit" if sampler == "sketch" else f"K {setting}"
                 axes.annotate(

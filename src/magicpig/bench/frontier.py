@@ -133,7 +133,7 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
         sampler=config.sampler,
         K=config.K if config.sampler == "lsh" else None,
         L=config.L if config.sampler == "lsh" else None,
-        bits=config.bits if config.sampler == "sketch" else None,
+        bits=config.sketch_bits(layer.data[0].keys.shape[2]) if config.sampler == "sketch" else None,
         budget=None if config.sampler == "lsh" else config.budget,
         error=float(errors.mean()),
         error_p95=float(errors.flatten().quantile(0.95)),

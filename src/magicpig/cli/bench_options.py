@@ -30,7 +30,12 @@ Samplers = Annotated[
     ),
 ]
 Budget = Annotated[float, typer.Option(help="Rows that samplers without a budget of their own read per head.")]
-Bits = Annotated[int, typer.Option(help="Bits of a coordinate in sketches that say nothing else.")]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of a coordinate in sketches that say nothing else.", show_default="4 to 2, by the length of a head"
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; as many as torch takes by default.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file; - is standard output.")]
 

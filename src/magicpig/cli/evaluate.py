@@ -192,7 +192,7 @@ def lm_eval(
     tasks: Annotated[
         str, typer.Option(help="Our tasks and groups of them, and lm-evaluation-harness' own, separated by commas.")
     ] = "generated",
-    sampler: Annotated[str, typer.Option(help="One sampler with its settings, as lsh:K=9,L=120.")] = "lsh",
+    sampler: Annotated[str, typer.Option(help="One sampler with its settings, as lsh:K=9,L=120.")] = "sketch",
     lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer together, of our tasks.")] = "4K",
     samples: Annotated[int, typer.Option(min=1, help="Samples per task and length, of our tasks.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of our tasks.")] = 0,

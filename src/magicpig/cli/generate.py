@@ -60,11 +60,12 @@ def generate(
     sampler: Annotated[
         SamplerName,
         typer.Option(
-            help="lsh reads the keys that hashing picks, sketch draws them by what a few bits of each say, full reads "
+            help="sketch draws keys by what a few bits of each say, lsh reads those that hashing picks, full reads "
             "them all; the others are for comparison.",
+            show_default="sketch; lsh with -K, -L or --min-hits",
             rich_help_panel=METHOD,
         ),
-    ] = "lsh",
+    ] = DEFAULTS.sampler,
     budget: Annotated[
         float,
         typer.Option(
@@ -73,7 +74,12 @@ def generate(
         ),
     ] = DEFAULTS.budget,
     bits: Annotated[
-        int, typer.Option(help="Bits of a coordinate in a sketch.", rich_help_panel=METHOD)
+        int | None,
+        typer.Option(
+            help="Bits of a coordinate in a sketch.",
+            show_default="4 to 2, by the length of a head",
+            rich_help_panel=METHOD,
+        ),
     ] = DEFAULTS.bits,
     epsilon: Annotated[
         float | None,

@@ -53,7 +53,7 @@ def config_from(context: typer.Context, file: Path | None, **settings: Any) -> C
     `seed` alone may be typed beside a file.
     """
     if file is None:
-        return checked(Config, **settings)
+        return checked(Config, **{name: value for name, value in settings.items() if _is_typed(context, name)})
     typed = [name for name in settings if _is_typed(context, name)]
     if others := [name for name in typed if name != "seed"]:
         option = f"-{others[0]}" if len(others[0]) == 1 else f"--{others[0].replace('_', '-')}"

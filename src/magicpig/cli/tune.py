@@ -135,7 +135,7 @@ def tune(
             plot.write(pictures[suffix])
         file.write(to_text(tuning.config, about))
     if as_json:
-        settings = tuning.config.model_dump(mode="json", exclude_defaults=True)
+        settings = tuning.config.said()
         print(json.dumps({"settings": settings, "about": about, "measured": report.all_rows(tuning.layers)}, indent=2))
     notes.print(_table(about["layers"], tuning))
     for line in _summary(about, out):

@@ -63,7 +63,8 @@ def name(config: Config) -> str:
     if config.sampler == "lsh":
         return f"lsh {config.K},{config.L}"
     grows = "" if config.epsilon is None else f" to {100 * config.epsilon:g}%"
-    return f"sketch {config.budget:g}, {config.bits} bit{grows}"
+    bits = "" if config.bits is None else f", {config.bits} bit"
+    return f"sketch {config.budget:g}{bits}{grows}"
 
 
 def rounded(value: float) -> float:
