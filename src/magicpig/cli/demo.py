@@ -93,10 +93,10 @@ def _show(result: Demo, console: Console) -> None:
         *(f"{m.index_bytes / mib:.1f} MiB in {m.index_s:.1f} s" if m.index_bytes else "" for m in result.performance),
     )
     console.print(table)
-    config = result.performance[-1].config
+    budget = result.performance[-1].config.budget
     layers = ", ".join(map(str, result.sampled_layers)) or "none"
     console.print(
-        f"[dim]Sampled: K={config.K}, L={config.L}, layers {layers} of {result.layers}; the rest read all keys."
+        f"[dim]Sampled: {budget:g} keys a step by a sketch, layers {layers} of {result.layers}; the rest read all keys."
     )
 
 
