@@ -52,13 +52,13 @@ def config_from(context: typer.Context, file: Path | None, **settings: Any) -> C
 
     `seed` alone may be typed beside a file.
     """
+    typed = {name: value for name, value in settings.items() if _is_typed(context, name)}
     if file is None:
-        return checked(Config, **{name: value for name, value in settings.items() if _is_typed(context, name)})
-    typed = [name for name in settings if _is_typed(context, name)]
+        return checked(Config, **typed)
     if others := [name for name in typed if name != "seed"]:
         option = f"-{others[0]}" if len(others[0]) == 1 else f"--{others[0].replace('_', '-')}"
         raise InputError(f"{option} and --config: the file has all settings; change it, or leave it out")
-    return load_config(file).model_copy(update={name: settings[name] for name in typed})
+    return load_config(file).model_copy(update=typed)
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:

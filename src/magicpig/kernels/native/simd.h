@@ -125,13 +125,12 @@ inline U load(const uint32_t* p) {
 }
 inline void store(uint32_t* p, U v) { memcpy(p, &v, sizeof v); }
 inline I splat(int32_t x) { return x - I{}; }
-inline I max(I a, I b) { return a > b ? a : b; }
 
 // Sixteen-bit numbers, two in each lane.
 typedef int16_t S __attribute__((vector_size(W * 4)));
 inline S splat(int16_t x) { return x - S{}; }
 inline S max(S a, S b) { return a > b ? a : b; }
-inline S load_scores(const int16_t* p) {
+inline S load(const int16_t* p) {
   S v;
   memcpy(&v, p, sizeof v);
   return v;
@@ -195,7 +194,8 @@ inline F to_f(I v) { return __builtin_convertvector(v, F); }
 inline I truncate(F v) { return __builtin_convertvector(v, I); }
 
 // The nearest whole number, ties to even, of |x| < 2^22.
-inline I nearest(F x) { return (I)(x + 12582912.0f) - 0x4b400000; }
+constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23 leaves the rounded number in the low bits of a sum
+inline I nearest(F x) { return (I)(x + kRounding) - 0x4b400000; }
 
 // Bit i of the result: v[i] > 0.
 inline uint64_t positive(F v) {
@@ -214,8 +214,8 @@ inline uint64_t positive(F v) {
 inline F exp(F x) {
   const F tiny = splat(-87.0f);
   const F y = min(max(x, tiny), splat(88.0f));
-  const F shifted = y * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23 leaves the rounded integer in the low bits
-  const F n = shifted - 12582912.0f;
+  const F shifted = y * 1.44269504088896341f + kRounding;
+  const F n = shifted - kRounding;
   const F r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
   F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;

@@ -36,36 +36,30 @@ uint32_t reversed(uint32_t x, int bits) {
 // In a group each node of the tree over its lanes has a bit of `swaps`: whether a walk comes to its second half first.
 bool swapped(uint32_t swaps, int nodes, int node) { return swaps >> (nodes - 1 + node) & 1; }
 
-// The lanes of a group in the order in which a walk comes to them.
-void order_lanes(uint32_t swaps, uint8_t* lanes) {
-  lanes[0] = 0;
-#pragma GCC unroll 4
-  for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
-    for (int i = nodes - 1; i >= 0; --i) {
-      const uint8_t node = lanes[i], first = swapped(swaps, nodes, node);
-      lanes[2 * i] = 2 * node + first;
-      lanes[2 * i + 1] = 2 * node + 1 - first;
-    }
-  }
-}
-
-// The lane that a walk through a group is in after `way`, of which there is no more than the sum of the weights.
-int lane_at(const uint32_t* weights, uint32_t swaps, uint64_t way) {
+// The tree over the weights of a group.
+struct GroupTree {
   uint64_t sums[2 * kSumKeys];  // of node i among n at [n + i]
-  for (int i = 0; i < kSumKeys; ++i) sums[kSumKeys + i] = weights[i];
-  for (int i = kSumKeys - 1; i > 1; --i) sums[i] = sums[2 * i] + sums[2 * i + 1];
-  int node = 0;
-  for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
-    int child = 2 * node + swapped(swaps, nodes, node);
-    const uint64_t sum = sums[2 * nodes + child];
-    if (way > sum) {
-      way -= sum;
-      child ^= 1;
-    }
-    node = child;
+
+  explicit GroupTree(const uint32_t* weights) {
+    std::copy_n(weights, kSumKeys, sums + kSumKeys);
+    for (int i = kSumKeys - 1; i > 0; --i) sums[i] = sums[2 * i] + sums[2 * i + 1];
   }
-  return node;
-}
+  uint64_t sum() const { return sums[1]; }
+  // The lane that a walk is in after `way` of the sum.
+  int lane_at(uint32_t swaps, uint64_t way) const {
+    int node = 0;
+    for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
+      int child = 2 * node + swapped(swaps, nodes, node);
+      const uint64_t first = sums[2 * nodes + child];
+      if (way > first) {
+        way -= first;
+        child ^= 1;
+      }
+      node = child;
+    }
+    return node;
+  }
+};
 
 }  // namespace
 
@@ -285,27 +279,18 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
       uint32_t weights[kSumKeys];
       piece = read_group(group, piece, weights);
       const uint32_t swaps = scrambled(static_cast<uint32_t>(group)) * 0x9E3779B1u >> 17;
-      const auto take = [&](int lane) {
+      const GroupTree tree(weights);
+      const uint64_t round_up = (uint64_t{1} << doublings) - 1;
+      uint32_t taken = 0;
+      for (uint64_t way = step_ - entries_[group]; way <= tree.sum() << doublings; way += step_) {
+        taken |= 1u << tree.lane_at(swaps, (way + round_up) >> doublings);
+      }
+      for (; taken != 0; taken &= taken - 1) {
+        const int lane = __builtin_ctz(taken);
         const uint64_t weight = static_cast<uint64_t>(weights[lane]) << doublings;
         keys->push_back(static_cast<uint32_t>(group * kSumKeys + lane));
         log_u->push_back(weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse)));
-      };
-      walked = entries_[group];
-      if (walked + (static_cast<uint64_t>(sums_[group]) << doublings) < 2 * step_) {  // one step ends here
-        const uint64_t way = step_ - walked, whole = uint64_t{1} << doublings;
-        take(lane_at(weights, swaps, (way + whole - 1) >> doublings));
-        continue;
       }
-      uint8_t lanes[kSumKeys];
-      order_lanes(swaps, lanes);
-      uint32_t taken = 0;
-      for (const uint8_t lane : lanes) {
-        walked += static_cast<uint64_t>(weights[lane]) << doublings;
-        if (walked < step_) continue;
-        walked %= step_;
-        taken |= 1u << lane;
-      }
-      for (; taken != 0; taken &= taken - 1) take(__builtin_ctz(taken));
     }
   }
 }

@@ -246,7 +246,6 @@ void make_units(Plan& plan) {
 // all threads: the last are shared.
 void make_tasks(Plan& plan) {
   const int count = static_cast<int>(plan.units.size());
-  plan.tasks.clear();
   int u = 0;
   for (int64_t p = 0; plan.sketch != nullptr && p < plan.pair_count; ++p) {
     const int end = plan.end_unit(p);

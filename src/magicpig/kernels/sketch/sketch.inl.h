@@ -11,8 +11,6 @@ constexpr int kScoreVectors = W == 16 ? 4 : 2;  // of W keys each
 constexpr int kRebaseOctaves = 8;               // by which scores may exceed the base of their sum
 constexpr int kPrefetchBlocks = 4;              // blocks of codes requested ahead
 constexpr int kLowestScore = -32768;
-constexpr float kRoundToShort =
-    12582912.0f;  // added to a float below 2^15, leaves its nearest whole number in the lower bits
 
 template <int M>
 inline void turn_tile(const float* x, int64_t stride, const Rotation& rotation, int column, float* y) {
@@ -208,9 +206,9 @@ struct PowerSum {
   }
   // The scores of a block.
   void add(const int16_t* fixed) {
-    S scores[kSketchKeys / (2 * W)], top = load_scores(fixed);
+    S scores[kSketchKeys / (2 * W)], top = load(fixed);
     for (int i = 0; i < kSketchKeys / (2 * W); ++i) {
-      scores[i] = load_scores(fixed + i * 2 * W);
+      scores[i] = load(fixed + i * 2 * W);
       top = max(top, scores[i]);
     }
     if (any(top > limit)) raise(largest(top));
@@ -241,7 +239,7 @@ inline void score_block(const SketchLayout& layout, const uint32_t* words, const
         const F dot = 2.0f * to_f(acc[h][v]) - (float)rule.correction;
         F score = scale[v] * dot * rule.unit;
         if (rule.softcap > 0.0f) score = cap_logits(score + rule.offset, rule.softcap) * rule.octaves;
-        rounded[v] = (U)(score + kRoundToShort);
+        rounded[v] = (U)(score + kRounding);
       }
       for (int v = 0; v < kVectors / 2; ++v) {
         const U pair = (rounded[v] & 0xffffu) | (rounded[v + kVectors / 2] << 16);
@@ -304,7 +302,7 @@ int64_t weigh(const int16_t* fixed, int64_t count, int heads, const WeightRule* 
       const Powers powers(rules[h].top, rules[h].fraction_bits);
       for (int v = 0; v < kHalf / W; ++v) {
         F lower, upper;
-        powers.of(load_scores(fixed + v * 2 * W), lower, upper);
+        powers.of(load(fixed + v * 2 * W), lower, upper);
         shares[0][v] += lower;
         shares[1][v] += upper;
       }
