@@ -44,15 +44,13 @@ struct Batch {
   void fill_tile() {
     for (int j = count; j % kTileRows != 0; ++j) row[j] = row[count - 1];
   }
-  // Requests of a later row the piece that is being read of row j, so that misses spread over the arithmetic.
-  void request(int j, int element) const {
-    // Only rows of int8 are read in less than a line at a time. Asking of all costs a third of exact attention's speed.
-    if (kScaled<T> && element * (int)sizeof(T) % kLine != 0) return;
-    if (j < requested) __builtin_prefetch(ahead[j] + element, 0, 2);
-  }
-  // Of rows with scales the end, too: they begin anywhere in a line.
-  void request_end(int j, int dim) const {
-    if (kScaled<T> && j < requested) __builtin_prefetch((const char*)ahead[j] + row_bytes<T>(dim) - 1, 0, 2);
+  // Requests a line of a later row while a piece of row j is read, so that misses spread over the arithmetic. Rows of int8,
+  // read in half lines, are requested twice as fast as they are read, to their end: they begin anywhere in a line.
+  void request(int j, int dim, int element) const {
+    constexpr int kAhead = kScaled<T> ? 2 : 1;
+    // Asking this of all rows costs exact attention a third of its speed (docs/log.md).
+    if (kScaled<T> && (element > dim || element * kAhead % kLine != 0)) return;
+    if (j < requested) __builtin_prefetch((const char*)ahead[j] + element * kAhead * (int)sizeof(T), 0, 2);
   }
 
   void read_scales(int dim) {
@@ -62,9 +60,6 @@ struct Batch {
       key_scales[j] = scales[0];
       value_scales[j] = scales[1];
     }
-  }
-  void scale_values(float* p) const {
-    for (int j = 0; j < kBatch; j += W) store(p + j, load(p + j) * load(value_scales + j));
   }
 };
 
@@ -77,7 +72,7 @@ inline void dots(const Batch<T>& batch, int dim, const float* const* queries, fl
       for (int r = 0; r < kTileRows; ++r) {
         F a, b;
         load_pair(batch.row[j + r] + d, a, b);
-        if constexpr (PREFETCH) batch.request(j + r, d);
+        if constexpr (PREFETCH) batch.request(j + r, dim, d);
         for (int h = 0; h < HEADS; ++h) {
           dot[h][r] += a * load(queries[h] + d);
           dot[h][r] += b * load(queries[h] + d + W);
@@ -90,9 +85,6 @@ inline void dots(const Batch<T>& batch, int dim, const float* const* queries, fl
     }
     for (int h = 0; h < HEADS; ++h) sum4(dot[h], out[h] + j);
     if constexpr (NORMS) sum4(norm, norms + j);
-    if constexpr (PREFETCH) {
-      for (int r = 0; r < kTileRows; ++r) batch.request_end(j + r, dim);
-    }
   }
   if constexpr (kScaled<T>) {
     for (int j = 0; j < kBatch; j += W) {
@@ -103,35 +95,61 @@ inline void dots(const Batch<T>& batch, int dim, const float* const* queries, fl
   }
 }
 
-// acc[h] += sum over rows of p[h][j] * value_j, for CHUNKS * 2 W columns starting at `from`.
-template <class T, int HEADS, int CHUNKS, bool PREFETCH>
-inline void add_columns(const Batch<T>& batch, int dim, int from, const float (*p)[kBatch], float* const* acc) {
-  F sums[HEADS][2 * CHUNKS];
+// What a batch adds to the states of HEADS heads: softmax terms times the scale of each value and, of drawn rows whose
+// error somebody asks for, how uncertain each is (see State).
+template <int HEADS>
+struct Shares {
+  alignas(64) float p[HEADS][kBatch];
+  alignas(64) float c[HEADS][kBatch];          // (1 - u) p^2 times the scale
+  alignas(64) float c_squared[HEADS][kBatch];  // and times the square of the scale
+};
+
+// acc[h] += sum over rows of p[h][j] * value_j, for CHUNKS * 2 W columns starting at `from`; with SPREAD also the sums of
+// c[h][j] * value_j and, over all columns, of c_squared[h][j] * value_j^2.
+template <class T, int HEADS, int CHUNKS, bool PREFETCH, bool SPREAD>
+inline void add_columns(const Batch<T>& batch, int dim, int from, const Shares<HEADS>& shares, State* states) {
+  F sums[HEADS][2 * CHUNKS], spread[SPREAD ? HEADS : 1][2 * CHUNKS], squares[SPREAD ? HEADS : 1] = {};
   for (int h = 0; h < HEADS; ++h) {
-    for (int c = 0; c < 2 * CHUNKS; ++c) sums[h][c] = load(acc[h] + from + c * W);
+    for (int c = 0; c < 2 * CHUNKS; ++c) {
+      sums[h][c] = load(states[h].values + from + c * W);
+      if constexpr (SPREAD) spread[h][c] = load(states[h].spread + from + c * W);
+    }
   }
   for (int j = 0; j < batch.count; ++j) {
     for (int c = 0; c < CHUNKS; ++c) {
       F a, b;
-      if constexpr (PREFETCH) batch.request(j, dim + from + c * 2 * W);
+      if constexpr (PREFETCH) batch.request(j, dim, dim + from + c * 2 * W);
       load_pair(batch.row[j] + dim + from + c * 2 * W, a, b);
       for (int h = 0; h < HEADS; ++h) {
-        sums[h][2 * c] += a * p[h][j];
-        sums[h][2 * c + 1] += b * p[h][j];
+        sums[h][2 * c] += a * shares.p[h][j];
+        sums[h][2 * c + 1] += b * shares.p[h][j];
+      }
+      if constexpr (SPREAD) {
+        const F square = a * a + b * b;
+        for (int h = 0; h < HEADS; ++h) {
+          spread[h][2 * c] += a * shares.c[h][j];
+          spread[h][2 * c + 1] += b * shares.c[h][j];
+          squares[h] += square * shares.c_squared[h][j];
+        }
       }
     }
   }
   for (int h = 0; h < HEADS; ++h) {
-    for (int c = 0; c < 2 * CHUNKS; ++c) store(acc[h] + from + c * W, sums[h][c]);
+    for (int c = 0; c < 2 * CHUNKS; ++c) {
+      store(states[h].values + from + c * W, sums[h][c]);
+      if constexpr (SPREAD) store(states[h].spread + from + c * W, spread[h][c]);
+    }
+    if constexpr (SPREAD) states[h].spread_square += sum(squares[h]);
   }
 }
 
-template <class T, int HEADS, bool PREFETCH, int CHUNKS = kAccumulators / (2 * HEADS)>
-inline void add_values(const Batch<T>& batch, int dim, const float (*p)[kBatch], float* const* acc, int from = 0) {
+template <class T, int HEADS, bool PREFETCH, bool SPREAD,
+          int CHUNKS = kAccumulators / ((SPREAD ? 4 : 2) * HEADS) < 1 ? 1 : kAccumulators / ((SPREAD ? 4 : 2) * HEADS)>
+inline void add_values(const Batch<T>& batch, int dim, const Shares<HEADS>& shares, State* states, int from = 0) {
   for (; from + CHUNKS * 2 * W <= dim; from += CHUNKS * 2 * W) {
-    add_columns<T, HEADS, CHUNKS, PREFETCH>(batch, dim, from, p, acc);
+    add_columns<T, HEADS, CHUNKS, PREFETCH, SPREAD>(batch, dim, from, shares, states);
   }
-  if constexpr (CHUNKS > 1) add_values<T, HEADS, PREFETCH, CHUNKS / 2>(batch, dim, p, acc, from);
+  if constexpr (CHUNKS > 1) add_values<T, HEADS, PREFETCH, SPREAD, CHUNKS / 2>(batch, dim, shares, states, from);
 }
 
 inline F cap_logits(F logits, float softcap) {
@@ -180,66 +198,50 @@ inline void softmax_terms(float* s, int count, int dim, State* state) {
   state->sum += sum(total);
 }
 
-// What a batch of drawn rows with softmax terms `p` adds to the variance of each head's output: see State.
-template <class T, int HEADS>
-inline void add_spread(const Batch<T>& batch, int dim, const float (*p)[kBatch], const float* log_u, State* states) {
-  alignas(64) float c[HEADS][kBatch], squares[kBatch];
-  for (int j = 0; j < batch.count; j += kTileRows) {
-    F square[kTileRows] = {};
-    for (int d = dim; d < 2 * dim; d += 2 * W) {
-      for (int r = 0; r < kTileRows; ++r) {
-        F a, b;
-        load_pair(batch.row[j + r] + d, a, b);
-        square[r] += a * a;
-        square[r] += b * b;
-      }
-    }
-    sum4(square, squares + j);
-  }
-  for (int j = batch.count; j < kBatch; ++j) squares[j] = 0.0f;
-  if constexpr (kScaled<T>) {
-    batch.scale_values(squares);
-    batch.scale_values(squares);
-  }
-  float* acc[HEADS];
+// Adds the values of a batch with softmax terms `shares.p`, and, of drawn rows, what the variance of the output can be
+// estimated from. `log_u` is null or has kBatch numbers, of which those past the batch are zero.
+template <class T, int HEADS, bool PREFETCH>
+inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares<HEADS>& shares, State* states) {
+  const bool spreads = log_u != nullptr && states->spread != nullptr;
   for (int h = 0; h < HEADS; ++h) {
-    F total{}, square{};
+    F total{};
     for (int j = 0; j < kBatch; j += W) {
-      const F weight = load(p[h] + j);
-      const F uncertain = (1.0f - exp(load(log_u + j))) * weight * weight;
-      store(c[h] + j, uncertain);
+      const F p = load(shares.p[h] + j);
+      const F scale = kScaled<T> ? load(batch.value_scales + j) : splat(1.0f);
+      if constexpr (kScaled<T>) store(shares.p[h] + j, p * scale);
+      if (!spreads) continue;
+      const F uncertain = (1.0f - exp(load(log_u + j))) * p * p;
       total += uncertain;
-      square += uncertain * load(squares + j);
+      store(shares.c[h] + j, uncertain * scale);
+      store(shares.c_squared[h] + j, uncertain * scale * scale);
     }
-    states[h].spread_sum += sum(total);
-    states[h].spread_square += sum(square);
-    if constexpr (kScaled<T>) batch.scale_values(c[h]);
-    acc[h] = states[h].spread;
+    if (spreads) states[h].spread_sum += sum(total);
   }
-  add_values<T, HEADS, false>(batch, dim, c, acc);
+  if (spreads) {
+    add_values<T, HEADS, PREFETCH, true>(batch, dim, shares, states);
+  } else {
+    add_values<T, HEADS, PREFETCH, false>(batch, dim, shares, states);
+  }
 }
 
 // Rows are certain when `log_u` is null; else it has kBatch numbers, of which those past the batch are zero.
 template <class T, int HEADS, bool PREFETCH>
 inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const float* offsets,
                          LogitRule rule, const float* log_u, State* states) {
-  alignas(64) float s[HEADS][kBatch];
-  float* acc[HEADS];
+  Shares<HEADS> shares;
   constexpr int kHeads = HEADS < kTileHeads ? HEADS : kTileHeads;
-  for (int h = 0; h < HEADS; h += kHeads) dots<T, kHeads, false, PREFETCH>(batch, dim, queries + h, s + h, nullptr);
+  dots<T, kHeads, false, PREFETCH>(batch, dim, queries, shares.p, nullptr);
+  for (int h = kHeads; h < HEADS; h += kHeads) {
+    dots<T, kHeads, false, false>(batch, dim, queries + h, shares.p + h, nullptr);
+  }
   for (int h = 0; h < HEADS; ++h) {
     for (int j = 0; j < kBatch; j += W) {
-      const F logits = cap_logits(load(s[h] + j) * rule.scale + offsets[h], rule.softcap);
-      store(s[h] + j, log_u == nullptr ? logits : logits - load(log_u + j));
+      const F logits = cap_logits(load(shares.p[h] + j) * rule.scale + offsets[h], rule.softcap);
+      store(shares.p[h] + j, log_u == nullptr ? logits : logits - load(log_u + j));
     }
-    softmax_terms(s[h], batch.count, dim, &states[h]);
-    acc[h] = states[h].values;
+    softmax_terms(shares.p[h], batch.count, dim, &states[h]);
   }
-  if (log_u != nullptr && states->spread != nullptr) add_spread<T, HEADS>(batch, dim, s, log_u, states);
-  if constexpr (kScaled<T>) {
-    for (int h = 0; h < HEADS; ++h) batch.scale_values(s[h]);
-  }
-  add_values<T, HEADS, PREFETCH>(batch, dim, s, acc);
+  add_batch<T, HEADS, PREFETCH>(batch, dim, log_u, shares, states);
 }
 
 void merge(int dim, const State& from, State* into) {
@@ -320,19 +322,18 @@ void attend_sample_of(const SampledRows<T>& rows, const float* query, float offs
     State part = empty(dim, values, state->spread == nullptr ? nullptr : spread);
     for (int64_t i = piece; i < end; i += kBatch) {
       const Batch<T> batch = batch_of(rows, i, end);
-      alignas(64) float s[1][kBatch], norms[kBatch], logs[kBatch];
-      dots<T, 1, true, true>(batch, dim, &query, s, norms);
-      for (int j = batch.count; j < kBatch; ++j) s[0][j] = norms[j] = 0.0f;
-      for (int j = 0; j < kBatch; j += W) store(logs + j, log_inclusion(load(s[0] + j), load(norms + j), law));
+      alignas(64) float norms[kBatch], logs[kBatch];
+      Shares<1> shares;
+      float* s = shares.p[0];
+      dots<T, 1, true, true>(batch, dim, &query, shares.p, norms);
+      for (int j = batch.count; j < kBatch; ++j) s[j] = norms[j] = 0.0f;
+      for (int j = 0; j < kBatch; j += W) store(logs + j, log_inclusion(load(s + j), load(norms + j), law));
       if (log_u_out != nullptr) memcpy(log_u_out + i, logs, sizeof(float) * batch.count);
       for (int j = 0; j < kBatch; j += W) {
-        store(s[0] + j, cap_logits(load(s[0] + j) * rule.scale + offset, rule.softcap) - load(logs + j));
+        store(s + j, cap_logits(load(s + j) * rule.scale + offset, rule.softcap) - load(logs + j));
       }
-      softmax_terms(s[0], batch.count, dim, &part);
-      if (part.spread != nullptr) add_spread<T, 1>(batch, dim, s, logs, &part);
-      if constexpr (kScaled<T>) batch.scale_values(s[0]);
-      float* acc[1] = {values};
-      add_values<T, 1, true>(batch, dim, s, acc);
+      softmax_terms(s, batch.count, dim, &part);
+      add_batch<T, 1, true>(batch, dim, logs, shares, &part);
     }
     merge(dim, part, state);
   }

@@ -24,7 +24,9 @@ std::atomic<bool> poison{false};
 template <class T>
 T* scratch(std::vector<T>& memory, size_t count) {
   if (memory.size() < count) memory.resize(count);
-  if (poison.load(std::memory_order_relaxed)) std::memset(static_cast<void*>(memory.data()), 0xff, count * sizeof(T));
+  if (count > 0 && poison.load(std::memory_order_relaxed)) {
+    std::memset(static_cast<void*>(memory.data()), 0xff, count * sizeof(T));
+  }
   return memory.data();
 }
 
