@@ -8,8 +8,8 @@ constexpr int kBatch = 32;         // rows between two looks at the maximum
 constexpr int kPrefetchRows = 32;  // rows requested ahead, into the second-level cache
 constexpr int kLine = 64;          // bytes that one request brings
 constexpr int kTileRows = 4;       // rows dotted at once
-constexpr int kTileHeads = W == 16 ? 4 : 2;
-constexpr int kAccumulators = W == 16 ? 16 : 8;  // half of the register file
+constexpr int kTileHeads = kRegisters == 32 ? 4 : 2;
+constexpr int kAccumulators = kRegisters / 2;
 
 // Requesting consecutive rows too reads them 1.6 times as fast on Cascade Lake, and slower on Zen 4 (docs/log.md).
 #if defined(MAGICPIG_BF16)
@@ -63,9 +63,17 @@ struct Batch {
   }
 };
 
-// out[h][j] = q_h . key_j and, if asked, norms[j] = |key_j|^2.
+// What each row of a batch adds to the state of one head: its softmax term times the scale of its value and, of drawn
+// rows whose error somebody asks for, how uncertain it is (see State).
+struct Shares {
+  alignas(64) float p[kBatch];
+  alignas(64) float c[kBatch];          // (1 - u) p^2 times the scale of the value
+  alignas(64) float c_squared[kBatch];  // and times its square
+};
+
+// shares[h].p[j] = q_h . key_j and, if asked, norms[j] = |key_j|^2.
 template <class T, int HEADS, bool NORMS, bool PREFETCH>
-inline void dots(const Batch<T>& batch, int dim, const float* const* queries, float (*out)[kBatch], float* norms) {
+inline void dots(const Batch<T>& batch, int dim, const float* const* queries, Shares* shares, float* norms) {
   for (int j = 0; j < batch.count; j += kTileRows) {
     F dot[HEADS][kTileRows] = {}, norm[kTileRows] = {};
     for (int d = 0; d < dim; d += 2 * W) {
@@ -83,31 +91,22 @@ inline void dots(const Batch<T>& batch, int dim, const float* const* queries, fl
         }
       }
     }
-    for (int h = 0; h < HEADS; ++h) sum4(dot[h], out[h] + j);
+    for (int h = 0; h < HEADS; ++h) sum4(dot[h], shares[h].p + j);
     if constexpr (NORMS) sum4(norm, norms + j);
   }
   if constexpr (kScaled<T>) {
     for (int j = 0; j < kBatch; j += W) {
       const F scale = load(batch.key_scales + j);
-      for (int h = 0; h < HEADS; ++h) store(out[h] + j, load(out[h] + j) * scale);
+      for (int h = 0; h < HEADS; ++h) store(shares[h].p + j, load(shares[h].p + j) * scale);
       if constexpr (NORMS) store(norms + j, load(norms + j) * scale * scale);
     }
   }
 }
 
-// What a batch adds to the states of HEADS heads: softmax terms times the scale of each value and, of drawn rows whose
-// error somebody asks for, how uncertain each is (see State).
-template <int HEADS>
-struct Shares {
-  alignas(64) float p[HEADS][kBatch];
-  alignas(64) float c[HEADS][kBatch];          // (1 - u) p^2 times the scale
-  alignas(64) float c_squared[HEADS][kBatch];  // and times the square of the scale
-};
-
-// acc[h] += sum over rows of p[h][j] * value_j, for CHUNKS * 2 W columns starting at `from`; with SPREAD also the sums of
-// c[h][j] * value_j and, over all columns, of c_squared[h][j] * value_j^2.
+// Adds p[h][j] * value_j to the states of HEADS heads, for CHUNKS * 2 W columns starting at `from`; with SPREAD also
+// c[h][j] * value_j and, over all columns, c_squared[h][j] * value_j^2.
 template <class T, int HEADS, int CHUNKS, bool PREFETCH, bool SPREAD>
-inline void add_columns(const Batch<T>& batch, int dim, int from, const Shares<HEADS>& shares, State* states) {
+inline void add_columns(const Batch<T>& batch, int dim, int from, const Shares* shares, State* states) {
   F sums[HEADS][2 * CHUNKS], spread[SPREAD ? HEADS : 1][2 * CHUNKS], squares[SPREAD ? HEADS : 1] = {};
   for (int h = 0; h < HEADS; ++h) {
     for (int c = 0; c < 2 * CHUNKS; ++c) {
@@ -121,15 +120,15 @@ inline void add_columns(const Batch<T>& batch, int dim, int from, const Shares<H
       if constexpr (PREFETCH) batch.request(j, dim, dim + from + c * 2 * W);
       load_pair(batch.row[j] + dim + from + c * 2 * W, a, b);
       for (int h = 0; h < HEADS; ++h) {
-        sums[h][2 * c] += a * shares.p[h][j];
-        sums[h][2 * c + 1] += b * shares.p[h][j];
+        sums[h][2 * c] += a * shares[h].p[j];
+        sums[h][2 * c + 1] += b * shares[h].p[j];
       }
       if constexpr (SPREAD) {
         const F square = a * a + b * b;
         for (int h = 0; h < HEADS; ++h) {
-          spread[h][2 * c] += a * shares.c[h][j];
-          spread[h][2 * c + 1] += b * shares.c[h][j];
-          squares[h] += square * shares.c_squared[h][j];
+          spread[h][2 * c] += a * shares[h].c[j];
+          spread[h][2 * c + 1] += b * shares[h].c[j];
+          squares[h] += square * shares[h].c_squared[j];
         }
       }
     }
@@ -143,13 +142,23 @@ inline void add_columns(const Batch<T>& batch, int dim, int from, const Shares<H
   }
 }
 
-template <class T, int HEADS, bool PREFETCH, bool SPREAD,
-          int CHUNKS = kAccumulators / ((SPREAD ? 4 : 2) * HEADS) < 1 ? 1 : kAccumulators / ((SPREAD ? 4 : 2) * HEADS)>
-inline void add_values(const Batch<T>& batch, int dim, const Shares<HEADS>& shares, State* states, int from = 0) {
+template <class T, int HEADS, int CHUNKS, bool PREFETCH, bool SPREAD>
+inline void add_from(const Batch<T>& batch, int dim, int from, const Shares* shares, State* states) {
   for (; from + CHUNKS * 2 * W <= dim; from += CHUNKS * 2 * W) {
     add_columns<T, HEADS, CHUNKS, PREFETCH, SPREAD>(batch, dim, from, shares, states);
   }
-  if constexpr (CHUNKS > 1) add_values<T, HEADS, PREFETCH, SPREAD, CHUNKS / 2>(batch, dim, shares, states, from);
+  if constexpr (CHUNKS > 1) add_from<T, HEADS, CHUNKS / 2, PREFETCH, SPREAD>(batch, dim, from, shares, states);
+}
+
+// The same for all columns, of as many heads at once as the registers have sums for.
+template <class T, int HEADS, bool PREFETCH, bool SPREAD>
+inline void add_values(const Batch<T>& batch, int dim, const Shares* shares, State* states) {
+  constexpr int kSums = SPREAD ? 4 : 2, kHeads = HEADS * kSums > kAccumulators ? kAccumulators / kSums : HEADS;
+  constexpr int kChunks = kAccumulators / (kSums * kHeads);
+  add_from<T, kHeads, kChunks, PREFETCH, SPREAD>(batch, dim, 0, shares, states);
+  for (int h = kHeads; h < HEADS; h += kHeads) {
+    add_from<T, kHeads, kChunks, false, SPREAD>(batch, dim, 0, shares + h, states + h);
+  }
 }
 
 inline F cap_logits(F logits, float softcap) {
@@ -198,22 +207,22 @@ inline void softmax_terms(float* s, int count, int dim, State* state) {
   state->sum += sum(total);
 }
 
-// Adds the values of a batch with softmax terms `shares.p`, and, of drawn rows, what the variance of the output can be
+// Adds the values of a batch with softmax terms `shares[h].p`, and, of drawn rows, what the variance of the output can be
 // estimated from. `log_u` is null or has kBatch numbers, of which those past the batch are zero.
 template <class T, int HEADS, bool PREFETCH>
-inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares<HEADS>& shares, State* states) {
+inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares* shares, State* states) {
   const bool spreads = log_u != nullptr && states->spread != nullptr;
   for (int h = 0; h < HEADS; ++h) {
     F total{};
     for (int j = 0; j < kBatch; j += W) {
-      const F p = load(shares.p[h] + j);
+      const F p = load(shares[h].p + j);
       const F scale = kScaled<T> ? load(batch.value_scales + j) : splat(1.0f);
-      if constexpr (kScaled<T>) store(shares.p[h] + j, p * scale);
+      if constexpr (kScaled<T>) store(shares[h].p + j, p * scale);
       if (!spreads) continue;
       const F uncertain = (1.0f - exp(load(log_u + j))) * p * p;
       total += uncertain;
-      store(shares.c[h] + j, uncertain * scale);
-      store(shares.c_squared[h] + j, uncertain * scale * scale);
+      store(shares[h].c + j, uncertain * scale);
+      store(shares[h].c_squared + j, uncertain * scale * scale);
     }
     if (spreads) states[h].spread_sum += sum(total);
   }
@@ -228,18 +237,18 @@ inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares
 template <class T, int HEADS, bool PREFETCH>
 inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const float* offsets,
                          LogitRule rule, const float* log_u, State* states) {
-  Shares<HEADS> shares;
+  Shares shares[HEADS];
   constexpr int kHeads = HEADS < kTileHeads ? HEADS : kTileHeads;
-  dots<T, kHeads, false, PREFETCH>(batch, dim, queries, shares.p, nullptr);
+  dots<T, kHeads, false, PREFETCH>(batch, dim, queries, shares, nullptr);
   for (int h = kHeads; h < HEADS; h += kHeads) {
-    dots<T, kHeads, false, false>(batch, dim, queries + h, shares.p + h, nullptr);
+    dots<T, kHeads, false, false>(batch, dim, queries + h, shares + h, nullptr);
   }
   for (int h = 0; h < HEADS; ++h) {
     for (int j = 0; j < kBatch; j += W) {
-      const F logits = cap_logits(load(shares.p[h] + j) * rule.scale + offsets[h], rule.softcap);
-      store(shares.p[h] + j, log_u == nullptr ? logits : logits - load(log_u + j));
+      const F logits = cap_logits(load(shares[h].p + j) * rule.scale + offsets[h], rule.softcap);
+      store(shares[h].p + j, log_u == nullptr ? logits : logits - load(log_u + j));
     }
-    softmax_terms(shares.p[h], batch.count, dim, &states[h]);
+    softmax_terms(shares[h].p, batch.count, dim, &states[h]);
   }
   add_batch<T, HEADS, PREFETCH>(batch, dim, log_u, shares, states);
 }
@@ -323,9 +332,9 @@ void attend_sample_of(const SampledRows<T>& rows, const float* query, float offs
     for (int64_t i = piece; i < end; i += kBatch) {
       const Batch<T> batch = batch_of(rows, i, end);
       alignas(64) float norms[kBatch], logs[kBatch];
-      Shares<1> shares;
-      float* s = shares.p[0];
-      dots<T, 1, true, true>(batch, dim, &query, shares.p, norms);
+      Shares shares;
+      float* s = shares.p;
+      dots<T, 1, true, true>(batch, dim, &query, &shares, norms);
       for (int j = batch.count; j < kBatch; ++j) s[j] = norms[j] = 0.0f;
       for (int j = 0; j < kBatch; j += W) store(logs + j, log_inclusion(load(s + j), load(norms + j), law));
       if (log_u_out != nullptr) memcpy(log_u_out + i, logs, sizeof(float) * batch.count);
@@ -333,7 +342,7 @@ void attend_sample_of(const SampledRows<T>& rows, const float* query, float offs
         store(s + j, cap_logits(load(s + j) * rule.scale + offset, rule.softcap) - load(logs + j));
       }
       softmax_terms(s, batch.count, dim, &part);
-      add_batch<T, 1, true>(batch, dim, logs, shares, &part);
+      add_batch<T, 1, true>(batch, dim, logs, &shares, &part);
     }
     merge(dim, part, state);
   }

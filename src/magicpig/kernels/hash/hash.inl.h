@@ -4,13 +4,8 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kHashRows = 4;
-constexpr int kHashColumns = 4;  // vectors of W directions: 16 accumulators of 32 registers
-#else
-constexpr int kHashRows = 3;
-constexpr int kHashColumns = 2;
-#endif
+constexpr int kHashRows = kRegisters == 32 ? 4 : 3;
+constexpr int kHashColumns = kRegisters / 8;  // vectors of W directions
 
 #if defined(MAGICPIG_BF16)
 // Two bfloat16 products and their sum in one instruction; the emulation serves to test this code on any AVX-512 machine.

@@ -91,11 +91,11 @@ void write_state(Dtype dtype, int dim, const State& state, float* output, float*
 // One head's verbs, for tests and study; a decode step runs them fused.
 int64_t lookup(Address query_codes, int K, int L, Address offsets, Address ids, int64_t first, int64_t count,
                int min_hits, Address found) {
-  std::vector<uint8_t> counters((count + 63) / 64 * 64, 0);
+  std::vector<uint8_t> counts((count + 63) / 64 * 64, 0);
   const Segment segment{at<const uint32_t>(offsets), at<const uint16_t>(ids), first, static_cast<int32_t>(count)};
-  kernels().count_hits(at<const uint16_t>(query_codes), K, L, segment, min_hits, counters.data());
-  std::vector<uint32_t> positions(count + kCollectSlack);
-  const int64_t n = kernels().collect(counters.data(), count, min_hits, first, positions.data());
+  std::vector<uint32_t> positions(count + kLookupSlack);
+  const int64_t n =
+      kernels().lookup(at<const uint16_t>(query_codes), K, L, segment, min_hits, counts.data(), positions.data());
   std::copy_n(positions.begin(), n, at<uint32_t>(found));
   return n;
 }

@@ -29,11 +29,11 @@ constexpr int kSegmentRows = 65536;  // keys of one index segment: ids have 16 b
 constexpr int kTileDirections = 64;  // hash directions of one packed tile: one 64-bit word of signs
 constexpr int kLawSize = 4096;       // intervals of the table of log inclusion probabilities
 constexpr int kMaxTables = 1024;
-constexpr int kSketchKeys = 64;   // keys of one block of a sketch
-constexpr int kSumKeys = 16;      // keys whose weights are summed, so that a walk along them can skip these
-constexpr int kScoreBits = 7;     // fraction bits of a score, unless the largest needs more whole bits
-constexpr int kFarthest = 40;     // octaves below the largest score at which a key counts for its floor only
-constexpr int kCollectSlack = 4;  // ids that `collect` may write past those it returns
+constexpr int kSketchKeys = 64;  // keys of one block of a sketch
+constexpr int kSumKeys = 16;     // keys whose weights are summed, so that a walk along them can skip these
+constexpr int kScoreBits = 7;    // fraction bits of a score, unless the largest needs more whole bits
+constexpr int kFarthest = 40;    // octaves below the largest score at which a key counts for its floor only
+constexpr int kLookupSlack = 4;  // ids that `lookup` may write past those it returns
 
 // The hash directions, packed: [tile][pair of dims][64 directions][2] bfloat16.
 struct Directions {
@@ -119,12 +119,11 @@ struct Kernels {
   void (*hash)(const float* x, int64_t stride, int64_t n, const Directions& directions, int first_tile, int last_tile,
                uint64_t* bits);
 
-  // Adds one to counts[id] for every collision in `segment`; counts has `segment.count` bytes, rounded up to 64.
-  void (*count_hits)(const uint16_t* query_codes, int bits, int tables, const Segment& segment, int min_hits,
-                     uint8_t* counts);
-  // Writes first + i for every i < count with counts[i] >= min_hits, ascending; clears counts; returns how many.
-  // `ids` has room for kCollectSlack more.
-  int64_t (*collect)(uint8_t* counts, int64_t count, int min_hits, int64_t first, uint32_t* ids);
+  // Writes the positions, ascending, of the keys in `segment` that collide with the query in min_hits tables or more;
+  // returns how many. `ids` has room for kLookupSlack more. `counts` has a byte for each key, rounded up to 64, all zero
+  // before and after.
+  int64_t (*lookup)(const uint16_t* query_codes, int bits, int tables, const Segment& segment, int min_hits,
+                    uint8_t* counts, uint32_t* ids);
 
   void (*to_float)(Dtype dtype, const void* from, int64_t n, float* to);
   void (*from_float)(Dtype dtype, const float* from, int64_t n, void* to);

@@ -59,11 +59,8 @@ void attend_shared(Dtype dtype, int dim, const char* const* blocks, const uint32
   });
 }
 
-constexpr Kernels kTable{MAGICPIG_LEVEL, hash,          count_hits,
-                         collect,        to_float,      from_float,
-                         to_bytes,       to_lane_order, from_lane_order,
-                         attend_rows,    attend_sample, attend_shared,
-                         merge,          turn,          pack,
-                         score,          weigh};
+constexpr Kernels kTable{
+    MAGICPIG_LEVEL, hash,          lookup,        to_float, from_float, to_bytes, to_lane_order, from_lane_order,
+    attend_rows,    attend_sample, attend_shared, merge,    turn,       pack,     score,         weigh};
 
 }  // namespace

@@ -12,9 +12,11 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int W = 16;
+constexpr int W = 16, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int W = 8, kRegisters = 16;
 #else
-constexpr int W = 8;
+constexpr int W = 4, kRegisters = 16;  // what SSE2 and NEON have, one as much as the other at least
 #endif
 
 typedef float F __attribute__((vector_size(W * 4)));
@@ -41,13 +43,19 @@ inline F splat(float x) { return x - F{}; }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
 
+template <class V>
+inline auto sum_halves(V v) {
+  for (int half = W / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+
 inline float sum(F v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
 #else
-  float s[W];
-  store(s, v);
-  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  return sum_halves(v);
 #endif
 }
 
@@ -55,7 +63,7 @@ inline uint32_t sum(U v) {
 #if defined(__AVX512F__)
   return (uint32_t)_mm512_reduce_add_epi32((__m512i)v);
 #else
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  return sum_halves(v);
 #endif
 }
 
@@ -161,33 +169,72 @@ inline void store(int8_t* p, I v) {
   memcpy(p, &narrow, sizeof narrow);
 }
 
+// Keeps sums in the order in which they are written: products that wait to be added need more registers than there are.
+template <class V>
+inline void in_order([[maybe_unused]] V& sum) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(sum));
+#elif defined(__SSE2__)
+  __asm__("" : "+x"(sum));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(sum));
+#endif
+}
+
+// Four signed bytes in every lane, the way `add_dot` wants them.
+#if defined(__AVX2__)
+typedef I Four;
+inline Four four(const int8_t* p) {
+  int32_t bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return splat(bytes);
+}
+#else
+struct Four {
+  S even, odd;
+};
+inline Four four(const int8_t* p) {
+  int32_t bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  const S both = (S)splat(bytes);
+  return {(both << 8) >> 8, both >> 8};
+}
+#endif
+
 // Products of four small unsigned bytes with four signed ones, added up per lane. Without VNNI the sums have 16 bits, which
 // hold kByteDots / (largest unsigned byte) of them before `total` has to be taken.
 #if defined(__AVX512VNNI__)
 constexpr int kByteDots = 1 << 20;
 typedef I ByteSum;
-inline ByteSum add_dot(ByteSum sum, U bytes, I other) {
+inline ByteSum add_dot(ByteSum sum, U bytes, const Four& other) {
   return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)other);
 }
 inline I total(ByteSum sum) { return sum; }
 #else
 constexpr int kByteDots = 32767 / (2 * 127);
-typedef int16_t ByteSum __attribute__((vector_size(W * 4)));
-inline ByteSum add_dot(ByteSum sum, U bytes, I other) {
+typedef S ByteSum;
+inline ByteSum add_dot(ByteSum sum, U bytes, const Four& other) {
 #if defined(__AVX512BW__)
   sum += (ByteSum)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)other);
-  __asm__("" : "+v"(sum));  // products that wait to be added in another order need more registers than there are
-  return sum;
 #elif defined(__AVX2__)
   sum += (ByteSum)_mm256_maddubs_epi16((__m256i)bytes, (__m256i)other);
-  __asm__("" : "+x"(sum));
-  return sum;
 #else
-  const ByteSum x = (ByteSum)bytes, y = (ByteSum)other;
-  return sum + (x & 255) * ((y << 8) >> 8) + (x >> 8) * (y >> 8);
+  sum += ((S)bytes & 255) * other.even;
+  in_order(sum);
+  sum += ((S)bytes >> 8) * other.odd;
+#endif
+  in_order(sum);
+  return sum;
+}
+inline I total(ByteSum sum) {
+#if defined(__AVX512BW__)
+  return (I)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+  return (I)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
+#else
+  return (((I)sum << 16) >> 16) + ((I)sum >> 16);
 #endif
 }
-inline I total(ByteSum sum) { return (((I)sum << 16) >> 16) + ((I)sum >> 16); }
 #endif
 
 inline F to_f(I v) { return __builtin_convertvector(v, F); }

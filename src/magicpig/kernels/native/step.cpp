@@ -292,8 +292,8 @@ void attend_lookup(const Plan& plan, const Unit& unit) {
   const int tiles = sampler.directions().tiles;
 
   thread_local std::vector<uint32_t> id_memory;
-  alignas(64) thread_local uint8_t counters[kSegmentRows];  // all zero between uses: `collect` leaves them so
-  uint32_t* ids = scratch(id_memory, static_cast<size_t>(store.indexed_to - store.sinks + kCollectSlack));
+  alignas(64) thread_local uint8_t counts[kSegmentRows];  // all zero between uses
+  uint32_t* ids = scratch(id_memory, static_cast<size_t>(store.indexed_to - store.sinks + kLookupSlack));
 
   uint16_t codes[kMaxTables];
   codes_of(plan.signs + q * tiles, 1, tiles, sampler.K, sampler.L, codes, 0, 1);
@@ -303,8 +303,7 @@ void attend_lookup(const Plan& plan, const Unit& unit) {
     const int64_t head = static_cast<int64_t>(unit.head) * sampler.L;
     const Segment segment{from.offsets + head * buckets, from.ids + head * from.count, from.first,
                           static_cast<int32_t>(from.count)};
-    plan.run.count_hits(codes, sampler.K, sampler.L, segment, sampler.min_hits, counters);
-    found += plan.run.collect(counters, from.count, sampler.min_hits, from.first, ids + found);
+    found += plan.run.lookup(codes, sampler.K, sampler.L, segment, sampler.min_hits, counts, ids + found);
   }
   plan.counts[q] = found;
 

@@ -4,13 +4,14 @@
 
 namespace {
 
-constexpr int kTurnRows = W == 16 ? 6 : 2;      // vectors turned at once
-constexpr int kTurnColumns = kLane / W;         // of W coordinates each
-constexpr int kScoreHeads = 4;                  // heads scored at once
-constexpr int kScoreVectors = W == 16 ? 4 : 2;  // of W keys each
-constexpr int kRebaseOctaves = 8;               // by which scores may exceed the base of their sum
-constexpr int kPrefetchBlocks = 4;              // blocks of codes requested ahead
+constexpr int kTurnRows = kRegisters == 32 ? 6 : 2;  // vectors turned at once
+constexpr int kTurnColumns = kLane / W;              // of W coordinates each
+constexpr int kScoreHeads = 4;                       // heads scored at once
+constexpr int kScoreVectors = kRegisters / 8;        // of W keys each
+constexpr int kRebaseOctaves = 8;                    // by which scores may exceed the base of their sum
+constexpr int kPrefetchBlocks = 4;                   // blocks of codes requested ahead
 constexpr int kLowestScore = -32768;
+constexpr int kMaxFours = kMaxDim / 4;
 
 template <int M>
 inline void turn_tile(const float* x, int64_t stride, const Rotation& rotation, int column, float* y) {
@@ -105,8 +106,8 @@ void pack(const float* turned, const Rotation& rotation, int bits, float distanc
 // VECTORS vectors of W keys that are evenly spread over the block.
 template <int WIDTH, int SHIFT, int HEADS, int VECTORS, class Sum>
 [[gnu::always_inline]] inline void add_words(const uint32_t* words, const uint32_t* ahead, int first, int last,
-                                             const int8_t* const* query, Sum (*sums)[VECTORS]) {
-  constexpr int kPerWord = 32 / WIDTH, kGroups = 8 / WIDTH, kApart = kSketchKeys / VECTORS;
+                                             const Four (*query)[kMaxFours], Sum (*sums)[VECTORS]) {
+  constexpr int kGroups = 8 / WIDTH, kApart = kSketchKeys / VECTORS;
   for (int word = first; word < last; ++word) {
     U packed[VECTORS];
     for (int v = 0; v < VECTORS; ++v) packed[v] = load(words + (int64_t)word * kSketchKeys + v * kApart);
@@ -120,9 +121,8 @@ template <int WIDTH, int SHIFT, int HEADS, int VECTORS, class Sum>
             (right >= 0 ? packed[v] >> right : packed[v] << -right) & (0x01010101u * (((1 << WIDTH) - 1) << SHIFT));
       }
       for (int h = 0; h < HEADS; ++h) {
-        int32_t four;
-        memcpy(&four, query[h] + word * kPerWord + 4 * k, 4);
-        for (int v = 0; v < VECTORS; ++v) sums[h][v] = add_dot(sums[h][v], codes[v], splat(four));
+        const Four& numbers = query[h][word * kGroups + k];
+        for (int v = 0; v < VECTORS; ++v) sums[h][v] = add_dot(sums[h][v], codes[v], numbers);
       }
     }
   }
@@ -131,7 +131,7 @@ template <int WIDTH, int SHIFT, int HEADS, int VECTORS, class Sum>
 // The same for all words of a plane. Returns how many there are.
 template <int WIDTH, int SHIFT, int HEADS, int VECTORS>
 [[gnu::always_inline]] inline int add_plane(const uint32_t* words, const uint32_t* ahead, int head_dim,
-                                            const int8_t* const* query, I (*acc)[VECTORS]) {
+                                            const Four (*query)[kMaxFours], I (*acc)[VECTORS]) {
   constexpr int kPerWord = 32 / WIDTH;
   const int count = (head_dim + kPerWord - 1) / kPerWord;
   if constexpr (sizeof(ByteSum{}[0]) == sizeof(int32_t)) {
@@ -153,7 +153,7 @@ template <int WIDTH, int SHIFT, int HEADS, int VECTORS>
 
 template <int BITS, int HEADS, int VECTORS>
 [[gnu::always_inline]] inline void code_dots(const uint32_t* words, const uint32_t* ahead, int head_dim,
-                                             const int8_t* const* query, I (*acc)[VECTORS]) {
+                                             const Four (*query)[kMaxFours], I (*acc)[VECTORS]) {
   if constexpr (BITS == 3) {
     const int64_t rest = add_plane<2, 0, HEADS, VECTORS>(words, ahead, head_dim, query, acc) * (int64_t)kSketchKeys;
     add_plane<1, 2, HEADS, VECTORS>(words + rest, ahead + rest, head_dim, query, acc);
@@ -223,10 +223,9 @@ struct PowerSum {
 // Scores of one block for HEADS heads: written to `fixed` [HEADS][kSketchKeys], their powers added to `sums`.
 template <int BITS, int HEADS>
 inline void score_block(const SketchLayout& layout, const uint32_t* words, const uint32_t* ahead,
-                        const uint16_t* scales, int count, const ScoreRule* rules, int16_t* fixed, PowerSum* sums) {
+                        const uint16_t* scales, int count, const ScoreRule* rules, const Four (*query)[kMaxFours],
+                        int16_t* fixed, PowerSum* sums) {
   constexpr int kHalf = kSketchKeys / 2, kVectors = kScoreVectors, kApart = kSketchKeys / kVectors;
-  const int8_t* query[HEADS];
-  for (int h = 0; h < HEADS; ++h) query[h] = rules[h].query;
   for (int first = 0; first < kApart; first += W) {
     I acc[HEADS][kVectors] = {};
     code_dots<BITS, HEADS, kVectors>(words + first, ahead + first * kVectors, layout.head_dim, query, acc);
@@ -261,7 +260,12 @@ void score_bits(const SketchLayout& layout, const uint32_t* words, const uint16_
   for (int h = 0; h < heads; h += kGroup) {
     const int group = heads - h < kGroup ? heads - h : kGroup;
     PowerSum part[kGroup];
-    for (int i = 0; i < group; ++i) part[i] = PowerSum(rules[h + i].fraction_bits);
+    Four query[kGroup][kMaxFours];
+    for (int i = 0; i < group; ++i) {
+      part[i] = PowerSum(rules[h + i].fraction_bits);
+      for (int d = 0; d < (layout.head_dim + kLane - 1) / kLane * kLane; d += 4)
+        query[i][d / 4] = four(rules[h + i].query + d);
+    }
     int64_t block = 0;
     for (int64_t first = 0; first < count; first += kSketchKeys, ++block) {
       const int here = count - first < kSketchKeys ? (int)(count - first) : kSketchKeys;
@@ -270,16 +274,16 @@ void score_bits(const SketchLayout& layout, const uint32_t* words, const uint16_
       const uint16_t* own = scales + first;
       int16_t* to = fixed + (block * heads + h) * kSketchKeys;
       if (group == 4) {
-        score_block<BITS, 4>(layout, from, ahead, own, here, rules + h, to, part);
+        score_block<BITS, 4>(layout, from, ahead, own, here, rules + h, query, to, part);
         continue;
       }
       int i = 0;
       if (group >= 2) {
-        score_block<BITS, 2>(layout, from, ahead, own, here, rules + h, to, part);
+        score_block<BITS, 2>(layout, from, ahead, own, here, rules + h, query, to, part);
         i = 2;
       }
       if (i < group) {
-        score_block<BITS, 1>(layout, from, ahead, own, here, rules + h + i, to + i * kSketchKeys, part + i);
+        score_block<BITS, 1>(layout, from, ahead, own, here, rules + h + i, query + i, to + i * kSketchKeys, part + i);
       }
     }
     for (int i = 0; i < group; ++i) sums[h + i] = {part[i].base, (double)sum(part[i].sum)};

@@ -1,5 +1,5 @@
 // Buckets -> the keys that collide with the query in at least min_hits tables: one byte counter per key of a segment,
-// then one vector scan that collects and clears. 16-bit ids halve the bucket reads; 64K counters stay in the L2 cache.
+// then one scan that collects and clears. 16-bit ids halve the bucket reads; 64K counters stay in the L2 cache.
 #pragma once
 
 namespace {
@@ -11,8 +11,8 @@ inline void saturate(uint8_t* counts, int64_t count, int min_hits) {
   for (int64_t i = 0; i < count; ++i) counts[i] = counts[i] < min_hits ? counts[i] : (uint8_t)min_hits;
 }
 
-void count_hits(const uint16_t* query_codes, int bits, int tables, const Segment& segment, int min_hits,
-                uint8_t* counts) {
+inline void count_hits(const uint16_t* query_codes, int bits, int tables, const Segment& segment, int min_hits,
+                       uint8_t* counts) {
   const int64_t buckets = ((int64_t)1 << bits) + 1;
   uint32_t begin[kMaxTables], end[kMaxTables];
   for (int t = 0; t < tables; ++t) {
@@ -61,12 +61,14 @@ inline uint64_t take_hits(uint8_t* counts, int min_hits) {
   }
   return mask;
 #else
+  constexpr uint64_t kOnes = 0x0101010101010101u, kHigh = 0x80 * kOnes;
+  const uint64_t missing = (uint64_t)(0x80 - min_hits) * kOnes;  // min_hits <= 0x7f
   uint64_t mask = 0;
-  for (int word = 0; word < 8; ++word) {
-    uint64_t any;
-    memcpy(&any, counts + 8 * word, 8);
-    if (any == 0) continue;
-    for (int i = 8 * word; i < 8 * word + 8; ++i) mask |= (uint64_t)(counts[i] >= min_hits) << i;
+  for (int byte = 0; byte < 8; ++byte) {
+    uint64_t v;
+    memcpy(&v, counts + 8 * byte, sizeof v);
+    const uint64_t enough = ((v & ~kHigh) + missing | v) & kHigh;  // the high bit of each byte that is
+    mask |= ((enough >> 7) * 0x0102040810204080u >> 56) << (8 * byte);
   }
   memset(counts, 0, 64);
   return mask;
@@ -84,21 +86,27 @@ inline uint32_t lowest_bit(uint64_t mask) {
   return bit;
 }
 
-int64_t collect(uint8_t* counts, int64_t count, int min_hits, int64_t first, uint32_t* ids) {
+inline int64_t collect(uint8_t* counts, const Segment& segment, int min_hits, uint32_t* ids) {
   // Hits are few and random: writing four candidates each time costs less than a branch per hit guessed wrong.
   constexpr int kUsual = 4;
-  static_assert(kUsual <= kCollectSlack);
+  static_assert(kUsual <= kLookupSlack);
   int64_t found = 0;
-  for (int64_t i = 0; i < count; i += 64) {
+  for (int64_t i = 0; i < segment.count; i += 64) {
     uint64_t mask = take_hits(counts + i, min_hits);
     const int hits = __builtin_popcountll(mask);
-    const uint32_t base = (uint32_t)(first + i);
+    const uint32_t base = (uint32_t)(segment.first + i);
     uint32_t* to = ids + found;
     for (int j = 0; j < kUsual; ++j, mask &= mask - 1) to[j] = base + lowest_bit(mask);
     for (int j = kUsual; j < hits; ++j, mask &= mask - 1) to[j] = base + lowest_bit(mask);
     found += hits;
   }
   return found;
+}
+
+int64_t lookup(const uint16_t* query_codes, int bits, int tables, const Segment& segment, int min_hits, uint8_t* counts,
+               uint32_t* ids) {
+  count_hits(query_codes, bits, tables, segment, min_hits, counts);
+  return collect(counts, segment, min_hits, ids);
 }
 
 }  // namespace
