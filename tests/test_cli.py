@@ -917,6 +917,49 @@ def test_bad_bench_frontier_options(arguments, cause):
     assert_refused(bench_frontier(*arguments), cause)
 
 
+def bench_certificates(*arguments):
+    sizes = ["--heads", 2, "--kv-heads", 1, "--head-dim", 32, "--contexts", "300", "--steps", 2, "--seeds", 2]
+    return run("bench", "certificates", *sizes, "--samplers", "sketch:32,sketch:16,epsilon=0.3,topk:32", *arguments)
+
+
+@pytest.mark.usefixtures("small_evictor")
+def test_bench_certificates_writes_numbers_and_shows_tables(tmp_path):
+    result = bench_certificates("--set", CAPTURE, "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    assert "synthetic, 300, 8 heads and steps" in result.stdout
+    assert "holds" in result.stdout
+    rows = json.loads((tmp_path / "a.json").read_text())["results"]
+    names = ["sketch:32", "sketch:16,epsilon=0.3", "topk:32"]
+    assert [(row["name"], row["source"].startswith("synthetic")) for row in rows] == [
+        (name, synthetic) for synthetic in (False, True) for name in names
+    ]
+
+
+@pytest.mark.usefixtures("small_evictor")
+def test_bench_certificates_on_standard_output():
+    result = bench_certificates("--json", "-")
+    assert len(json.loads(result.stdout)["results"]) == 3
+    assert "holds" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--contexts", "none"], "--contexts none leaves nothing to measure; give --set"),
+        (["--contexts", "60"], "context=60 has nothing to sample"),
+        (["--contexts", "80"], "nothing to measure"),
+        (["--set", "/missing.safetensors"], "cannot read /missing.safetensors"),
+        (["--samplers", "full"], "--samplers 'full' cannot be measured here"),
+        (["--heads", "3", "--kv-heads", "2"], "heads=3 is not a multiple of kv_heads=2"),
+        (["--json", "/missing/a.json"], "cannot write /missing/a.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.usefixtures("small_evictor")
+def test_bad_bench_certificates_options(arguments, cause):
+    assert_refused(bench_certificates(*arguments), cause)
+
+
 PRINT_BINDINGS = """
 import sys
 from magicpig.cli.bench import pin_threads

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from magicpig.cli.bench_attention import attention
+from magicpig.cli.bench_certificates import certificates
 from magicpig.cli.bench_decode import decode
 from magicpig.cli.bench_frontier import frontier
 
@@ -15,6 +16,7 @@ PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)
 measure.command()(attention)
+measure.command()(certificates)
 measure.command()(decode)
 measure.command()(frontier)
 
