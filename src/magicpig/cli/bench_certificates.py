@@ -115,14 +115,13 @@ def _table(rows: list[Certificate]) -> Table:
     title = f"{rows[0].source}, {rows[0].cases} heads and steps"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("setting", no_wrap=True)
-    for name in ("rows", "error", "p95", "pred.", "holds", "<= eps", "<=1.5eps"):
+    for name in ("rows", "error", "pred.", "holds", "<= eps", "<=1.5eps"):
         table.add_column(name, justify="right", no_wrap=True)
     for each in rows:
         table.add_row(
             each.name,
             f"{each.rows:.0f}",
             f"{each.error:.3f}",
-            f"{each.error_p95:.3f}",
             _or_nothing(each.predicted, ".3f"),
             _or_nothing(each.kept, ".1%"),
             _or_nothing(each.below, ".1%"),
