@@ -138,8 +138,6 @@ def advise(facts: Report) -> list[str]:
         advice.append(f"unset MAGICPIG_POOL: the {facts.pool} pool competes with torch's spinning threads")
     if facts.huge_pages == "never":
         advice.append("set /sys/kernel/mm/transparent_hugepage/enabled to madvise: rows are gathered faster")
-    if facts.numa_nodes > 1:
-        advice.append("set numactl --cpunodebind=0 --membind=0 before the command: memory of other nodes is slower")
     if facts.memory_limit is not None and facts.memory_limit < facts.memory_total:
         advice.append(f"raise the container's limit of {facts.memory_limit / 2**30:.1f} GiB for longer contexts")
     return advice

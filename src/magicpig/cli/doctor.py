@@ -42,7 +42,7 @@ def _show(report: Report, console: Console) -> None:
         "threads": f"{report.threads} in the {report.pool} pool, {report.torch_threads} in torch",
         "memory": f"{report.memory_available / gib:.1f} of {report.memory_total / gib:.1f} GiB available{limit}",
         "huge pages": report.huge_pages or "not offered by this system",
-        "NUMA nodes": str(report.numa_nodes),
+        "NUMA nodes": f"{report.numa_nodes}{', large stores take turns on them' if report.numa_nodes > 1 else ''}",
         "GPU": f"{report.gpu} (not needed)" if report.gpu else "none (none is needed)",
         "variables": " ".join(f"{name}={value}" for name, value in report.environment.items()) or "none set",
         "versions": ", ".join(f"{name} {value}" for name, value in report.versions.items()),

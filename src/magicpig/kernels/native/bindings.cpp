@@ -247,6 +247,10 @@ NB_MODULE(_native, m) {
   m.def("poison_scratch", &poison_scratch, "on"_a);
   m.def("allocate", &allocate_array, "bytes"_a);
   m.def(
+      "interleave",
+      [](Address memory, size_t bytes, int least_nodes) { return interleave(at<void>(memory), bytes, least_nodes); },
+      "memory"_a, "bytes"_a, "least_nodes"_a);
+  m.def(
       "stream_read", [](Address memory, size_t bytes) { return stream_read(at<const void>(memory), bytes); },
       "memory"_a, "bytes"_a, Unlocked());
 
