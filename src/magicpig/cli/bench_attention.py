@@ -91,10 +91,10 @@ def _table(results: list[Result]) -> Table:
     for name in ("step", "exact", "sdpa", "stream", "vs exact", "vs sdpa", "rows", "B/key", "error"):
         table.add_column(name, justify="right", no_wrap=" " not in name)
     for each in results:
-        name = f" lsh {each.K},{each.L}" if each.sampler == "lsh" else f" sketch {each.budget:g}, {each.bits} bit"
+        name = f" lsh {each.K},{each.L}" if each.sampler == "lsh" else f" sketch {each.budget:g} {each.bits}bit"
         table.add_row(
             short_length(each.context),
-            name + ("" if each.kv_dtype == "model" else f", {each.kv_dtype}"),
+            name + ("" if each.kv_dtype == "model" else f" {each.kv_dtype}"),
             f"{each.step_ms:.2f}",
             f"{each.exact_ms:.2f}",
             f"{each.sdpa_ms:.2f}",
