@@ -87,11 +87,11 @@ def attention(
 def _table(results: list[Result]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("keys", justify="right", no_wrap=True)
-    table.add_column(" sampler", no_wrap=True)
-    for name in ("step", "exact", "sdpa", "stream", "vs exact", "vs sdpa", "rows", "B/key", "error"):
-        table.add_column(name, justify="right", no_wrap=" " not in name)
+    table.add_column("sampler", no_wrap=True)
+    for name in ("step", "exact", "sdpa", "read", "vs\nexact", "vs\nsdpa", "rows", "B/key", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
     for each in results:
-        name = f" lsh {each.K},{each.L}" if each.sampler == "lsh" else f" sketch {each.budget:g} {each.bits}bit"
+        name = f"lsh {each.K},{each.L}" if each.sampler == "lsh" else f"sketch {each.budget:g} {each.bits}bit"
         table.add_row(
             short_length(each.context),
             name + ("" if each.kv_dtype == "model" else f" {each.kv_dtype}"),
