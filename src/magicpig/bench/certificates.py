@@ -56,8 +56,8 @@ def measure(
         layer = Layer([_in_float32(context)])
         tokens = layer.context
         for method in methods:
-            body = layer.context - method.config.sinks - method.config.recent
-            if body > 0 and (method.config.sampler == "lsh" or method.config.rows(body) < body):
+            if layer.leaves_out(method.config):
+                body = layer.body(method.config)
                 cases.setdefault(method.name, []).append(_steps(layer, method.config))
         on_context()
     configs = {method.name: method.config for method in methods}

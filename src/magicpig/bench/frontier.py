@@ -87,9 +87,7 @@ def measure(
     measured = Layer([data])
     dense = measured.stores(EXACT)
     for method in methods:
-        config = method.config
-        body = measured.context - config.sinks - config.recent
-        if body > 0 and (config.sampler == "lsh" or config.rows(body) < body):
+        if measured.leaves_out(method.config):
             yield _point(source, layer, measured, method, dense, repeats)
         on_point()
 

@@ -52,18 +52,19 @@ class Shape:
 
     def contexts(self, tokens: int, steps: int) -> list[AttentionSet]:
         """A synthetic context of ``tokens`` tokens and ``steps`` more for each sequence."""
-        return [
-            synthetic_context(
-                tokens,
-                heads=self.heads,
-                kv_heads=self.kv_heads,
-                head_dim=self.head_dim,
-                steps=steps,
-                dtype=self.dtype,
-                seed=sequence,
-            )
-            for sequence in range(self.batch)
-        ]
+        return [self.context(tokens, steps, seed=sequence) for sequence in range(self.batch)]
+
+    def context(self, tokens: int, steps: int, seed: int) -> AttentionSet:
+        """One of these."""
+        return synthetic_context(
+            tokens,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            steps=steps,
+            dtype=self.dtype,
+            seed=seed,
+        )
 
 
 def verify_kernels(shape: Shape) -> None:
@@ -121,6 +122,15 @@ class Layer:
             store.append(each.keys[:, : self.context], each.values[:, : self.context])
             made.append(store)
         return made
+
+    def body(self, config: Config) -> int:
+        """How many keys may be left out: all but the sinks and the recent window."""
+        return max(0, self.context - config.sinks - config.recent)
+
+    def leaves_out(self, config: Config) -> bool:
+        """Whether a setting reads less than everything: no budget is as large as the body, nor is there none."""
+        body = self.body(config)
+        return body > 0 and (config.sampler == "lsh" or config.rows(body) < body)
 
     def step(self, stores: list[KVStore], step: int) -> Tensor:
         """One decode step: appends its token and attends. Returns (B, H, D)."""

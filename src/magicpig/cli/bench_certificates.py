@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +12,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from magicpig.cli.bench_options import Contexts, JsonFile, Samplers, Threads, methods, short_length, write_results
+from magicpig.cli.bench_options import (
+    JsonFile,
+    Samplers,
+    Sets,
+    SyntheticContexts,
+    SyntheticHeadDim,
+    SyntheticHeads,
+    SyntheticKvHeads,
+    Threads,
+    load_sets,
+    methods,
+    short_length,
+    synthetic_lengths,
+    write_results,
+)
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import STDIO, OutputFile
 from magicpig.cli.options import checked
@@ -26,15 +39,13 @@ BUDGETS = ",".join(f"sketch:{rows}" for rows in (256, 512, 1024, 2048, 4096))
 
 
 def certificates(
-    contexts: Contexts = "16K,128K",
-    sets: Annotated[
-        list[Path] | None, typer.Option("--set", help="A file of `magicpig capture`; may be given several times.")
-    ] = None,
+    contexts: SyntheticContexts = "16K,128K",
+    sets: Sets = None,
     samplers: Samplers = f"{BUDGETS},sketch:64,epsilon=0.05,oracle:512,lsh",
     seeds: Annotated[int, typer.Option(min=1, help="Synthetic contexts of each length.")] = 4,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads of synthetic contexts.")] = 8,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads of synthetic contexts.")] = 2,
-    head_dim: Annotated[int, typer.Option(min=1, help="Length of a query, key or value of synthetic contexts.")] = 128,
+    heads: SyntheticHeads = 8,
+    kv_heads: SyntheticKvHeads = 2,
+    head_dim: SyntheticHeadDim = 128,
     steps: Annotated[int, typer.Option(min=1, help="Query steps of a synthetic context.")] = 8,
     threads: Threads = None,
     json_file: JsonFile = None,
@@ -52,19 +63,14 @@ def certificates(
 
         from magicpig.bench import certificates as bench
         from magicpig.bench.layer import Shape, check_context, verify_kernels
-        from magicpig.bench.synthetic import synthetic_context
-        from magicpig.capture import load_capture
-        from magicpig.evaluation.matrix import parse_lengths
         from magicpig.provenance import provenance
 
-        lengths = () if contexts == "none" else parse_lengths(contexts, "--contexts")
+        lengths = synthetic_lengths(contexts)
         asked = methods(samplers, tuple(name for name in SAMPLERS if name != "full"))
         shape = checked(Shape, heads, kv_heads, head_dim, 1, torch.float32)
         for tokens in lengths:
             checked(check_context, tokens, [method.config for method in asked], shape)
-        captures = {path: load_capture(path) for path in sets or []}
-        if not lengths and not captures:
-            raise InputError("--contexts none leaves nothing to measure; give --set")
+        captures = load_sets(sets, lengths)
         if threads is not None:
             torch.set_num_threads(threads)
         verify_kernels(shape)
@@ -81,18 +87,7 @@ def certificates(
                 name = f"{path.stem}, {short_length(max(sizes))}"
                 found += bench.measure(name, capture.layers.values(), asked, done)
             for tokens in lengths:
-                drawn = (
-                    synthetic_context(
-                        tokens,
-                        heads=heads,
-                        kv_heads=kv_heads,
-                        head_dim=head_dim,
-                        steps=steps,
-                        dtype=torch.float32,
-                        seed=seed,
-                    )
-                    for seed in range(seeds)
-                )
+                drawn = (shape.context(tokens, steps, seed) for seed in range(seeds))
                 found += bench.measure(f"synthetic, {short_length(tokens)}", drawn, asked, done)
         if not found:
             raise InputError("nothing to measure: every context is shorter than what is always read, or the budgets")

@@ -13,7 +13,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from magicpig.cli.bench_options import JsonFile, Threads, short_length, torch_dtype, write_results
+from magicpig.cli.bench_options import (
+    JsonFile,
+    Sets,
+    SyntheticContexts,
+    SyntheticHeadDim,
+    SyntheticHeads,
+    SyntheticKvHeads,
+    Threads,
+    load_sets,
+    short_length,
+    synthetic_lengths,
+    torch_dtype,
+    write_results,
+)
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import STDIO, OutputFile
 from magicpig.cli.options import Dtype, checked
@@ -23,19 +36,15 @@ if TYPE_CHECKING:
 
 
 def frontier(
-    contexts: Annotated[
-        str, typer.Option(help="Lengths of synthetic contexts, as 131072 or 128K, separated by commas; or none.")
-    ] = "16K,128K,1M",
-    sets: Annotated[
-        list[Path] | None, typer.Option("--set", help="A file of `magicpig capture`; may be given several times.")
-    ] = None,
+    contexts: SyntheticContexts = "16K,128K,1M",
+    sets: Sets = None,
     samplers: Annotated[
         str,
         typer.Option(help="Samplers separated by commas: all settings of each, or those behind a colon (sketch:256)."),
     ] = "lsh,sketch,topk,oracle",
-    heads: Annotated[int, typer.Option(min=1, help="Query heads of synthetic contexts.")] = 8,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads of synthetic contexts.")] = 2,
-    head_dim: Annotated[int, typer.Option(min=1, help="Length of a query, key or value of synthetic contexts.")] = 128,
+    heads: SyntheticHeads = 8,
+    kv_heads: SyntheticKvHeads = 2,
+    head_dim: SyntheticHeadDim = 128,
     dtype: Annotated[Dtype, typer.Option(help="Of synthetic queries, keys and values.")] = Dtype.bfloat16,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds over all query steps.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Different query steps in a round, of synthetic contexts.")] = 8,
@@ -64,20 +73,16 @@ def frontier(
 
         from magicpig.bench import frontier as bench
         from magicpig.bench.layer import Shape, check_context, verify_kernels
-        from magicpig.capture import load_capture
-        from magicpig.evaluation.matrix import parse_lengths
         from magicpig.provenance import provenance
 
-        lengths = () if contexts == "none" else parse_lengths(contexts, "--contexts")
+        lengths = synthetic_lengths(contexts)
         methods = bench.settings(samplers)
         if any(method.config.sampler == "full" for method in methods):
             raise InputError("--samplers full has no error to compare: exact attention is in every run")
         shape = checked(Shape, heads, kv_heads, head_dim, 1, torch_dtype(dtype))
         for tokens in lengths:
             checked(check_context, tokens, [method.config for method in methods], shape)
-        captures = {path: load_capture(path) for path in sets or []}
-        if not lengths and not captures:
-            raise InputError("--contexts none leaves nothing to measure; give --set")
+        captures = load_sets(sets, lengths)
         if threads is not None:
             torch.set_num_threads(threads)
         points: list[Point] = []

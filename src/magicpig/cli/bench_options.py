@@ -17,6 +17,7 @@ from magicpig.config import Config
 if TYPE_CHECKING:
     import torch
 
+    from magicpig.capture import Capture
     from magicpig.evaluation.matrix import Method
 
 DEFAULTS = Config()
@@ -36,6 +37,15 @@ Bits = Annotated[
         help="Bits of a coordinate in sketches that say nothing else.", show_default="4 to 2, by the length of a head"
     ),
 ]
+Sets = Annotated[
+    list[Path] | None, typer.Option("--set", help="A file of `magicpig capture`; may be given several times.")
+]
+SyntheticContexts = Annotated[
+    str, typer.Option(help="Lengths of synthetic contexts, as 131072 or 128K, separated by commas; or none.")
+]
+SyntheticHeads = Annotated[int, typer.Option(min=1, help="Query heads of synthetic contexts.")]
+SyntheticKvHeads = Annotated[int, typer.Option(min=1, help="Key/value heads of synthetic contexts.")]
+SyntheticHeadDim = Annotated[int, typer.Option(min=1, help="Length of a query, key or value of synthetic contexts.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; as many as torch takes by default.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file; - is standard output.")]
 
@@ -50,6 +60,23 @@ def methods(samplers: str, allowed: tuple[str, ...], **settings: Any) -> list[Me
         if method.config.sampler not in allowed or method.config.layers:
             raise InputError(f"--samplers {method.name!r} cannot be measured here; allowed: {', '.join(allowed)}")
     return list(found)
+
+
+def synthetic_lengths(contexts: str) -> tuple[int, ...]:
+    """Lengths separated by commas, or none. Raises MatrixError."""
+    from magicpig.evaluation.matrix import parse_lengths
+
+    return () if contexts == "none" else parse_lengths(contexts, "--contexts")
+
+
+def load_sets(sets: Sequence[Path] | None, lengths: Sequence[int]) -> dict[Path, Capture]:
+    """The captured attention to measure besides contexts of these lengths. Raises InputError if there is neither."""
+    from magicpig.capture import load_capture
+
+    captures = {path: load_capture(path) for path in sets or []}
+    if not lengths and not captures:
+        raise InputError("--contexts none leaves nothing to measure; give --set")
+    return captures
 
 
 def write_results(
