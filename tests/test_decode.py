@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from magicpig.config import Config
-from magicpig.decode import attend_stores, decode_step
+from magicpig.decode import LayerDecoder, attend_stores, decode_step
 from magicpig.kernels import native
 from magicpig.kernels.attend.reference import attend, with_sink_logits
 from magicpig.kernels.reference import attend_full, attend_lsh
@@ -235,6 +235,57 @@ def test_softcap_and_sink_logits_on_centred_and_plain_stores(tokens, sinks, soft
     if sink_logits is not None:
         right = with_sink_logits(right, sink_logits.double())
     assert_close(of_request(state, 0), right)
+
+
+@pytest.mark.parametrize("sampler", ["lsh", "sketch"])
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_layer_decoder_takes_the_steps_of_decode_step(B, sampler, dtype):
+    config = Config(sampler=sampler, K=4, L=20, budget=40, exact_below=0, recent=20, block=16)
+    stores = [make_store(80 + 20 * b, config, dtype) for b in range(B)]
+    others = [store.fork() for store in stores]
+    decoder = LayerDecoder(stores, H, scale=SCALE, softcap=20.0)
+    for _ in range(40):  # over several blocks that are indexed on the way
+        query, keys, values = new_token(B, dtype)
+        new = [x.unsqueeze(2) for x in (query, keys, values)]
+        assert decoder.takes(*new)
+        expected = decode_step(query, keys, values, others, scale=SCALE, softcap=20.0).output
+        assert torch.equal(decoder.step(*new), expected.unsqueeze(1))
+    assert stores[0].indexed_to == others[0].indexed_to > 60
+    assert stores[0].stats.sampled_rows == others[0].stats.sampled_rows > 0
+
+
+def test_a_layer_decoder_leaves_the_unusual_to_decode_step():
+    stores = [make_store(80) for _ in range(2)]
+    decoder = LayerDecoder(stores, H, scale=SCALE, softcap=None)
+    query, keys, values = (x.unsqueeze(2) for x in new_token(2))
+    assert decoder.takes(query, keys, values)
+    wide = torch.randn(2, H, 1, 2 * D)[..., ::2]
+    assert not wide.is_contiguous()
+    for other in (
+        (wide, keys, values),
+        (query[:1], keys, values),
+        (query, keys[:, :1], values),
+        (query, keys, values.expand(2, G, 2, D)),
+        (query, keys.bfloat16(), values.bfloat16()),
+        (query.half(), keys.half(), values.half()),
+        (query.to("meta"), keys, values),
+    ):
+        assert not decoder.takes(*other)
+    chosen = [make_store(80, Config(sampler="oracle", budget=8, exact_below=0)) for _ in range(2)]
+    assert not LayerDecoder(chosen, H, scale=SCALE, softcap=None).takes(query, keys, values)
+
+
+def test_a_layer_decoder_checks_what_it_is_made_of_and_every_token():
+    store = make_store(80)
+    with pytest.raises(ValueError, match=r"^query has 5 heads; expected a multiple of kv_heads=2"):
+        LayerDecoder([store], 5, scale=SCALE, softcap=None)
+    with pytest.raises(ValueError, match=r"^softcap=-1.0 must be positive and finite"):
+        LayerDecoder([store], H, scale=SCALE, softcap=-1.0)
+    query, keys, values = (x.unsqueeze(2) for x in new_token(1))
+    keys[0, 1, 0, 3] = math.nan
+    with pytest.raises(ValueError, match=r"^keys has entries that are not finite"):
+        LayerDecoder([store], H, scale=SCALE, softcap=None).step(query, keys, values)
+    assert store.length == 80
 
 
 def test_sink_logits_of_an_empty_store_are_the_whole_denominator():

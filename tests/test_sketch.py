@@ -110,7 +110,6 @@ def test_new_tokens_are_sketched_block_by_block_as_if_they_had_been_there():
     assert segment.count == whole.count == grown.indexed_to - 3
     assert torch.equal(segment.words[:, : whole.blocks - 1], whole.words[:, :-1])
     assert torch.equal(segment.scales[:, : whole.count], whole.scales[:, : whole.count])
-    assert torch.equal(segment.largest, whole.largest)
 
 
 def test_a_cropped_store_is_one_that_never_had_the_tokens():

@@ -41,12 +41,67 @@ def decode_step(
     """
     _check_query(query, stores, scale)
     _check_new(query, keys, values, stores)
-    for store in stores:
-        if store.length >= store.due:
-            store.index_due()
-        if store.length >= store.writable_to:
-            store.make_room()
+    make_ready(stores)
     return _step(query, keys, values, stores, scale, softcap, sink_logits)[0]
+
+
+class LayerDecoder:
+    """`decode_step` for stores that stay together: what does not change from token to token is checked once.
+
+    Between two layers the weights of a model pass through the caches, and every object that is touched comes from
+    memory again: what a step in Python costs is how much of it there is.
+    """
+
+    def __init__(self, stores: Sequence[KVStore], query_heads: int, *, scale: float, softcap: float | None) -> None:
+        """Raises ValueError as `decode_step`."""
+        first, B = stores[0], len(stores)
+        _check_query(torch.empty(B, query_heads, first.head_dim, dtype=first.dtype), stores, scale)
+        _sampler(stores)
+        self.scale, self.softcap = scale, softcap
+        self._stores, self._views, self._dtype = stores, [store.view for store in stores], first.dtype
+        self._choosing = any(store.config.sampler in NAMES for store in stores)
+        self._query_shape = (B, query_heads, 1, first.head_dim)
+        self._new_shape = (B, first.kv_heads, 1, first.head_dim)
+        self._step = native.RepeatedStep(B, query_heads, first.head_dim, scale, _checked_softcap(softcap))
+
+    def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether they are what `step` expects; never where samplers.py chooses rows. If not, take `decode_step`."""
+        return (
+            not self._choosing
+            and query.shape == self._query_shape
+            and keys.shape == self._new_shape
+            and values.shape == self._new_shape
+            and query.dtype is self._dtype
+            and keys.dtype is self._dtype
+            and values.dtype is self._dtype
+            and query.is_cpu
+            and keys.is_cpu
+            and values.is_cpu
+            and query.is_contiguous()
+            and keys.is_contiguous()
+            and values.is_contiguous()
+        )
+
+    def step(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Appends one token to each store and attends over them: query (B, H, 1, D), keys and values (B, G, 1, D).
+
+        All as `takes` asks for. Returns (B, 1, H, D). Raises ValueError on keys or values that are not finite; then
+        nothing has been appended.
+        """
+        stores = self._stores
+        make_ready(stores)
+        sampler = stores[0].sampler if len(stores) == 1 else _sampler(stores)
+        return self._step(self._views, sampler, query, keys, values)
+
+
+def make_ready(stores: Sequence[KVStore]) -> None:
+    """Indexes what is due and makes room for one more token in each store."""
+    for store in stores:
+        length = store.view.length
+        if length >= store.due:
+            store.index_due()
+        if length >= store.writable_to:
+            store.make_room()
 
 
 def attend_stores(

@@ -474,7 +474,6 @@ class KVStore:
         self.view.set_sketches(
             [segment.words.data_ptr() for segment in segments],
             [segment.scales.data_ptr() for segment in segments],
-            [segment.largest.data_ptr() for segment in segments],
             [segment.first for segment in segments],
             [segment.count for segment in segments],
             [segment.blocks for segment in segments],

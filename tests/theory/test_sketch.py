@@ -104,8 +104,7 @@ class Group:
         return (state.output - self.exact).norm(dim=1) / self.exact.norm(dim=1), predicted
 
     def _perfect(self) -> torch.Tensor:
-        fixed = (self.logits / math.log(2) * 2**sketch.SCORE_BITS).round().to(torch.int64)
-        return sketch.weigh(sketch.Scores(fixed, torch.full((R,), sketch.SCORE_BITS)))
+        return sketch.weigh(self.logits / math.log(2))
 
     def _sketched(self, bits: int, seed: int) -> torch.Tensor:
         rotation = sketch.make_rotation(self.keys.shape[1], seed).double()

@@ -129,30 +129,21 @@ def copy_sketch(
     first: int,
     to_blocks: int,
 ) -> None: ...
-def score(
+def weigh(
     sampler: SketchSampler,
     queries: int,
     heads: int,
     offsets: int,
-    largest: float,
     scale: float,
     softcap: float,
     words: int,
     scales: int,
     count: int,
-    fixed: int,
-    whole: int,
-) -> list[tuple[int, int, float]]: ...
-def draw(
-    fixed: int,
-    heads: Sequence[tuple[int, int, float]],
-    count: int,
-    budget: int,
-    seed: int,
-    head: int,
-    position: int,
-    doublings: int,
     weights: int,
+    whole: int,
+) -> list[float]: ...
+def draw(
+    weights: int, count: int, budget: int, seed: int, head: int, position: int, doublings: int
 ) -> tuple[int, int, list[int], list[float]]: ...
 
 class LshSampler:
@@ -212,7 +203,6 @@ class StoreView:
         self,
         words: Sequence[int],
         scales: Sequence[int],
-        largest: Sequence[int],
         firsts: Sequence[int],
         counts: Sequence[int],
         blocks: Sequence[int],

@@ -16,7 +16,7 @@ from magicpig.collision import log_inclusion
 from magicpig.kernels import _native
 from magicpig.kernels._native import LshSampler, SketchSampler, StoreView
 from magicpig.kernels.hash.reference import make_planes
-from magicpig.kernels.sketch.reference import EXACT_SHARE, LEVEL_DISTANCE, Scores, make_rotation
+from magicpig.kernels.sketch.reference import EXACT_SHARE, LEVEL_DISTANCE, make_rotation
 from magicpig.types import AttentionState
 
 BLOCK_ROWS: int = _native.BLOCK_ROWS
@@ -217,13 +217,12 @@ def make_sketcher(
 class SketchSegment:
     """The sketch of `count` consecutive keys from position `first` on, in blocks of 64. Never changed once made.
 
-    words: (G, blocks, words, 64) int32, the codes; scales: (G, blocks * 64) float16; largest: (G,) float32, which no
-    scale of a head exceeds. There may be more in them than `count` keys.
+    words: (G, blocks, words, 64) int32, the codes; scales: (G, blocks * 64) float16. There may be more in them than
+    `count` keys.
     """
 
     words: Tensor
     scales: Tensor
-    largest: Tensor
     first: int
     count: int
 
@@ -233,7 +232,7 @@ class SketchSegment:
 
     @property
     def nbytes(self) -> int:
-        return self.words.nbytes + self.scales.nbytes + self.largest.nbytes
+        return self.words.nbytes + self.scales.nbytes
 
 
 def sketch(pieces: Sequence[Tensor], sampler: SketchSampler, first: int) -> SketchSegment:
@@ -255,7 +254,7 @@ def sketch(pieces: Sequence[Tensor], sampler: SketchSampler, first: int) -> Sket
             scales.data_ptr(),
         )
         done += piece.shape[1]
-    return SketchSegment(words, scales, scales[:, :total].float().amax(1), first, total)
+    return SketchSegment(words, scales, first, total)
 
 
 def join(a: SketchSegment, b: SketchSegment) -> SketchSegment:
@@ -278,7 +277,7 @@ def join(a: SketchSegment, b: SketchSegment) -> SketchSegment:
             at,
             blocks,
         )
-    return SketchSegment(words, scales, torch.maximum(a.largest, b.largest), a.first, total)
+    return SketchSegment(words, scales, a.first, total)
 
 
 def _empty_sketch(heads: int, keys: int, sampler: SketchSampler) -> tuple[Tensor, Tensor]:
@@ -288,19 +287,19 @@ def _empty_sketch(heads: int, keys: int, sampler: SketchSampler) -> tuple[Tensor
 
 
 @dataclass(frozen=True)
-class SketchScores:
-    """What a sketch says to the R heads of a group: `scores` as in the reference, and as the draw wants them.
+class SketchWeights:
+    """What a sketch says of n keys to the R heads of a group: weights (n,) int64.
 
-    query: (R, D) int8, the whole numbers of the rotated queries.
+    query: (R, D) int8, the whole numbers of the rotated queries; ones: (R,) float64, the score in octaves to which each
+    head gives a weight of one.
     """
 
-    scores: Scores
+    weights: Tensor
     query: Tensor
-    fixed: Tensor
-    sums: list[tuple[int, int, float]]
+    ones: Tensor
 
 
-def score(
+def weigh(
     query: Tensor,
     segment: SketchSegment,
     head: int,
@@ -309,51 +308,45 @@ def score(
     scale: float,
     offset: Tensor | None = None,
     softcap: float = 0.0,
-) -> SketchScores:
-    """Scores of one kv head's keys for the queries (R, D) float32 of its group."""
+) -> SketchWeights:
+    """Weights of one kv head's keys for the queries (R, D) float32 of its group."""
     (R, D), n = query.shape, segment.count
     width, blocks = padded(D), -(-n // SKETCH_KEYS)
     lanes, whole = torch.zeros(R, width), torch.empty(R, width, dtype=torch.int8)
     lanes[:, :D] = query
     offset = torch.zeros(R) if offset is None else offset.to(torch.float32).contiguous()
-    fixed = torch.empty(blocks, R, SKETCH_KEYS // 2, 2, dtype=torch.int16)
-    sums = _native.score(
+    weights = torch.empty(blocks * SKETCH_KEYS, dtype=torch.int32)
+    ones = _native.weigh(
         sampler,
         lanes.data_ptr(),
         R,
         offset.data_ptr(),
-        float(segment.largest[head]),
         scale,
         softcap,
         segment.words[head].data_ptr(),
         segment.scales[head].data_ptr(),
         n,
-        fixed.data_ptr(),
+        weights.data_ptr(),
         whole.data_ptr(),
     )
-    by_head = fixed.permute(1, 0, 3, 2).reshape(R, -1)[:, :n].to(torch.int64)
-    return SketchScores(Scores(by_head, torch.tensor([s[0] for s in sums])), whole[:, :D], fixed, sums)
+    return SketchWeights(weights[:n].to(torch.int64), whole[:, :D], torch.tensor(ones, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
 class Draw:
-    """weights: (n,) int64; step and start of the walk; ids: (S,) int64; log_u: (S,) float32."""
+    """step and start of the walk; ids: (S,) int64; log_u: (S,) float32."""
 
-    weights: Tensor
     step: int
     start: int
     ids: Tensor
     log_u: Tensor
 
 
-def draw(scored: SketchScores, budget: int, *, seed: int, head: int, position: int, doublings: int = 0) -> Draw:
-    """The sample of one kv head, as a decode step draws it."""
-    n = scored.scores.fixed.shape[1]
-    weights = torch.empty(-(-n // SKETCH_KEYS) * SKETCH_KEYS, dtype=torch.int32)
-    step, start, ids, log_u = _native.draw(
-        scored.fixed.data_ptr(), scored.sums, n, budget, seed, head, position, doublings, weights.data_ptr()
-    )
-    return Draw(weights[:n].to(torch.int64), step, start, torch.tensor(ids, dtype=torch.int64), torch.tensor(log_u))
+def draw(weights: Tensor, budget: int, *, seed: int, head: int, position: int, doublings: int = 0) -> Draw:
+    """The sample of one kv head by the weights (n,) of its keys, as a decode step draws it."""
+    narrow = weights.to(torch.int32)
+    step, start, ids, log_u = _native.draw(narrow.data_ptr(), len(narrow), budget, seed, head, position, doublings)
+    return Draw(step, start, torch.tensor(ids, dtype=torch.int64), torch.tensor(log_u))
 
 
 def write_bytes(x: Tensor, rows: Tensor, half: int) -> None:
@@ -524,6 +517,44 @@ def decode_step(
         for ids, log_u in samples
     ]
     return StepResult(output, lse, predicted_error, pairs)
+
+
+class RepeatedStep:
+    """`decode_step` again and again for the same shapes and rule; only the output is kept."""
+
+    def __init__(self, B: int, H: int, D: int, scale: float, softcap: float) -> None:
+        self._shape, self._heads, self._scale, self._softcap = (B, 1, H, D), H, scale, softcap
+        self._lse, self._predicted_error = torch.empty(2, B, H, dtype=torch.float32)
+        self._unread = self._lse.data_ptr(), self._predicted_error.data_ptr()
+
+    def __call__(
+        self,
+        views: list[StoreView],
+        sampler: LshSampler | SketchSampler | None,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        """query (B, H, 1, D), keys and values (B, G, 1, D), contiguous and of one dtype; returns (B, 1, H, D)."""
+        dtype = query.dtype
+        output = torch.empty(self._shape, dtype=dtype)
+        _native.decode_step(
+            views,
+            sampler if isinstance(sampler, LshSampler) else None,
+            sampler if isinstance(sampler, SketchSampler) else None,
+            _CODES[dtype],
+            self._heads,
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            self._scale,
+            self._softcap,
+            0,
+            output.data_ptr(),
+            *self._unread,
+            False,
+        )
+        return output
 
 
 def _require(condition: bool, message: str) -> None:

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from magicpig.config import Config
-from magicpig.decode import decode_step
+from magicpig.decode import LayerDecoder, decode_step
 from magicpig.integrations.transformers.errors import UnsupportedModelError
 from magicpig.prefill import attend_store
 from magicpig.store import PREDICTING, KVStore, PredictedErrors
@@ -162,6 +162,7 @@ class MagicPigLayer(CacheLayerMixin):
         self._pending: PendingTokens | None = None
         self._undo: dict[int, _Checkpoint] = {}
         self._work = _Work()
+        self._decoder: LayerDecoder | None = None  # of these stores
 
     # --- what models and masks ask ------------------------------------------------------------------------------------
 
@@ -170,6 +171,7 @@ class MagicPigLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         sampled = not self.config.is_dense(self.index)
         self.stores = [KVStore(G, D, self.dtype, self.config, sampled=sampled) for _ in range(B)]
+        self._decoder = None
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -224,6 +226,14 @@ class MagicPigLayer(CacheLayerMixin):
         if pending is not self._pending:
             raise UnsupportedModelError(None, "several of its layers attend to the same keys")
         B, H, T, D = query.shape
+        if T == 1 and mask is None and self._real is None and sink_logits is None:
+            decoder = self._decoder
+            if decoder is None or self.query_heads != H or decoder.scale != scale or decoder.softcap != softcap:
+                decoder = self._decoder = LayerDecoder(self.stores, H, scale=scale, softcap=softcap)
+            if decoder.takes(query, pending.keys, pending.values):
+                self._pending = None
+                self.query_heads = H
+                return decoder.step(query, pending.keys, pending.values)
         real = self._new_tokens(mask, T)
         self._pending = None
         self.query_heads = H
@@ -305,6 +315,7 @@ class MagicPigLayer(CacheLayerMixin):
         other.stores = [store.fork(config, sampled=sampled) for store in self.stores]
         other._undo = {row: _Checkpoint(c.store.fork(), c.keys, c.values) for row, c in self._undo.items()}
         other._work = _Work()
+        other._decoder = None
         return other
 
     def activate_past_recording(self) -> None:
@@ -323,7 +334,7 @@ class MagicPigLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         before, taken = self.stores, set()
-        self.stores = []
+        self.stores, self._decoder = [], None
         for row in rows:
             self.stores.append(before[row].fork() if row in taken else before[row])
             taken.add(row)
@@ -338,6 +349,7 @@ class MagicPigLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: minus the tokens to remove")
         positions = max(0, self.positions + tokens_to_remove)
+        self._decoder = None
         for row, store in enumerate(self.stores):
             removed = self.positions - positions
             if self._real is not None:

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <tuple>
 
@@ -146,12 +147,11 @@ void merge_states(int parts, int heads, int dim, Address outputs, Address lses, 
   }
 }
 
-// Scores of `count` keys of one kv head: fixed (blocks, heads, kSketchKeys) int16, and of each head the whole numbers of
-// its query (heads, dim) int8, its fraction bits, and the sum of its powers.
-std::vector<std::tuple<int, int, double>> score_sketch(const SketchSampler& sampler, Address queries, int heads,
-                                                       Address offsets, float largest, float scale, float softcap,
-                                                       Address words, Address scales, int64_t count, Address fixed,
-                                                       Address whole) {
+// Weights of `count` keys of one kv head, (blocks, kSketchKeys) uint32, as the queries (heads, dim) of its group see them.
+// Also the whole numbers of these queries, (heads, dim) int8; returns the score, in octaves, that weighs 1 for each of them.
+std::vector<double> weigh_sketch(const SketchSampler& sampler, Address queries, int heads, Address offsets, float scale,
+                                 float softcap, Address words, Address scales, int64_t count, Address weights,
+                                 Address whole) {
   std::vector<SketchQuery> prepared(heads);
   std::vector<ScoreRule> rules;
   std::vector<ScoreSum> sums(heads);
@@ -159,32 +159,38 @@ std::vector<std::tuple<int, int, double>> score_sketch(const SketchSampler& samp
   kernels().turn(at<const float>(queries), sampler.dim(), heads, sampler.rotation(), turned.data());
   for (int h = 0; h < heads; ++h) {
     prepare_query(sampler, turned.data() + static_cast<int64_t>(h) * sampler.dim(), at<const float>(offsets)[h],
-                  largest, {scale, softcap}, &prepared[h]);
+                  {scale, softcap}, &prepared[h]);
     rules.push_back(prepared[h].rule);
     std::copy_n(prepared[h].values, sampler.dim(), at<int8_t>(whole) + static_cast<int64_t>(h) * sampler.dim());
   }
-  kernels().score(sampler.layout(), at<const uint32_t>(words), at<const uint16_t>(scales), count, heads, rules.data(),
-                  at<int16_t>(fixed), sums.data());
-  std::vector<std::tuple<int, int, double>> out;
-  for (int h = 0; h < heads; ++h) out.emplace_back(rules[h].fraction_bits, sums[h].base, sums[h].sum);
-  return out;
+  const SketchPiece all{at<const uint32_t>(words), at<const uint16_t>(scales), count};
+  const Pilot pilot(count);
+  sum_pilot(sampler.layout(), {all}, pilot, 0, pilot.blocks(), heads, rules.data(), sums.data());
+  const WeightRule rule = weight_rule(rules, sums.data(), 1, pilot);
+  std::vector<uint32_t> unused((count + kSumKeys - 1) / kSumKeys + kSketchKeys);
+  kernels().weigh(sampler.layout(), all.words, all.scales, count, heads, rule.heads.data(), rule.ones.data(),
+                  rule.octaves, rule.floor, at<uint32_t>(weights), unused.data());
+  std::vector<double> ones;
+  for (const float one : rule.ones) ones.push_back(one / (1 << 23));
+  return ones;
 }
 
-// The draw from the scores of one kv head: its weights (blocks, kSketchKeys) uint32, the step, the start, the indices of
-// the keys that were drawn, and their log u.
-std::tuple<uint64_t, uint64_t, std::vector<uint32_t>, std::vector<float>> draw_sketch(
-    Address fixed, const std::vector<std::tuple<int, int, double>>& heads, int64_t count, int64_t budget, uint64_t seed,
-    int head, int64_t position, int doublings, Address weights) {
-  std::vector<WeightRule> rules;
-  for (const auto& [fraction_bits, base, sum] : heads) {
-    const ScoreSum one{base, sum};
-    rules.push_back(weight_rule(&one, 1, 1, fraction_bits));
-  }
+// The draw of `budget` of the `count` keys of one kv head by their weights: the step, the start, the indices of the keys
+// that were drawn, and their log u.
+std::tuple<uint64_t, uint64_t, std::vector<uint32_t>, std::vector<float>> draw_sketch(Address weights, int64_t count,
+                                                                                      int64_t budget, uint64_t seed,
+                                                                                      int head, int64_t position,
+                                                                                      int doublings) {
   Weights own;
-  own.reset(count, (count + kSketchKeys - 1) / kSketchKeys, budget);
-  own.add(at<const int16_t>(fixed), count, static_cast<int>(heads.size()), rules.data());
-  own.settle_step();
-  std::copy_n(own.weights(), own.blocks() * kSketchKeys, at<uint32_t>(weights));
+  const int64_t blocks = (count + kSketchKeys - 1) / kSketchKeys;
+  own.reset(count, blocks);
+  own.add(count);
+  std::fill_n(own.weights(0), blocks * kSketchKeys, 0);
+  std::copy_n(at<const uint32_t>(weights), count, own.weights(0));
+  for (int64_t i = 0; i < blocks * (kSketchKeys / kSumKeys); ++i) {
+    *(own.sums(0) + i) = std::accumulate(own.weights(0) + i * kSumKeys, own.weights(0) + (i + 1) * kSumKeys, 0u);
+  }
+  own.settle_step(budget);
   const uint64_t start = start_for(seed, head, position, own.step());
   std::vector<uint32_t> indices;
   std::vector<float> log_u;
@@ -350,10 +356,10 @@ NB_MODULE(_native, m) {
       },
       "words"_a, "scales"_a, "count"_a, "blocks"_a, "heads"_a, "key_words"_a, "to_words"_a, "to_scales"_a, "first"_a,
       "to_blocks"_a, Unlocked());
-  m.def("score", &score_sketch, "sampler"_a, "queries"_a, "heads"_a, "offsets"_a, "largest"_a, "scale"_a, "softcap"_a,
-        "words"_a, "scales"_a, "count"_a, "fixed"_a, "whole"_a, Unlocked());
-  m.def("draw", &draw_sketch, "fixed"_a, "heads"_a, "count"_a, "budget"_a, "seed"_a, "head"_a, "position"_a,
-        "doublings"_a, "weights"_a, Unlocked());
+  m.def("weigh", &weigh_sketch, "sampler"_a, "queries"_a, "heads"_a, "offsets"_a, "scale"_a, "softcap"_a, "words"_a,
+        "scales"_a, "count"_a, "weights"_a, "whole"_a, Unlocked());
+  m.def("draw", &draw_sketch, "weights"_a, "count"_a, "budget"_a, "seed"_a, "head"_a, "position"_a, "doublings"_a,
+        Unlocked());
 
   nb::class_<LshSampler>(m, "LshSampler")
       .def(
@@ -439,13 +445,13 @@ NB_MODULE(_native, m) {
       .def(
           "set_sketches",
           [](StoreView& self, const std::vector<Address>& words, const std::vector<Address>& scales,
-             const std::vector<Address>& largest, const std::vector<int64_t>& firsts,
-             const std::vector<int64_t>& counts, const std::vector<int64_t>& blocks) {
+             const std::vector<int64_t>& firsts, const std::vector<int64_t>& counts,
+             const std::vector<int64_t>& blocks) {
             self.sketches.clear();
             for (size_t i = 0; i < words.size(); ++i) {
-              self.sketches.push_back({at<const uint32_t>(words[i]), at<const uint16_t>(scales[i]),
-                                       at<const float>(largest[i]), firsts[i], counts[i], blocks[i]});
+              self.sketches.push_back(
+                  {at<const uint32_t>(words[i]), at<const uint16_t>(scales[i]), firsts[i], counts[i], blocks[i]});
             }
           },
-          "words"_a, "scales"_a, "largest"_a, "firsts"_a, "counts"_a, "blocks"_a);
+          "words"_a, "scales"_a, "firsts"_a, "counts"_a, "blocks"_a);
 }

@@ -31,8 +31,6 @@ constexpr int kLawSize = 4096;       // intervals of the table of log inclusion 
 constexpr int kMaxTables = 1024;
 constexpr int kSketchKeys = 64;  // keys of one block of a sketch
 constexpr int kSumKeys = 16;     // keys whose weights are summed, so that a walk along them can skip these
-constexpr int kScoreBits = 7;    // fraction bits of a score, unless the largest needs more whole bits
-constexpr int kFarthest = 40;    // octaves below the largest score at which a key counts for its floor only
 constexpr int kLookupSlack = 4;  // ids that `lookup` may write past those it returns
 
 // The hash directions, packed: [tile][pair of dims][64 directions][2] bfloat16.
@@ -90,25 +88,25 @@ struct SketchLayout {
   int words;  // of a key
 };
 
-// A query head as it meets a sketch: score = unit * scale of the key * dot of `query` and the key's odd levels.
+// One block of a sketch, of which the first `keys` are there.
+struct SketchBlock {
+  const uint32_t* words;
+  const uint16_t* scales;
+  int keys;
+};
+
+// A query head as it meets a sketch: score = unit * scale of the key * dot of `query` and the key's odd levels, which is
+// the logit they stand for in units of 2^-23 octaves.
 struct ScoreRule {
   const int8_t* query;  // head_dim numbers, zero padded to kLane
-  int32_t correction;   // turns a dot with codes into one with levels: (2^bits - 1) * sum of the numbers
-  int fraction_bits;
-  float unit;                      // of a score in fixed point; before a softcap, of a logit
-  float offset, softcap, octaves;  // with a softcap: joins the logit; the cap; fixed-point units of a logit
+  float correction;     // turns twice a dot with codes into one with levels: (2^bits - 1) * sum of the numbers
+  float unit;           // of a score; before a softcap, of a logit
+  float offset, softcap, octaves;  // with a softcap: joins the logit; the cap; the score of a logit of 1
 };
 
-// The sum of 2^(score - base) of one head.
+// The sum of 2^(score - base) of one head, the base in octaves.
 struct ScoreSum {
-  int32_t base;
-  double sum;
-};
-
-// A score of `top` has all the weight of its head.
-struct WeightRule {
-  int32_t top;
-  int fraction_bits;
+  double base, sum;
 };
 
 struct Kernels {
@@ -152,14 +150,14 @@ struct Kernels {
   // length of the key.
   void (*pack)(const float* turned, const Rotation& rotation, int bits, float distance, int lane, uint32_t* block,
                uint16_t* scale);
-  // Scores of `count` keys from the start of a block on, and their sums, one a head: fixed [block][heads][i][j] is that of
-  // key i + j * kSketchKeys / 2 of the block, so that two keys share a lane.
-  void (*score)(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-                const ScoreRule* rules, int16_t* fixed, ScoreSum* sums);
-  // Weights [block][kSketchKeys] = unit * mean over heads of the powers of the scores, + floor; zero past `count`.
-  // Also the sum of every kSumKeys weights and, in `large`, which keys weigh more than `certain` + floor; returns how many do.
-  int64_t (*weigh)(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules, float unit, int32_t floor,
-                   float certain, uint32_t* weights, uint32_t* sums, uint32_t* large);
+  // Sums of the powers of the scores of `count` blocks, one a head.
+  void (*sum_powers)(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads,
+                     const ScoreRule* rules, ScoreSum* sums);
+  // Weights [block][kSketchKeys] of such keys: sum over heads of the powers of scores less `ones`, none above
+  // 2^octaves, + floor; zero past `count`. Also the sum of every kSumKeys weights.
+  void (*weigh)(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
+                const ScoreRule* rules, const float* ones, int octaves, int32_t floor, uint32_t* weights,
+                uint32_t* sums);
 };
 
 // The levels this build holds, best first, and whether this machine can run each.

@@ -61,6 +61,6 @@ void attend_shared(Dtype dtype, int dim, const char* const* blocks, const uint32
 
 constexpr Kernels kTable{
     MAGICPIG_LEVEL, hash,          lookup,        to_float, from_float, to_bytes, to_lane_order, from_lane_order,
-    attend_rows,    attend_sample, attend_shared, merge,    turn,       pack,     score,         weigh};
+    attend_rows,    attend_sample, attend_shared, merge,    turn,       pack,     sum_powers,    weigh};
 
 }  // namespace

@@ -40,8 +40,16 @@ inline F load(const float* p) {
 }
 inline void store(float* p, F v) { memcpy(p, &v, sizeof v); }
 inline F splat(float x) { return x - F{}; }
+#if defined(__AVX512F__)
+inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+inline F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
+#endif
 
 template <class V>
 inline auto sum_halves(V v) {

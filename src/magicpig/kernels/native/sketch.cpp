@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "parallel.h"
 #include "rows.h"
@@ -12,13 +13,11 @@ namespace {
 
 constexpr double kFloor = 0.05;      // share of the weight that all keys get alike
 constexpr int kWeightBits = 30;      // all weights together are about 2^30
-constexpr int64_t kLargePerRow = 8;  // keys looked at as candidates for certainty, per row of the budget, at most
+constexpr int kMostBits = 27;        // and none is more than 2^27 above the floor
+constexpr double kWidest = 1 << 18;  // octaves between the scores of a head and zero, in which a float is exact enough
+constexpr int64_t kPilotBlocks = 64, kPilotApart = 16;
+constexpr double kOctave = 1 << 23;  // of a score
 constexpr double kLog2E = 1.4426950408889634;
-
-// The least weight of a key.
-uint32_t floor_weight(int64_t keys) {
-  return std::max(1u, static_cast<uint32_t>(kFloor * (1 << kWeightBits) / static_cast<double>(keys)));
-}
 
 uint32_t scrambled(uint32_t x) {
   x = (x ^ x * 0x3D20ADEAu) + 0x9E3779B9u;
@@ -49,13 +48,11 @@ struct GroupTree {
   int lane_at(uint32_t swaps, uint64_t way) const {
     int node = 0;
     for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
-      int child = 2 * node + swapped(swaps, nodes, node);
+      const int child = 2 * node + swapped(swaps, nodes, node);
       const uint64_t first = sums[2 * nodes + child];
-      if (way > first) {
-        way -= first;
-        child ^= 1;
-      }
-      node = child;
+      const bool second = way > first;  // either is as likely: nothing to predict
+      way -= second ? first : 0;
+      node = child ^ second;
     }
     return node;
   }
@@ -113,109 +110,152 @@ void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, i
   });
 }
 
-void prepare_query(const SketchSampler& sampler, const float* turned, float offset, float largest, LogitRule rule,
+void prepare_query(const SketchSampler& sampler, const float* turned, float offset, LogitRule rule,
                    SketchQuery* query) {
+  constexpr double kMost = 1e30;  // so that no product with it is infinite
   const float unit = kernels().to_bytes(turned, sampler.dim(), query->values);
-  int32_t sum = 0, magnitude = 0;
-  for (int d = 0; d < sampler.head_dim; ++d) {
-    sum += query->values[d];
-    magnitude += std::abs(query->values[d]);
-  }
-  const int top_level = (1 << sampler.bits) - 1;
-  const float logit = rule.scale * unit;
-  const double bound =
-      rule.softcap > 0 ? rule.softcap : static_cast<double>(std::fabs(logit)) * magnitude * top_level * largest;
-  const double room = std::floor(std::log2(32767 / std::max(bound * kLog2E, 1e-30)));
-  const int fraction_bits = static_cast<int>(std::clamp(room, 0.0, static_cast<double>(kScoreBits)));
-  // With too little room even for whole octaves an octave becomes several: no score may leave its 16 bits.
-  const float octaves = static_cast<float>(std::ldexp(kLog2E, room < 0 ? static_cast<int>(room) : fraction_bits));
+  int32_t sum = 0;
+  for (int d = 0; d < sampler.head_dim; ++d) sum += query->values[d];
+  const double logit = static_cast<double>(rule.scale) * unit, octaves = kLog2E * kOctave;
   query->rule = {.query = query->values,
-                 .correction = top_level * sum,
-                 .fraction_bits = fraction_bits,
-                 .unit = rule.softcap > 0 ? logit : logit * octaves,
+                 .correction = static_cast<float>(((1 << sampler.bits) - 1) * sum),
+                 .unit = static_cast<float>(std::clamp(rule.softcap > 0 ? logit : logit * octaves, -kMost, kMost)),
                  .offset = offset,
                  .softcap = rule.softcap,
-                 .octaves = octaves};
+                 .octaves = static_cast<float>(octaves)};
 }
 
-WeightRule weight_rule(const ScoreSum* sums, int64_t count, int64_t stride, int fraction_bits) {
-  int32_t base = sums[0].base;
-  for (int64_t i = 1; i < count; ++i) base = std::max(base, sums[i * stride].base);
-  double total = 0;  // bases are whole octaves apart, so nothing is rounded here
-  for (int64_t i = 0; i < count; ++i) {
-    const int octaves = (base - sums[i * stride].base) >> fraction_bits;
-    total += std::ldexp(sums[i * stride].sum, -octaves);
+Pilot::Pilot(int64_t keys)
+    : keys(keys),
+      all_blocks((keys + kSketchKeys - 1) / kSketchKeys),
+      apart(std::clamp<int64_t>(all_blocks / kPilotBlocks, 1, kPilotApart)) {}
+
+int64_t Pilot::block(int64_t i) const {
+  const int64_t first = i * apart;
+  return first + scrambled(static_cast<uint32_t>(i)) % std::min(apart, all_blocks - first);
+}
+
+int64_t Pilot::key_count() const {
+  const int64_t all = blocks() * kSketchKeys;
+  return block(blocks() - 1) == all_blocks - 1 ? all - (all_blocks * kSketchKeys - keys) : all;
+}
+
+void sum_pilot(const SketchLayout& layout, const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin,
+               int64_t end, int heads, const ScoreRule* rules, ScoreSum* sums) {
+  const int64_t block_words = static_cast<int64_t>(layout.words) * kSketchKeys;
+  std::vector<SketchBlock> blocks;
+  // Those whose keys lie in two blocks are put together.
+  thread_local std::vector<uint32_t> words;
+  thread_local std::vector<uint16_t> scales;
+  words.resize(std::max<size_t>(words.size(), (end - begin) * block_words));
+  scales.resize(std::max<size_t>(scales.size(), (end - begin) * kSketchKeys));
+  int64_t before = 0;  // keys of earlier pieces
+  auto piece = pieces.begin();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = pilot.block(i) * kSketchKeys, last = std::min(pilot.keys, first + kSketchKeys);
+    for (; first >= before + piece->count; ++piece) before += piece->count;
+    const int keys = static_cast<int>(last - first);
+    if ((first - before) % kSketchKeys == 0 && last <= before + piece->count) {
+      blocks.push_back({piece->words + (first - before) * layout.words, piece->scales + first - before, keys});
+      continue;
+    }
+    uint32_t* to = words.data() + (i - begin) * block_words;
+    uint16_t* to_scales = scales.data() + (i - begin) * kSketchKeys;
+    blocks.push_back({to, to_scales, keys});
+    for (int64_t key = first; key < last;) {
+      for (; key >= before + piece->count; ++piece) before += piece->count;
+      const int64_t at = key - before, lane = at % kSketchKeys, to_lane = key - first;
+      const int64_t n = std::min({last - key, piece->count - at, kSketchKeys - lane});
+      for (int word = 0; word < layout.words; ++word) {
+        std::copy_n(piece->words + (at - lane) * layout.words + lane + word * kSketchKeys, n,
+                    to + to_lane + word * kSketchKeys);
+      }
+      std::copy_n(piece->scales + at, n, to_scales + to_lane);
+      key += n;
+    }
   }
-  const double above = std::nearbyint(std::ldexp(std::log2(total), fraction_bits));
-  return {base + static_cast<int32_t>(above), fraction_bits};
+  kernels().sum_powers(layout, blocks.data(), static_cast<int>(blocks.size()), heads, rules, sums);
 }
 
-void Weights::reset(int64_t keys, int64_t blocks, int64_t budget) {
+WeightRule weight_rule(const std::vector<ScoreRule>& head_rules, const ScoreSum* sums, int64_t parts,
+                       const Pilot& pilot) {
+  const int heads = static_cast<int>(head_rules.size());
+  WeightRule rule{head_rules, std::vector<float>(heads), kMostBits, 1};
+  for (int wide = 1; wide < heads; wide *= 2) --rule.octaves;
+  rule.floor = std::max(1, static_cast<int32_t>(kFloor * (1 << kWeightBits) / static_cast<double>(pilot.keys)));
+  const double unit = (1 - kFloor) * (1 << kWeightBits) / heads;
+  const double share = static_cast<double>(pilot.key_count()) / static_cast<double>(pilot.keys);
+  for (int h = 0; h < heads; ++h) {
+    double base = sums[h].base, total = 0;
+    for (int64_t i = 1; i < parts; ++i) base = std::max(base, sums[i * heads + h].base);
+    for (int64_t i = 0; i < parts; ++i) {
+      // Bases are whole octaves apart, so nothing is rounded here.
+      const ScoreSum& part = sums[i * heads + h];
+      total += std::ldexp(part.sum, static_cast<int>(std::max(part.base - base, -2000.0)));
+    }
+    const double shrink = std::min(1.0, kWidest / std::max(std::fabs(base), 1.0));
+    (head_rules[h].softcap > 0 ? rule.heads[h].octaves : rule.heads[h].unit) *= static_cast<float>(shrink);
+    rule.ones[h] = static_cast<float>((base * shrink + std::log2(total / share / unit)) * kOctave);
+  }
+  return rule;
+}
+
+void Weights::reset(int64_t keys, int64_t blocks) {
   keys_ = keys;
-  budget_ = budget;
-  block_ = found_ = added_ = 0;
+  added_ = block_ = 0;
   pieces_.clear();
   const auto grow = [](std::vector<uint32_t>& memory, int64_t count) {
     if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
   };
   grow(weights_, blocks * kSketchKeys);
   grow(sums_, blocks * (kSketchKeys / kSumKeys));
-  // Shares of all keys sum to less than 1.6, and a candidate has at least 1 / (kLargePerRow * budget) of it.
-  grow(large_, std::min(keys, 2 * kLargePerRow * budget) + kSketchKeys);
 }
 
-void Weights::add(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules) {
-  const float unit = static_cast<float>((1 - kFloor) * (1 << kWeightBits) / heads);
-  const auto floor = static_cast<int32_t>(floor_weight(keys_));
-  const float certain = static_cast<float>(1 << kWeightBits) / static_cast<float>(kLargePerRow * budget_);
-  uint32_t* large = large_.data() + found_;
-  const int64_t found =
-      kernels().weigh(fixed, count, heads, rules, unit, floor, certain, weights_.data() + block_ * kSketchKeys,
-                      sums_.data() + block_ * (kSketchKeys / kSumKeys), large);
-  for (int64_t i = 0; i < found; ++i) large[i] += static_cast<uint32_t>(block_ * kSketchKeys);
+void Weights::add(int64_t count) {
   pieces_.push_back({added_, block_ * kSketchKeys});
-  found_ += found;
   added_ += count;
   block_ += (count + kSketchKeys - 1) / kSketchKeys;
 }
 
-// Whether the keys of more than `lightest`, which are in large_, are enough to know the step.
-bool Weights::solve(uint64_t lightest) {
-  std::vector<uint32_t> heavy(found_);
-  for (int64_t i = 0; i < found_; ++i) heavy[i] = weights_[large_[i]];
-  std::sort(heavy.begin(), heavy.end(), std::greater<>());
-  uint64_t rest = 0, budget = budget_;
-  for (int64_t i = 0; i < sum_count(); ++i) rest += sums_[i];
-  bool enough = false;
-  for (const uint64_t weight : heavy) {
-    enough = weight * budget < rest || budget == 1;
-    if (enough) break;
-    rest -= weight;
-    --budget;
-  }
-  step_ = std::max<uint64_t>(1, rest / budget);
-  return enough || budget == 1 || lightest * budget < rest;
-}
-
-void Weights::settle_step() {
-  if (budget_ >= keys_) {
-    step_ = 1;
-  } else {
-    uint64_t lightest = (1 << kWeightBits) / (kLargePerRow * budget_) + floor_weight(keys_) + 1;
-    // Where few keys have nearly all of the weight, lighter ones than expected are certain too.
-    while (!solve(lightest)) {
-      lightest /= 16;
-      found_ = 0;
-      if (static_cast<int64_t>(large_.size()) < block_ * kSketchKeys) large_.resize(block_ * kSketchKeys);
-      for (int64_t i = 0; i < block_ * kSketchKeys; ++i) {
-        if (weights_[i] > lightest) large_[found_++] = static_cast<uint32_t>(i);
+void Weights::settle_step(int64_t budget) {
+  const int64_t groups = block_ * (kSketchKeys / kSumKeys);
+  heavy_.clear();
+  step_ = 1;
+  if (budget < keys_) {
+    uint64_t rest = 0, left = budget, bound = std::numeric_limits<uint64_t>::max();
+    for (int64_t i = 0; i < groups; ++i) rest += sums_[i];
+    const uint64_t total = rest;
+    // Keys that are certain leave less to the others, of which then some more may be.
+    for (bool more = true; more;) {
+      const uint64_t least = (rest + left - 1) / left;  // that is certain
+      if (least < bound) {
+        bound = least / 4;
+        heavy_.clear();
+        for (int64_t i = 0; i < groups; ++i) {
+          if (sums_[i] >= bound) heavy_.push_back(static_cast<uint32_t>(i));
+        }
+      }
+      uint64_t certain = 0, weight = 0;
+      for (const uint32_t group : heavy_) {
+        for (int i = 0; i < kSumKeys; ++i) {
+          const uint64_t own = weights_[group * kSumKeys + i];
+          if (own < least) continue;
+          ++certain;
+          weight += own;
+        }
+      }
+      more = certain != budget - left;
+      left = budget - certain;
+      rest = total - weight;
+    }
+    step_ = std::max<uint64_t>(1, rest / left);
+    // No key is longer than a step.
+    for (const uint32_t group : heavy_) {
+      for (int i = 0; i < kSumKeys; ++i) {
+        const uint64_t own = weights_[group * kSumKeys + i];
+        if (own > step_) sums_[group] -= static_cast<uint32_t>(own - step_);
       }
     }
-  }
-  // No key is longer than a step.
-  for (int64_t i = 0; i < found_; ++i) {
-    const uint32_t weight = weights_[large_[i]];
-    if (weight > step_) sums_[large_[i] / kSumKeys] -= static_cast<uint32_t>(weight - step_);
   }
   join_sums();
 }
@@ -260,16 +300,27 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
   taken_.assign((groups + 63) / 64, 0);
   entries_.resize(groups);
   uint64_t walked = (start << doublings) % step_;
-  for (const uint32_t group : order_) {
-    if (group >= groups) continue;
-    const uint64_t entered = walked;
-    walked += static_cast<uint64_t>(sums_[group]) << doublings;
-    if (walked < step_) continue;
-    walked -= step_;
-    if (walked >= step_) walked %= step_;
-    __builtin_prefetch(&weights_[group * kSumKeys]);  // where they are, unless a piece before ends amid a block
-    taken_[group / 64] |= uint64_t{1} << group % 64;
-    entries_[group] = static_cast<uint32_t>(entered);
+  constexpr uint32_t kNear = 16;  // groups that follow each other in memory, and in the walk in some order
+  for (size_t i = 0; i < order_.size(); i += kNear) {
+    const int64_t near = order_[i] / kNear * kNear;
+    uint64_t all = 0;
+    for (int64_t group = near; group < std::min<int64_t>(near + kNear, groups); ++group) all += sums_[group];
+    if (walked + (all << doublings) < step_) {
+      walked += all << doublings;
+      continue;
+    }
+    for (size_t j = i; j < std::min(i + kNear, order_.size()); ++j) {
+      const uint32_t group = order_[j];
+      if (group >= groups) continue;
+      const uint64_t entered = walked;
+      walked += static_cast<uint64_t>(sums_[group]) << doublings;
+      if (walked < step_) continue;
+      walked -= step_;
+      if (walked >= step_) walked %= step_;
+      __builtin_prefetch(&weights_[group * kSumKeys]);  // where they are, unless a piece before ends amid a block
+      taken_[group / 64] |= uint64_t{1} << group % 64;
+      entries_[group] = entered;
+    }
   }
   const double inverse = 1 / static_cast<double>(step_);
   const Piece* piece = pieces_.data();
@@ -320,7 +371,7 @@ uint64_t start_for(uint64_t seed, uint64_t head, uint64_t position, uint64_t ste
     x = (x ^ x >> 27) * 0x94D049BB133111EBu;
     x = x ^ x >> 31;
   }
-  return (x >> 32) * step >> 32;
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(x >> 32) * step >> 32);
 }
 
 }  // namespace magicpig

@@ -33,7 +33,6 @@ T* scratch(std::vector<T>& memory, size_t count) {
 // What one kv head's sketch says in the course of a step. Reused from step to step; as many exist as ever were in use at
 // a time.
 struct ScanMemory {
-  std::vector<int16_t> fixed;
   Weights weights;
   std::vector<uint32_t> ids;
   std::vector<float> log_u;
@@ -63,7 +62,7 @@ ScanPool scan_pool;
 enum class Work { exact, lookup, scan };
 
 // A share of the work of one (sequence, kv head): exact rows for all its query heads, the hashed sample of one of them,
-// or the scores of a stretch of its sketch. Whoever finishes the last unit of a pair draws from the scores and merges.
+// or the weights of a stretch of its sketch. Whoever finishes the last unit of a pair draws by the weights and merges.
 struct Unit {
   Work work = Work::exact;
   int sequence = 0, head = 0;  // b, g
@@ -72,7 +71,7 @@ struct Unit {
   int first_state = 0;         // one state per query head it serves; of the scans of a pair only the first has any
   int states = 0;
   int segment = 0;          // scan
-  int64_t first_block = 0;  // scan: of the pair's scores
+  int64_t first_block = 0;  // scan: of the pair's weights
 };
 
 // One (sequence, kv head).
@@ -80,7 +79,8 @@ struct Pair {
   int first_unit, first_scan;          // scans are its last units
   std::atomic<int> left;               // units not finished
   std::mutex mutex;                    // of the next line
-  std::unique_ptr<ScanMemory> scores;  // from its first scan to its draw
+  std::unique_ptr<ScanMemory> memory;  // from its first scan to its draw
+  WeightRule rule;                     // of its sketch
 };
 
 // Everything the tasks of one step share.
@@ -106,7 +106,6 @@ struct Plan {
   State* states;
   int64_t* counts;        // (B H) sampled rows
   SketchQuery* sketched;  // (B H)
-  ScoreSum* sums;         // (units, R)
   std::vector<Unit> units;
   std::vector<int> order;  // in which the units are begun
   std::vector<int> tasks;  // first in `order` of each stretch that one thread does by itself, and the end
@@ -184,13 +183,7 @@ void prepare_query(const Plan& plan, int64_t q) {
 }
 
 void sketch_query(const Plan& plan, int64_t q) {
-  const int b = static_cast<int>(q / plan.step.query_heads), h = static_cast<int>(q % plan.step.query_heads);
-  float largest_scale = 0;
-  for (const StoreView::SketchSegment& segment : plan.stores[b]->sketches) {
-    largest_scale = std::max(largest_scale, segment.largest[h / plan.group]);
-  }
-  prepare_query(*plan.sketch, plan.turned + q * plan.dim, plan.offsets[q], largest_scale, plan.step.rule,
-                plan.sketched + q);
+  prepare_query(*plan.sketch, plan.turned + q * plan.dim, plan.offsets[q], plan.step.rule, plan.sketched + q);
 }
 
 // Exact rows and sketches are cut into pieces of one size, whatever the threads and the batch, so that neither changes a
@@ -239,12 +232,12 @@ void make_units(Plan& plan) {
   }
   plan.order.resize(plan.units.size());
   std::iota(plan.order.begin(), plan.order.end(), 0);
-  if (plan.sketch != nullptr) return;  // pair by pair, so that the scores of few are in memory at a time
+  if (plan.sketch != nullptr) return;  // pair by pair, so that the weights of few are in memory at a time
   // Looked-up samples, whose size nobody knows, before exact rows.
   std::stable_partition(plan.order.begin(), plan.order.end(), [&](int u) { return plan.units[u].work != Work::exact; });
 }
 
-// A pair with a sketch is best left to one thread, in whose caches its scores then are, as long as there are pairs for
+// A pair with a sketch is best left to one thread, in whose caches its weights then are, as long as there are pairs for
 // all threads: the last are shared.
 void make_tasks(Plan& plan) {
   const int count = static_cast<int>(plan.units.size());
@@ -319,30 +312,73 @@ void attend_lookup(const Plan& plan, const Unit& unit) {
                          plan.offsets[q], plan.step.rule, law, log_u_out, plan.states + unit.first_state);
 }
 
+// What the query heads of a pair look for in its sketch.
+std::vector<ScoreRule> score_rules(const Plan& plan, int64_t pair) {
+  const SketchQuery* queries = plan.sketched + plan.first_query(pair);
+  std::vector<ScoreRule> rules;
+  for (int r = 0; r < plan.group; ++r) rules.push_back(queries[r].rule);
+  return rules;
+}
+
+SketchPiece piece_of(const Plan& plan, const Unit& unit) {
+  const StoreView::SketchSegment& segment = plan.stores[unit.sequence]->sketches[unit.segment];
+  const int64_t first = unit.head * segment.blocks * kSketchKeys + unit.begin;
+  return {segment.words + first * plan.sketch->layout().words, segment.scales + first, unit.end - unit.begin};
+}
+
+// Finds out, for each pair with a sketch, which scores weigh how much.
+void make_rules(Plan& plan) {
+  constexpr int64_t kBlocks = 64;  // of a pilot, for one task
+  struct Part {
+    int64_t pair, begin, end;
+  };
+  std::vector<Part> parts;
+  std::vector<std::vector<SketchPiece>> pieces(plan.pair_count);
+  const auto pilot = [&](int64_t p) {
+    const StoreView& store = *plan.stores[p / plan.heads];
+    return Pilot(store.indexed_to - store.sinks);
+  };
+  for (int64_t p = 0; p < plan.pair_count; ++p) {
+    for (int u = plan.pairs[p].first_scan; u < plan.end_unit(p); ++u)
+      pieces[p].push_back(piece_of(plan, plan.units[u]));
+    if (pieces[p].empty()) continue;
+    const int64_t blocks = pilot(p).blocks();
+    for (int64_t i = 0; i < blocks; i += kBlocks) parts.push_back({p, i, std::min(blocks, i + kBlocks)});
+  }
+  std::vector<ScoreSum> sums(parts.size() * plan.group);
+  parallel(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+    const Part& part = parts[i];
+    sum_pilot(plan.sketch->layout(), pieces[part.pair], pilot(part.pair), part.begin, part.end, plan.group,
+              score_rules(plan, part.pair).data(), sums.data() + i * plan.group);
+  });
+  for (size_t i = 0; i < parts.size();) {
+    const int64_t p = parts[i].pair;
+    size_t end = i;
+    while (end < parts.size() && parts[end].pair == p) ++end;
+    plan.pairs[p].rule =
+        weight_rule(score_rules(plan, p), sums.data() + i * plan.group, static_cast<int64_t>(end - i), pilot(p));
+    i = end;
+  }
+}
+
 void scan(const Plan& plan, const Unit& unit) {
   const StoreView& store = *plan.stores[unit.sequence];
-  const StoreView::SketchSegment& segment = store.sketches[unit.segment];
-  const SketchLayout layout = plan.sketch->layout();
   const int64_t index = static_cast<int64_t>(unit.sequence) * plan.heads + unit.head;
   Pair& pair = plan.pairs[index];
-  ScanMemory* memory;
   {
     std::lock_guard lock(pair.mutex);
-    if (pair.scores == nullptr) {
-      pair.scores = scan_pool.take();
+    if (pair.memory == nullptr) {
+      pair.memory = scan_pool.take();
       const Unit& last = plan.units[plan.end_unit(index) - 1];
       const int64_t blocks = last.first_block + (last.end - last.begin + kSketchKeys - 1) / kSketchKeys;
-      scratch(pair.scores->fixed, static_cast<size_t>(blocks * kSketchKeys * plan.group));
+      pair.memory->weights.reset(store.indexed_to - store.sinks, blocks);
     }
-    memory = pair.scores.get();
   }
-  ScoreRule rules[256];
-  const SketchQuery* queries = plan.sketched + plan.first_query(index);
-  for (int r = 0; r < plan.group; ++r) rules[r] = queries[r].rule;
-  const int64_t first = unit.head * segment.blocks * kSketchKeys + unit.begin;
-  plan.run.score(layout, segment.words + first * layout.words, segment.scales + first, unit.end - unit.begin,
-                 plan.group, rules, memory->fixed.data() + unit.first_block * kSketchKeys * plan.group,
-                 plan.sums + (&unit - plan.units.data()) * plan.group);
+  Weights& weights = pair.memory->weights;
+  const SketchPiece piece = piece_of(plan, unit);
+  plan.run.weigh(plan.sketch->layout(), piece.words, piece.scales, piece.count, plan.group, pair.rule.heads.data(),
+                 pair.rule.ones.data(), pair.rule.octaves, pair.rule.floor, weights.weights(unit.first_block),
+                 weights.sums(unit.first_block));
 }
 
 // The attention of query head r of a pair over everything that has been attended to, in `values` and `spread` [dim].
@@ -396,7 +432,7 @@ float worst_error(const Plan& plan, int64_t pair) {
   return worst;
 }
 
-// Draws from the scores of a pair and attends to what was drawn; with an epsilon again to more, until that is enough.
+// Draws by the weights of a pair and attends to what was drawn; with an epsilon again to more, until that is enough.
 void draw(const Plan& plan, int64_t index) {
   Pair& pair = plan.pairs[index];
   const Unit& first = plan.units[pair.first_scan];
@@ -404,23 +440,12 @@ void draw(const Plan& plan, int64_t index) {
   const SketchSampler& sampler = *plan.sketch;
   const StoreView& store = *plan.stores[first.sequence];
   const int64_t q0 = plan.first_query(index), body = store.indexed_to - store.sinks;
-  ScanMemory& memory = *pair.scores;
+  ScanMemory& memory = *pair.memory;
 
-  WeightRule rules[256];
-  const ScoreSum* sums = plan.sums + static_cast<int64_t>(pair.first_scan) * plan.group;
-  for (int r = 0; r < plan.group; ++r) {
-    rules[r] = weight_rule(sums + r, last - pair.first_scan, plan.group, plan.sketched[q0 + r].rule.fraction_bits);
-  }
   const double wanted = sampler.budget >= 1 ? sampler.budget : sampler.budget * static_cast<double>(body);
   const int64_t budget = std::clamp<int64_t>(std::llrint(std::min(wanted, static_cast<double>(body))), 1, body);
-  const Unit& end = plan.units[last - 1];
-  memory.weights.reset(body, end.first_block + (end.end - end.begin + kSketchKeys - 1) / kSketchKeys, budget);
-  for (int u = pair.first_scan; u < last; ++u) {
-    const Unit& unit = plan.units[u];
-    memory.weights.add(memory.fixed.data() + unit.first_block * kSketchKeys * plan.group, unit.end - unit.begin,
-                       plan.group, rules);
-  }
-  memory.weights.settle_step();
+  for (int u = pair.first_scan; u < last; ++u) memory.weights.add(plan.units[u].end - plan.units[u].begin);
+  memory.weights.settle_step(budget);
   const uint64_t start = start_for(sampler.seed, first.head, store.length, memory.weights.step());
 
   const float* queries[256];
@@ -455,7 +480,7 @@ void draw(const Plan& plan, int64_t index) {
     plan.counts[q0 + r] = static_cast<int64_t>(memory.ids.size());
     if (plan.step.capture != nullptr) (*plan.step.capture)[q0 + r] = {memory.ids, memory.log_u};
   }
-  scan_pool.give(std::move(pair.scores));
+  scan_pool.give(std::move(pair.memory));
 }
 
 // Merges what the units of one pair found into its rows of the output.
@@ -498,7 +523,7 @@ void work(const Plan& plan, const Unit& unit) {
   const int64_t index = static_cast<int64_t>(unit.sequence) * plan.heads + unit.head;
   Pair& pair = plan.pairs[index];
   if (pair.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  if (pair.scores != nullptr) draw(plan, index);
+  if (pair.memory != nullptr) draw(plan, index);
   finish(plan, index);
 }
 
@@ -564,7 +589,6 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const 
   thread_local std::vector<State> state_memory;
   thread_local std::vector<int64_t> count_memory;
   thread_local std::vector<SketchQuery> query_memory;
-  thread_local std::vector<ScoreSum> sum_memory;
   const Unit* last = plan.units.empty() ? nullptr : &plan.units.back();
   const int64_t states = last == nullptr ? 0 : last->first_state + last->states;
   const int64_t queries = plan.queries, dim = plan.dim;
@@ -581,7 +605,6 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const 
   plan.states = scratch(state_memory, static_cast<size_t>(states));
   plan.counts = scratch(count_memory, static_cast<size_t>(queries));
   plan.sketched = scratch(query_memory, static_cast<size_t>(sketch == nullptr ? 0 : queries));
-  plan.sums = scratch(sum_memory, static_cast<size_t>(sketch == nullptr ? 0 : plan.units.size() * plan.group));
   if (step.capture != nullptr) step.capture->assign(queries, {});
 
   bool any_sampling = false;
@@ -599,6 +622,7 @@ void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const 
     plan.run.turn(natural, dim, end - first, sketch->rotation(), plan.turned + first * dim);
     for (int64_t q = first; q < end; ++q) sketch_query(plan, q);
   });
+  if (sketch != nullptr && any_sampling) make_rules(plan);
 
   parallel(static_cast<int64_t>(plan.tasks.size()) - 1, [&](int64_t task) {
     for (int i = plan.tasks[task]; i < plan.tasks[task + 1]; ++i) work(plan, plan.units[plan.order[i]]);

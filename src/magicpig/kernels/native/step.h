@@ -51,7 +51,6 @@ struct StoreView {
   struct SketchSegment {
     const uint32_t* words;   // [G][blocks][words][kSketchKeys]
     const uint16_t* scales;  // [G][blocks * kSketchKeys]
-    const float* largest;    // [G] no scale is larger
     int64_t first;
     int64_t count;
     int64_t blocks;

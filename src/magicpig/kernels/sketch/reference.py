@@ -1,7 +1,7 @@
 """Sketches in plain PyTorch: keys -> codes -> scores -> weights -> a sample with known probabilities.
 
 Knows one key/value head and the R query heads that share it; does not know what a value is. Rounding happens in one
-place: a score becomes a 16-bit number. From there on everything is integer arithmetic, so that the same scores give
+place: a weight becomes a whole number. From there on everything is integer arithmetic, so that the same weights give
 the same sample whatever the instruction set, the threads, or the language.
 """
 
@@ -20,8 +20,9 @@ LEVEL_DISTANCE = {1: 1.5956, 2: 0.9957, 3: 0.5860, 4: 0.3352}
 
 FLOOR = 0.05  # share of the weight that all keys get alike, so that no key a query overlooked can weigh too much
 WEIGHT_BITS = 30  # all weights together are about 2**30
-SCORE_BITS = 7  # fraction bits of a score, in octaves, unless the largest possible score needs more whole bits
-FARTHEST = 40  # octaves below the largest score at which a key counts for nothing but its floor
+MOST_BITS = 27  # no weight is more than 2**27 above the floor: sixteen of them fit 32 bits
+WIDEST = 2**18  # octaves between the scores of a head and zero; of larger ones an octave becomes several
+PILOT_KEYS, PILOT_BLOCKS, PILOT_APART = 64, 64, 16  # see pilot
 EXACT_SHARE = 0.25  # of the keys: a larger sample would hardly be read faster than all of them, and they are exact
 WALK_GROUP = 16  # keys that are walked along together
 _MASK = (1 << 64) - 1
@@ -34,15 +35,6 @@ class Sketch(NamedTuple):
     """int64 (n, D), odd numbers from 1 - 2**bits to 2**bits - 1; a code is (level + 2**bits - 1) / 2."""
     scales: Tensor
     """(n,), values of a float16."""
-
-
-class Scores(NamedTuple):
-    """What the sketch says of the logits: ``fixed * 2**-fraction_bits`` is a logit of base 2, but for a constant."""
-
-    fixed: Tensor
-    """int64 (R, n), numbers of 16 bits."""
-    fraction_bits: Tensor
-    """int64 (R,)."""
 
 
 def make_rotation(head_dim: int, seed: int) -> Tensor:
@@ -90,48 +82,65 @@ def score(
     scale: float,
     offset: Tensor | None = None,
     softcap: float | None = None,
-) -> Scores:
-    """Logits that the sketch expects, of the heads ``query``, ``unit`` (as from `quantise_query`), as 16-bit numbers.
+) -> Tensor:
+    """Logits of base two that the sketch expects, (R, n), of the heads ``query``, ``unit`` (as from `quantise_query`).
 
     offset (R,) joins the logits before a softcap; without one it would change all alike.
     """
-    dots = query @ sketch.levels.T
-    logits = (scale * unit)[:, None] * sketch.scales * dots
-    # No score can be larger than this; its bits before the binary point decide how many are left behind it.
-    largest = abs(scale) * unit * query.abs().sum(1) * (2**bits - 1) * sketch.scales.max().clamp(min=0)
+    logits = (scale * unit)[:, None] * sketch.scales * (query @ sketch.levels.T)
     if softcap is not None:
         start = torch.zeros_like(unit) if offset is None else offset
         logits = softcap * torch.tanh((logits + start[:, None]) / softcap)
-        largest = torch.full_like(unit, softcap)
-    octaves = logits / math.log(2.0)
-    room = torch.floor(torch.log2(32767 / (largest / math.log(2.0)).clamp(min=1e-30)))
-    fraction_bits = room.clamp(0, SCORE_BITS).to(torch.int64)
-    # With too little room even for whole octaves an octave becomes several: no score may leave its 16 bits.
-    exponent = torch.where(room < 0, room, fraction_bits)
-    return Scores((octaves * 2.0 ** exponent[:, None]).round().to(torch.int64), fraction_bits)
+    return logits / math.log(2.0)
 
 
-def power_of_two(fixed: Tensor, fraction_bits: int) -> Tensor:
-    """About 2**(fixed * 2**-fraction_bits), float32: the line between neighbouring powers, at most 6 % above them.
+def power_of_two(x: Tensor, most: float = 127.0) -> Tensor:
+    """About 2**x, float32: the line between neighbouring powers, at most 6 % above them; from 2**-30 to 2**most.
 
-    Schraudolph (1999): such a number, shifted, is the bit pattern of that float. Weights need be no better: the
+    Schraudolph (1999): x + 127, shifted, is the bit pattern of that float. Weights need be no better: the
     probabilities follow from the weights, not from what they approximate.
     """
-    near = fixed.clamp(min=-FARTHEST << fraction_bits)
-    pattern = (near << (23 - fraction_bits)) + (127 << 23)
+    pattern = (x.double().clamp(-30, most) + 127) * 2**23
     return pattern.to(torch.int32).view(torch.float32)
 
 
-def weigh(scores: Scores) -> Tensor:
-    """Integer weights (n,) int64: the mean over heads of the softmax of the scores, and for every key a floor."""
-    R, n = scores.fixed.shape
+def pilot(n: int) -> Tensor:
+    """The keys (m,) int64, ascending, from which the sum of all powers is estimated: blocks of neighbours, one of many.
+
+    One key in 16, more where that would be few. What a head gives all keys together need not be known well: weights
+    need not be shares for probabilities to be right. But heads whose sum is far too small for that of others get rows
+    that those need.
+    """
+    blocks = -(-n // PILOT_KEYS)
+    apart = min(max(blocks // PILOT_BLOCKS, 1), PILOT_APART)
+    first = torch.arange(0, blocks, apart)
+    chosen = first + _scrambled(torch.arange(len(first))) % (blocks - first).clamp(max=apart)
+    keys = (chosen[:, None] * PILOT_KEYS + torch.arange(PILOT_KEYS)).flatten()
+    return keys[keys < n]
+
+
+def ones(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The score (R,) float64 to which each head gives a weight of 1, for all weights to sum to about 2**30.
+
+    Also the factor (R,) by which its scores have to be multiplied first.
+    """
+    R, n = scores.shape
+    some = scores[:, pilot(n)].double()
+    base = some.amax(1).floor()  # whole octaves change a power by a factor
+    total = power_of_two(some - base[:, None]).double().sum(1) * n / some.shape[1]
+    shrink = (WIDEST / base.abs().clamp(min=1)).clamp(max=1.0)
+    one = shrink * base + (total / ((1 - FLOOR) * 2**WEIGHT_BITS / R)).log2()
+    return one, shrink
+
+
+def weigh(scores: Tensor) -> Tensor:
+    """Integer weights (n,) int64 of scores (R, n): about the mean of the heads' softmax, and for every key a floor."""
+    R, n = scores.shape
+    most = MOST_BITS - (R - 1).bit_length()
     shares = torch.zeros(n)
-    for fixed, fraction_bits in zip(scores.fixed, scores.fraction_bits.tolist(), strict=True):
-        base = int(fixed.max()) >> fraction_bits << fraction_bits  # whole octaves change a power by a factor
-        total = float(power_of_two(fixed - base, fraction_bits).double().sum())
-        shares += power_of_two(fixed - base - round(math.log2(total) * 2**fraction_bits), fraction_bits)
-    unit = torch.tensor((1 - FLOOR) * 2**WEIGHT_BITS / R, dtype=torch.float32)
-    return (shares * unit).to(torch.int64) + max(1, int(FLOOR * 2**WEIGHT_BITS / n))
+    for own, one, shrink in zip(scores.double(), *ones(scores), strict=True):
+        shares += power_of_two(shrink * own - one, most)
+    return shares.to(torch.int64) + max(1, int(FLOOR * 2**WEIGHT_BITS / n))
 
 
 def step_for(weights: Tensor, budget: int) -> int:

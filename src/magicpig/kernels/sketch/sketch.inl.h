@@ -1,5 +1,6 @@
 // Keys -> codes of a few bits -> scores -> integer weights. Lanes are keys: a block of kSketchKeys keys is a row of 32-bit
 // words for every 32 / bits coordinates, so that a score needs no sum across lanes and one load serves all query heads.
+// A score stays in a register until it is part of a weight.
 #pragma once
 
 namespace {
@@ -8,10 +9,14 @@ constexpr int kTurnRows = kRegisters == 32 ? 6 : 2;  // vectors turned at once
 constexpr int kTurnColumns = kLane / W;              // of W coordinates each
 constexpr int kScoreHeads = 4;                       // heads scored at once
 constexpr int kScoreVectors = kRegisters / 8;        // of W keys each
+constexpr int kScoreKeys = 1024;                     // keys scored for some heads before the next come
 constexpr int kRebaseOctaves = 8;                    // by which scores may exceed the base of their sum
-constexpr int kPrefetchBlocks = 4;                   // blocks of codes requested ahead
-constexpr int kLowestScore = -32768;
+constexpr int kPrefetchBlocks = 6;                   // blocks of codes requested ahead
+constexpr int kPilotBlocksAhead = 2;                 // the same where they do not follow each other
 constexpr int kMaxFours = kMaxDim / 4;
+constexpr float kOctave = 8388608.0f;  // of a score: 2^23, the distance of the exponent from the low end of a float
+constexpr float kNoOctaves = 127 * kOctave, kLeastPower = 97 * kOctave;  // the bits of 1 and of 2^-30, as numbers
+constexpr float kHighestScore = 1e38f;
 
 template <int M>
 inline void turn_tile(const float* x, int64_t stride, const Rotation& rotation, int column, float* y) {
@@ -162,176 +167,178 @@ template <int BITS, int HEADS, int VECTORS>
   }
 }
 
-// About 2^x of scores, relative to a base: see power_of_two in kernels/sketch/reference.py. With as many fraction bits as a
-// bfloat16 has, a score is the pattern of such a number.
-struct Powers {
-  S lowest, bias, factor;
+// About 2^x of scores x in units of 2^-23 octaves, to which kNoOctaves has been added: see power_of_two in
+// kernels/sketch/reference.py.
+inline F power(F bits, float most) { return (F)truncate(max(min(bits, splat(most)), splat(kLeastPower))); }
 
-  Powers() = default;
-  Powers(int32_t base, int fraction_bits) {
-    const int32_t farthest = base - (kFarthest << fraction_bits);
-    lowest = splat((int16_t)(farthest > kLowestScore ? farthest : kLowestScore));
-    bias = splat((int16_t)((127 << fraction_bits) - base));  // may wrap, and then does so back
-    factor = splat((int16_t)(1 << (kScoreBits - fraction_bits)));
-  }
-  // Of the keys of the lower and of the upper half of a block.
-  void of(S scores, F& lower, F& upper) const {
-    const U pattern = (U)((max(scores, lowest) + bias) * factor);
-    lower = (F)(pattern << 16);
-    upper = (F)(pattern & 0xffff0000u);
-  }
-};
+// Some heads of a group, as many as are scored at once: `Four`s of their numbers, and score = scale of the key *
+// (slope * dot with codes + level), all of it in local memory, where no store can be thought to change it.
+struct ScoredHeads {
+  Four query[kScoreHeads][kMaxFours];
+  float slope[kScoreHeads], level[kScoreHeads], offset[kScoreHeads];
+  float softcap, octaves;
 
-// The sum of the powers of one head's scores so far, whose base only ever rises.
-struct PowerSum {
-  int fraction_bits;
-  F sum{};
-  int32_t base = kLowestScore;
-  S limit;  // of a score; a higher one raises the base
-  Powers powers;
-
-  PowerSum() = default;
-  explicit PowerSum(int fraction_bits) : fraction_bits(fraction_bits), powers(base, fraction_bits) { set_limit(); }
-
-  void set_limit() {
-    const int32_t highest = base + (kRebaseOctaves << fraction_bits);
-    limit = splat((int16_t)(highest < 32767 ? highest : 32767));
-  }
-  void raise(int16_t top) {
-    const int32_t octave = top >> fraction_bits, fall = octave - (base >> fraction_bits);
-    sum = sum * (fall > 126 ? 0.0f : __builtin_ldexpf(1.0f, -fall));
-    base = octave << fraction_bits;
-    powers = Powers(base, fraction_bits);
-    set_limit();
-  }
-  // The scores of a block.
-  void add(const int16_t* fixed) {
-    S scores[kSketchKeys / (2 * W)], top = load(fixed);
-    for (int i = 0; i < kSketchKeys / (2 * W); ++i) {
-      scores[i] = load(fixed + i * 2 * W);
-      top = max(top, scores[i]);
-    }
-    if (any(top > limit)) raise(largest(top));
-    for (int i = 0; i < kSketchKeys / (2 * W); ++i) {
-      F lower, upper;
-      powers.of(scores[i], lower, upper);
-      sum += lower + upper;
+  ScoredHeads(const ScoreRule* rules, int count, int head_dim) : softcap(rules->softcap), octaves(rules->octaves) {
+    for (int h = 0; h < count; ++h) {
+      for (int d = 0; d < head_dim; d += 4) query[h][d / 4] = four(rules[h].query + d);
+      slope[h] = 2.0f * rules[h].unit;
+      level[h] = -rules[h].correction * rules[h].unit;
+      offset[h] = rules[h].offset;
     }
   }
 };
 
-// Scores of one block for HEADS heads: written to `fixed` [HEADS][kSketchKeys], their powers added to `sums`.
-template <int BITS, int HEADS>
-inline void score_block(const SketchLayout& layout, const uint32_t* words, const uint32_t* ahead,
-                        const uint16_t* scales, int count, const ScoreRule* rules, const Four (*query)[kMaxFours],
-                        int16_t* fixed, PowerSum* sums) {
-  constexpr int kHalf = kSketchKeys / 2, kVectors = kScoreVectors, kApart = kSketchKeys / kVectors;
+struct BlockAt {
+  const uint32_t *words, *ahead;
+  const uint16_t* scales;
+};
+
+// Hands the scores of a block, those of HEADS heads from `h` on for W keys at a time, to `use`.
+template <int BITS, int HEADS, class Use>
+[[gnu::always_inline]] inline void score_block(const SketchLayout& layout, const uint32_t* words, const uint32_t* ahead,
+                                               const uint16_t* scales, const ScoredHeads& heads, int h,
+                                               const Use& use) {
+  constexpr int kVectors = kScoreVectors, kApart = kSketchKeys / kVectors;
   for (int first = 0; first < kApart; first += W) {
     I acc[HEADS][kVectors] = {};
-    code_dots<BITS, HEADS, kVectors>(words + first, ahead + first * kVectors, layout.head_dim, query, acc);
-    F scale[kVectors];
-    for (int v = 0; v < kVectors; ++v) scale[v] = widen((const f16*)scales + first + v * kApart);
-    for (int h = 0; h < HEADS; ++h) {
-      const ScoreRule& rule = rules[h];
-      U rounded[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        const F dot = 2.0f * to_f(acc[h][v]) - (float)rule.correction;
-        F score = scale[v] * dot * rule.unit;
-        if (rule.softcap > 0.0f) score = cap_logits(score + rule.offset, rule.softcap) * rule.octaves;
-        rounded[v] = (U)(score + kRounding);
+    code_dots<BITS, HEADS, kVectors>(words + first, ahead + first * kVectors, layout.head_dim, heads.query + h, acc);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const F scale = widen((const f16*)scales + first + v * kApart);
+      F scores[HEADS];
+      for (int i = 0; i < HEADS; ++i) scores[i] = scale * (to_f(acc[i][v]) * heads.slope[h + i] + heads.level[h + i]);
+      if (heads.softcap > 0.0f) {
+        for (int i = 0; i < HEADS; ++i) {
+          scores[i] = cap_logits(scores[i] + heads.offset[h + i], heads.softcap) * heads.octaves;
+        }
       }
-      for (int v = 0; v < kVectors / 2; ++v) {
-        const U pair = (rounded[v] & 0xffffu) | (rounded[v + kVectors / 2] << 16);
-        store(fixed + h * kSketchKeys + 2 * (first + v * kApart), (S)pair);
-      }
+      use(first + v * kApart, scores);
     }
   }
-  for (int h = 0; h < HEADS; ++h, fixed += kSketchKeys) {
-    for (int i = count; i < kSketchKeys; ++i) fixed[2 * (i % kHalf) + i / kHalf] = kLowestScore;
-    sums[h].add(fixed);
+}
+
+// Hands the scores of `blocks` blocks to use(h, block, lane, scores): of some heads from h on, for W keys. at(block) says
+// where its codes and scales are, and which codes to request meanwhile.
+template <int BITS, class At, class Use>
+[[gnu::always_inline]] inline void score_blocks(const SketchLayout& layout, int blocks, int heads,
+                                                const ScoreRule* rules, const At& at, const Use& use) {
+  for (int h = 0; h < heads; h += kScoreHeads) {
+    const int group = heads - h < kScoreHeads ? heads - h : kScoreHeads;
+    const ScoredHeads own(rules + h, group, layout.head_dim);
+    const auto score_all = [&]<int HEADS>(int i) {
+      for (int block = 0; block < blocks; ++block) {
+        const BlockAt where = at(block);
+        score_block<BITS, HEADS>(layout, where.words, where.ahead, where.scales, own, i,
+                                 [&](int lane, const F(&scores)[HEADS]) { use(h + i, block, lane, scores); });
+      }
+    };
+    if (group == 4) {
+      score_all.template operator()<4>(0);
+      continue;
+    }
+    if (group >= 2) score_all.template operator()<2>(0);
+    if (group % 2 == 1) score_all.template operator()<1>(group - 1);
+  }
+}
+
+// The sum of the powers of one head's scores so far, relative to a base that only ever rises, by whole octaves.
+struct PowerSum {
+  float base = -kHighestScore;
+  F sum{};
+
+  void add(F scores) {
+    const F near = max(min(scores, splat(kHighestScore)), splat(-kHighestScore));
+    if (positive(near - (base + kRebaseOctaves * kOctave)) != 0) {
+      const float octave = __builtin_floorf(largest(near) / kOctave) * kOctave, fall = (octave - base) / kOctave;
+      sum = sum * (fall > 126.0f ? 0.0f : __builtin_ldexpf(1.0f, -(int)fall));
+      base = octave;
+    }
+    sum += power(near - base + kNoOctaves, 2 * kNoOctaves);
+  }
+};
+
+template <int BITS>
+void sum_powers_of(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads, const ScoreRule* rules,
+                   ScoreSum* sums) {
+  for (int h = 0; h < heads; h += kScoreHeads) {
+    PowerSum parts[kScoreHeads];
+    const int group = heads - h < kScoreHeads ? heads - h : kScoreHeads;
+    score_blocks<BITS>(
+        layout, count, group, rules + h,
+        [&](int block) {
+          const SketchBlock& next = blocks[block + kPilotBlocksAhead < count ? block + kPilotBlocksAhead : block];
+          return BlockAt{blocks[block].words, next.words, blocks[block].scales};
+        },
+        [&]<int HEADS>(int first, int block, int lane, const F(&scores)[HEADS]) {
+          const int keys = blocks[block].keys - lane;
+          for (int i = 0; i < HEADS; ++i) {
+            F own = scores[i];
+            if (keys < W) {
+              alignas(64) float each[W];
+              store(each, own);
+              for (int j = keys > 0 ? keys : 0; j < W; ++j) each[j] = -kHighestScore;
+              own = load(each);
+            }
+            parts[first + i].add(own);
+          }
+        });
+    for (int i = 0; i < group; ++i) sums[h + i] = {parts[i].base / kOctave, (double)sum(parts[i].sum)};
+  }
+}
+
+void sum_powers(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads, const ScoreRule* rules,
+                ScoreSum* sums) {
+  constexpr decltype(&sum_powers) kByBits[] = {sum_powers_of<1>, sum_powers_of<2>, sum_powers_of<3>, sum_powers_of<4>};
+  kByBits[layout.bits - 1](layout, blocks, count, heads, rules, sums);
+}
+
+// Weights of up to kScoreKeys keys, of which each head's powers have been added to `shares`.
+inline void write_weights(float* shares, int count, int32_t floor, uint32_t* weights, uint32_t* sums) {
+  const int blocks = (count + kSketchKeys - 1) / kSketchKeys;
+  for (int key = 0; key < blocks * kSketchKeys; key += W) {
+    store(weights + key, (U)(truncate(load(shares + key)) + floor));
+  }
+  for (int key = count; key < blocks * kSketchKeys; ++key) weights[key] = 0;
+  for (int block = 0; block < blocks; ++block) {
+    U parts[kSketchKeys / kSumKeys];
+    for (int i = 0; i < kSketchKeys / kSumKeys; ++i) {
+      parts[i] = U{};
+      for (int j = 0; j < kSumKeys; j += W) parts[i] += load(weights + block * kSketchKeys + i * kSumKeys + j);
+    }
+    sum4(parts, sums + block * (kSketchKeys / kSumKeys));
   }
 }
 
 template <int BITS>
-void score_bits(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-                const ScoreRule* rules, int16_t* fixed, ScoreSum* sums) {
+void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
+              const ScoreRule* rules, const float* ones, int octaves, int32_t floor, uint32_t* weights,
+              uint32_t* sums) {
+  alignas(64) float shares[kScoreKeys];
+  const float most = kNoOctaves + (float)octaves * kOctave;
   const int64_t block_words = (int64_t)layout.words * kSketchKeys;
-  constexpr int kGroup = kScoreHeads;
-  for (int h = 0; h < heads; h += kGroup) {
-    const int group = heads - h < kGroup ? heads - h : kGroup;
-    PowerSum part[kGroup];
-    Four query[kGroup][kMaxFours];
-    for (int i = 0; i < group; ++i) {
-      part[i] = PowerSum(rules[h + i].fraction_bits);
-      for (int d = 0; d < (layout.head_dim + kLane - 1) / kLane * kLane; d += 4)
-        query[i][d / 4] = four(rules[h + i].query + d);
-    }
-    int64_t block = 0;
-    for (int64_t first = 0; first < count; first += kSketchKeys, ++block) {
-      const int here = count - first < kSketchKeys ? (int)(count - first) : kSketchKeys;
-      const uint32_t* from = words + block * block_words;
-      const uint32_t* ahead = from + kPrefetchBlocks * block_words;
-      const uint16_t* own = scales + first;
-      int16_t* to = fixed + (block * heads + h) * kSketchKeys;
-      if (group == 4) {
-        score_block<BITS, 4>(layout, from, ahead, own, here, rules + h, query, to, part);
-        continue;
-      }
-      int i = 0;
-      if (group >= 2) {
-        score_block<BITS, 2>(layout, from, ahead, own, here, rules + h, query, to, part);
-        i = 2;
-      }
-      if (i < group) {
-        score_block<BITS, 1>(layout, from, ahead, own, here, rules + h + i, query + i, to + i * kSketchKeys, part + i);
-      }
-    }
-    for (int i = 0; i < group; ++i) sums[h + i] = {part[i].base, (double)sum(part[i].sum)};
+  for (int64_t first = 0; first < count; first += kScoreKeys) {
+    const int here = count - first < kScoreKeys ? (int)(count - first) : kScoreKeys;
+    const uint32_t* from = words + first * layout.words;
+    score_blocks<BITS>(
+        layout, (here + kSketchKeys - 1) / kSketchKeys, heads, rules,
+        [&](int block) {
+          const uint32_t* own = from + block * block_words;
+          return BlockAt{own, own + kPrefetchBlocks * block_words, scales + first + block * kSketchKeys};
+        },
+        [&]<int HEADS>(int h, int block, int lane, const F(&scores)[HEADS]) {
+          float* to = shares + block * kSketchKeys + lane;
+          F share = h == 0 ? F{} : load(to);
+          for (int i = 0; i < HEADS; ++i) share += power(scores[i] + (kNoOctaves - ones[h + i]), most);
+          store(to, share);
+        });
+    write_weights(shares, here, floor, weights + first, sums + first / kSumKeys);
   }
 }
 
-void score(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-           const ScoreRule* rules, int16_t* fixed, ScoreSum* sums) {
-  constexpr decltype(&score) kByBits[] = {score_bits<1>, score_bits<2>, score_bits<3>, score_bits<4>};
-  kByBits[layout.bits - 1](layout, words, scales, count, heads, rules, fixed, sums);
-}
-
-int64_t weigh(const int16_t* fixed, int64_t count, int heads, const WeightRule* rules, float unit, int32_t floor,
-              float certain, uint32_t* weights, uint32_t* sums, uint32_t* large) {
-  constexpr int kHalf = kSketchKeys / 2;
-  int64_t found = 0;
-  for (int64_t first = 0; first < count; first += kSketchKeys) {
-    F shares[2][kHalf / W] = {};
-    for (int h = 0; h < heads; ++h, fixed += kSketchKeys) {
-      const Powers powers(rules[h].top, rules[h].fraction_bits);
-      for (int v = 0; v < kHalf / W; ++v) {
-        F lower, upper;
-        powers.of(load(fixed + v * 2 * W), lower, upper);
-        shares[0][v] += lower;
-        shares[1][v] += upper;
-      }
-    }
-    uint64_t above = 0;
-    for (int key = 0; key < kSketchKeys; key += W) {
-      const F share = shares[key / kHalf][key % kHalf / W] * unit;
-      store(weights + key, (U)(truncate(share) + floor));
-      above |= positive(share - certain) << key;
-    }
-    if (count - first < kSketchKeys) {
-      for (int64_t i = count - first; i < kSketchKeys; ++i) weights[i] = 0;
-      above &= ((uint64_t)1 << (count - first)) - 1;
-    }
-    U parts[kSketchKeys / kSumKeys];
-    for (int i = 0; i < kSketchKeys / kSumKeys; ++i) {
-      parts[i] = U{};
-      for (int j = 0; j < kSumKeys; j += W) parts[i] += load(weights + i * kSumKeys + j);
-    }
-    sum4(parts, sums);
-    weights += kSketchKeys;
-    sums += kSketchKeys / kSumKeys;
-    for (; above != 0; above &= above - 1) large[found++] = (uint32_t)first + lowest_bit(above);
-  }
-  return found;
+void weigh(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
+           const ScoreRule* rules, const float* ones, int octaves, int32_t floor, uint32_t* weights, uint32_t* sums) {
+  constexpr decltype(&weigh) kByBits[] = {weigh_of<1>, weigh_of<2>, weigh_of<3>, weigh_of<4>};
+  kByBits[layout.bits - 1](layout, words, scales, count, heads, rules, ones, octaves, floor, weights, sums);
 }
 
 }  // namespace
