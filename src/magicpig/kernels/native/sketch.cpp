@@ -229,7 +229,7 @@ void Weights::settle_step(int64_t budget) {
     for (bool more = true; more;) {
       const uint64_t least = (rest + left - 1) / left;  // that is certain
       if (least < bound) {
-        bound = least / 4;
+        bound = least - least / 4;  // so that some rounds can do with one list
         heavy_.clear();
         for (int64_t i = 0; i < groups; ++i) {
           if (sums_[i] >= bound) heavy_.push_back(static_cast<uint32_t>(i));
@@ -239,9 +239,8 @@ void Weights::settle_step(int64_t budget) {
       for (const uint32_t group : heavy_) {
         for (int i = 0; i < kSumKeys; ++i) {
           const uint64_t own = weights_[group * kSumKeys + i];
-          if (own < least) continue;
-          ++certain;
-          weight += own;
+          certain += own >= least;
+          weight += own >= least ? own : 0;
         }
       }
       more = certain != budget - left;
