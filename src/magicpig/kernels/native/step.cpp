@@ -371,7 +371,9 @@ void scan(const Plan& plan, const Unit& unit) {
       pair.memory = scan_pool.take();
       const Unit& last = plan.units[plan.end_unit(index) - 1];
       const int64_t blocks = last.first_block + (last.end - last.begin + kSketchKeys - 1) / kSketchKeys;
-      pair.memory->weights.reset(store.indexed_to - store.sinks, blocks);
+      Weights& weights = pair.memory->weights;
+      weights.reset(store.indexed_to - store.sinks, blocks);
+      if (poison.load(std::memory_order_relaxed)) std::fill_n(weights.weights(0), blocks * kSketchKeys, ~0u);
     }
   }
   Weights& weights = pair.memory->weights;
