@@ -133,7 +133,7 @@ def test_weights_follow_from_codes(D, bits, isa):
     assert int((found.query.to(torch.int64) - whole).abs().max()) <= 1
     levels = 2 * codes(segment, 1, bits, D) + 1 - 2**bits
     own = reference.Sketch(levels, segment.scales[1, :200].double())
-    assert_weights_are_the_references(found, reference.score(found.query.long(), unit, own, bits, scale=D**-0.5))
+    assert_weights_are_the_references(found, reference.score(found.query.long(), unit, own, scale=D**-0.5))
 
 
 @pytest.mark.parametrize("softcap", [2.0, 50.0])
@@ -145,7 +145,7 @@ def test_weights_with_a_softcap(softcap, isa):
     _, unit = reference.quantise_query(query.double(), reference.make_rotation(64, 0).double())
     own = reference.Sketch(2 * codes(segment, 0, 2, 64) - 3, segment.scales[0, :200].double())
     settings = {"scale": 0.2, "offset": offset.double(), "softcap": softcap}
-    assert_weights_are_the_references(found, reference.score(found.query.long(), unit, own, 2, **settings))
+    assert_weights_are_the_references(found, reference.score(found.query.long(), unit, own, **settings))
 
 
 @pytest.mark.parametrize("n", [4095, 8192, 9001, 40_000, 150_000])
@@ -155,7 +155,7 @@ def test_weights_of_many_keys_have_the_references_pilot(n, isa):
     found = native.weigh(query, segment, 0, sampler, scale=0.1)
     _, unit = reference.quantise_query(query.double(), reference.make_rotation(32, 0).double())
     own = reference.Sketch(2 * codes(segment, 0, 4, 32) - 15, segment.scales[0, :n].double())
-    assert_weights_are_the_references(found, reference.score(found.query.long(), unit, own, 4, scale=0.1))
+    assert_weights_are_the_references(found, reference.score(found.query.long(), unit, own, scale=0.1))
 
 
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e30])

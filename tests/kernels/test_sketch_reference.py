@@ -63,7 +63,7 @@ def test_a_key_of_length_zero_scores_nothing_and_a_huge_one_stays_finite():
     codes = sketch.quantise(keys, sketch.make_rotation(16, 0), 2)
     assert codes.scales.tolist() == [0.0, 65504.0]
     query, unit = sketch.quantise_query(torch.ones(1, 16), sketch.make_rotation(16, 0))
-    assert float(sketch.score(query, unit, codes, 2, scale=1.0)[0, 0]) == 0.0
+    assert float(sketch.score(query, unit, codes, scale=1.0)[0, 0]) == 0.0
 
 
 def test_queries_keep_two_digits():
@@ -82,7 +82,7 @@ def test_scores_are_logits_of_base_two(bits):
     codes = sketch.quantise(keys, rotation, bits)
     whole, unit = sketch.quantise_query(query, rotation)
     logits = 0.2 * (whole * unit[:, None]) @ (codes.scales[:, None] * codes.levels).T
-    torch.testing.assert_close(sketch.score(whole, unit, codes, bits, scale=0.2), logits / math.log(2))
+    torch.testing.assert_close(sketch.score(whole, unit, codes, scale=0.2), logits / math.log(2))
 
 
 def test_a_softcap_acts_on_scores():
@@ -90,8 +90,8 @@ def test_a_softcap_acts_on_scores():
     codes = sketch.quantise(keys, rotation, 2)
     query = sketch.quantise_query(20 * normal(2, 32, seed=1), rotation)
     offset = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    plain = sketch.score(*query, codes, 2, scale=0.2)
-    capped = sketch.score(*query, codes, 2, scale=0.2, offset=offset, softcap=5.0)
+    plain = sketch.score(*query, codes, scale=0.2)
+    capped = sketch.score(*query, codes, scale=0.2, offset=offset, softcap=5.0)
     torch.testing.assert_close(capped, 5 * torch.tanh((plain * math.log(2) + offset[:, None]) / 5) / math.log(2))
 
 

@@ -26,7 +26,7 @@ def test_numerator_and_denominator_are_unbiased():
     n, D, budget, draws = 300, 32, 40, 2000
     query, keys, values = 2 * normal(2, D, seed=0), normal(n, D, seed=1), normal(n, 7, seed=2) + 1.0
     rotation = sketch.make_rotation(D, 0).double()
-    scores = sketch.score(*sketch.quantise_query(query, rotation), sketch.quantise(keys, rotation, 2), 2, scale=D**-0.5)
+    scores = sketch.score(*sketch.quantise_query(query, rotation), sketch.quantise(keys, rotation, 2), scale=D**-0.5)
     weights = sketch.weigh(scores)
     step = sketch.step_for(weights, budget)
     terms = (query @ keys.T / math.sqrt(D)).exp()
@@ -109,7 +109,7 @@ class Group:
     def _sketched(self, bits: int, seed: int) -> torch.Tensor:
         rotation = sketch.make_rotation(self.keys.shape[1], seed).double()
         codes = sketch.quantise(self.keys, rotation, bits)
-        return sketch.weigh(sketch.score(*sketch.quantise_query(self.query, rotation), codes, bits, scale=self.scale))
+        return sketch.weigh(sketch.score(*sketch.quantise_query(self.query, rotation), codes, scale=self.scale))
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def attend_sketch(
         codes = sketch.quantise(body - mean, rotation, bits)
         offset = scale * group @ mean
         scores = sketch.score(
-            *sketch.quantise_query(group, rotation), codes, bits, scale=scale, offset=offset, softcap=softcap
+            *sketch.quantise_query(group, rotation), codes, scale=scale, offset=offset, softcap=softcap
         )
         weights = sketch.weigh(scores)
         step = sketch.step_for(weights, budget)

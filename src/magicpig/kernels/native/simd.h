@@ -144,31 +144,6 @@ inline I splat(int32_t x) { return x - I{}; }
 
 // Sixteen-bit numbers, two in each lane.
 typedef int16_t S __attribute__((vector_size(W * 4)));
-inline S splat(int16_t x) { return x - S{}; }
-inline S max(S a, S b) { return a > b ? a : b; }
-inline S load(const int16_t* p) {
-  S v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(int16_t* p, S v) { memcpy(p, &v, sizeof v); }
-inline bool any(S mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
-#else
-  for (int i = 0; i < 2 * W; ++i) {
-    if (mask[i] != 0) return true;
-  }
-  return false;
-#endif
-}
-inline int16_t largest(S v) {
-  int16_t best = v[0];
-  for (int i = 1; i < 2 * W; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
 
 // Numbers of eight bits of W lanes in memory.
 typedef int8_t Byte __attribute__((vector_size(W)));

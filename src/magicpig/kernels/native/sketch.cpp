@@ -58,6 +58,22 @@ struct GroupTree {
   }
 };
 
+// Copies the codes and scales of keys `at` .. of one head's sketch to keys `to_at` .. of another.
+void copy_keys(const uint32_t* words, const uint16_t* scales, int64_t at, int64_t count, int key_words,
+               uint32_t* to_words, uint16_t* to_scales, int64_t to_at) {
+  std::copy_n(scales + at, count, to_scales + to_at);
+  // Runs of lanes that stay together on both sides.
+  for (const int64_t end = at + count; at < end;) {
+    const int64_t lane = at % kSketchKeys, to_lane = to_at % kSketchKeys;
+    const int64_t n = std::min({end - at, kSketchKeys - lane, kSketchKeys - to_lane});
+    const uint32_t* from = words + (at - lane) * key_words + lane;
+    uint32_t* to = to_words + (to_at - to_lane) * key_words + to_lane;
+    for (int word = 0; word < key_words; ++word) std::copy_n(from + word * kSketchKeys, n, to + word * kSketchKeys);
+    at += n;
+    to_at += n;
+  }
+}
+
 }  // namespace
 
 SketchLayout SketchSampler::layout() const {
@@ -94,19 +110,8 @@ void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, i
                  uint32_t* to_words, uint16_t* to_scales, int64_t first, int64_t to_blocks) {
   const int64_t block_words = static_cast<int64_t>(key_words) * kSketchKeys;
   parallel(heads, [&](int64_t head) {
-    const uint32_t* from = words + head * blocks * block_words;
-    uint32_t* to = to_words + head * to_blocks * block_words;
-    std::copy_n(scales + head * blocks * kSketchKeys, count, to_scales + head * to_blocks * kSketchKeys + first);
-    // Runs of lanes that stay together on both sides.
-    for (int64_t i = 0; i < count;) {
-      const int64_t lane = i % kSketchKeys, to_lane = (first + i) % kSketchKeys;
-      const int64_t n = std::min({count - i, kSketchKeys - lane, kSketchKeys - to_lane});
-      for (int word = 0; word < key_words; ++word) {
-        std::copy_n(from + i / kSketchKeys * block_words + word * kSketchKeys + lane, n,
-                    to + (first + i) / kSketchKeys * block_words + word * kSketchKeys + to_lane);
-      }
-      i += n;
-    }
+    copy_keys(words + head * blocks * block_words, scales + head * blocks * kSketchKeys, 0, count, key_words,
+              to_words + head * to_blocks * block_words, to_scales + head * to_blocks * kSketchKeys, first);
   });
 }
 
@@ -164,13 +169,8 @@ void sum_pilot(const SketchLayout& layout, const std::vector<SketchPiece>& piece
     blocks.push_back({to, to_scales, keys});
     for (int64_t key = first; key < last;) {
       for (; key >= before + piece->count; ++piece) before += piece->count;
-      const int64_t at = key - before, lane = at % kSketchKeys, to_lane = key - first;
-      const int64_t n = std::min({last - key, piece->count - at, kSketchKeys - lane});
-      for (int word = 0; word < layout.words; ++word) {
-        std::copy_n(piece->words + (at - lane) * layout.words + lane + word * kSketchKeys, n,
-                    to + to_lane + word * kSketchKeys);
-      }
-      std::copy_n(piece->scales + at, n, to_scales + to_lane);
+      const int64_t at = key - before, n = std::min(last - key, piece->count - at);
+      copy_keys(piece->words, piece->scales, at, n, layout.words, to, to_scales, key - first);
       key += n;
     }
   }

@@ -77,7 +77,6 @@ def score(
     query: Tensor,
     unit: Tensor,
     sketch: Sketch,
-    bits: int,
     *,
     scale: float,
     offset: Tensor | None = None,
