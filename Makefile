@@ -1,17 +1,23 @@
-# make demo | test | test-lowest | sanitize | lint | format | stub | wheel | clean
+# make demo | test | test-slow | test-all | test-levels | test-lowest | test-newest | sanitize | lint | format | stub |
+#      constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
-TORCH  ?= torch==2.13.0
-# The oldest transformers the project supports; the newest is the one in .venv.
+# Exact versions of everything that is installed here, so that a fresh machine does next year what it does today.
+# `make constraints` renews them; CONSTRAINTS= installs the newest of everything.
+CONSTRAINTS ?= requirements/constraints.txt
+# The oldest transformers the project supports.
 LOWEST := 5.19.0
 
 VENV   := .venv
+BUILD  := build/dev
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-lowest sanitize lint format stub wheel clean
+.PHONY: setup demo test test-slow test-all test-levels test-lowest test-newest sanitize lint format stub constraints \
+  wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMPS)/install
@@ -19,14 +25,33 @@ setup: $(STAMPS)/install
 demo: setup
 	$(BIN)/magicpig demo $(ARGS)
 
+# Everything that guards behaviour, in minutes.
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term $(ARGS)
+
+# The long statistics and matrices.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: test test-slow
+
+# What depends on numbers, with each instruction set that this machine has or can emulate as the default.
+test-levels: setup
+	for level in $$($(BIN)/python -c 'from magicpig.kernels.native import isa_levels; print(*isa_levels(True))'); do \
+	  MAGICPIG_ISA=$$level $(BIN)/python -m pytest -m 'numbers and not slow' -q $(ARGS) || exit 1; \
+	done
 
 # The integration once more, on the lowest transformers in front of the one in .venv.
 test-lowest: setup $(STAMPS)/lowest-$(LOWEST)
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -c \
 	  "import transformers as t; assert t.__version__ == '$(LOWEST)', t.__version__; print('transformers', t.__version__)"
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest tests/integrations $(ARGS)
+
+# The tests with the newest of everything: shows what next month breaks. What will be gone one day may warn here.
+test-newest:
+	$(MAKE) setup VENV=.venv-newest BUILD=build/newest CONSTRAINTS=
+	.venv-newest/bin/python -m pytest -m 'not slow' -W default::FutureWarning -W default::DeprecationWarning \
+	  -W default::PendingDeprecationWarning $(ARGS)
 
 # What the kernels do with memory, watched: their tests on a build that stops at the first wrong address. Takes minutes.
 # Python itself is not built for it, so the runtime is loaded before; leaks are Python's affair.
@@ -57,6 +82,13 @@ format: setup
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(filter-out CMakeLists.txt,$(NATIVE))
 
+# For every Python that the package supports. Which index it asks is the affair of whoever runs it.
+constraints: $(STAMPS)/venv
+	$(PIP) install --upgrade uv
+	$(BIN)/uv pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-emit-index-url \
+	  --python-version 3.10 --custom-compile-command 'make constraints' \
+	  --output-file requirements/constraints.txt pyproject.toml requirements/build.in
+
 wheel: setup
 	$(PIP) wheel --no-deps --no-build-isolation -w dist .
 
@@ -69,17 +101,15 @@ $(STAMPS)/venv:
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/torch: $(STAMPS)/venv
-	$(PIP) install '$(TORCH)'
-	touch $@
-
-$(STAMPS)/build-tools: $(STAMPS)/torch
-	$(PIP) install 'scikit-build-core>=1.1' 'nanobind>=3.1,<4' 'cmake>=3.20' ninja
+# Before the package, which needs them to be built.
+$(STAMPS)/build-tools: $(STAMPS)/venv requirements/build.in $(CONSTRAINTS)
+	$(PIP) install $(PINNED) --requirement requirements/build.in
 	touch $@
 
 $(STAMPS)/install: $(STAMPS)/build-tools pyproject.toml $(NATIVE)
-	$(PIP) install --no-build-isolation --check-build-dependencies --editable '.[dev]' \
-	  -C build-dir=build/dev -C cmake.define.MAGICPIG_EMULATE_BF16=ON
+	$(PIP) install $(PINNED) --no-build-isolation --check-build-dependencies --editable '.[dev]' \
+	  -C build-dir=$(BUILD) -C cmake.define.MAGICPIG_EMULATE_BF16=ON
+	$(if $(CONSTRAINTS),cp $(CONSTRAINTS),: >) $(STAMPS)/constraints.txt
 	touch $@
 
 $(STAMPS)/lowest-$(LOWEST): $(STAMPS)/install

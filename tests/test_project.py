@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from importlib.metadata import version as package_version
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
 
 import magicpig
 from magicpig.kernels import _native
@@ -37,6 +39,33 @@ def test_stub_describes_the_compiled_module(tmp_path):
 def test_links_lead_somewhere(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def _named(line: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; #]", line.strip(), maxsplit=1)[0]).lower()
+
+
+def test_everything_that_make_installs_has_an_exact_version():
+    pinned = [line for line in (ROOT / "requirements/constraints.txt").read_text().splitlines() if line[:1] != "#"]
+    assert [line for line in pinned if not re.fullmatch(r"[\w.-]+==[\w.+]+( ; [^/]+)?", line)] == []
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    wanted += [line for line in (ROOT / "requirements/build.in").read_text().splitlines() if line[:1] not in ("#", "")]
+    assert {_named(line) for line in wanted} - {_named(line) for line in pinned} == set()
+
+
+def test_what_is_installed_here_is_what_is_pinned():
+    """Only where `make` installed it so: whoever tests the newest versions has others."""
+    made = Path(sys.prefix, ".stamps/constraints.txt")
+    if not made.exists() or made.stat().st_size == 0:
+        pytest.skip("this environment was not made with the constraints")
+    for line in (ROOT / "requirements/constraints.txt").read_text().splitlines():
+        name, _, rest = line.partition("==")
+        if name in ("torch", "transformers", "numpy", "pytest", "ruff"):
+            version, _, marker = rest.partition(" ; ")
+            if not marker or Marker(marker).evaluate():
+                assert package_version(name).split("+")[0] == version, f"run `make setup`: {line}"
 
 
 def test_environment_variables_are_documented():
