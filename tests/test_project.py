@@ -1,5 +1,6 @@
 """What the repository says about itself has to be true: version, stub, documents."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -103,3 +104,37 @@ def test_readme_file_tree_names_what_exists():
 def _files(place: Path) -> list[Path]:
     assert place.exists(), place
     return [path for path in place.rglob("*") if path in SOURCES] if place.is_dir() else [place]
+
+
+# Factories of torch that take the caller's default dtype or device where none is given.
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "complex", "empty", "empty_permuted",
+    "empty_strided", "eye", "frombuffer", "full", "hamming_window", "hann_window", "kaiser_window", "linspace",
+    "logspace", "normal", "ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor",
+    "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+
+
+def without_dtype_or_device(source: str) -> list[str]:
+    """The calls of such factories that leave one of the two to the caller's defaults."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    found = []
+    for call in calls:
+        name = ast.unparse(call.func)
+        named = {keyword.arg for keyword in call.keywords}
+        # None: keywords in a dictionary.
+        if name.removeprefix("torch.") in FACTORIES and name.startswith("torch.") and None not in named:
+            found += [f"line {call.lineno}: {name} without {missing}" for missing in {"dtype", "device"} - named]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.suffix == ".py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_allocation_says_dtype_and_device(path):
+    # torch.set_default_dtype and set_default_device are common first lines: kernels would write past what they get.
+    assert without_dtype_or_device(path.read_text()) == []
+
+
+def test_allocations_that_leave_something_to_defaults_are_found():
+    assert without_dtype_or_device("torch.zeros(3, dtype=torch.int64)") == ["line 1: torch.zeros without device"]
+    assert len(without_dtype_or_device("x = [torch.arange(n) for n in y]")) == 2
+    assert without_dtype_or_device("torch.zeros_like(x); torch.ones(2, dtype=d, device=e); torch.eye(3, **F)") == []

@@ -55,7 +55,7 @@ class LayerDecoder:
     def __init__(self, stores: Sequence[KVStore], query_heads: int, *, scale: float, softcap: float | None) -> None:
         """Raises ValueError as `decode_step`."""
         first, B = stores[0], len(stores)
-        _check_query(torch.empty(B, query_heads, first.head_dim, dtype=first.dtype), stores, scale)
+        _check_query(torch.empty(B, query_heads, first.head_dim, dtype=first.dtype, device="cpu"), stores, scale)
         _sampler(stores)
         self.scale, self.softcap = scale, softcap
         self._stores, self._views, self._dtype = stores, [store.view for store in stores], first.dtype
@@ -131,7 +131,7 @@ def step_info(samples: list[list[Sample]], predicted_error: Tensor, kv_heads: in
     return StepInfo(
         ids=[[sample.ids for sample in heads] for heads in samples],
         log_u=[[sample.log_u for sample in heads] for heads in samples],
-        rows=torch.tensor(rows, dtype=torch.int64),
+        rows=torch.tensor(rows, dtype=torch.int64, device="cpu"),
         predicted_error=predicted_error,
     )
 

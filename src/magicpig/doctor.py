@@ -95,8 +95,8 @@ def self_check(levels: list[str] | None = None, head_dim: int = 80, group: int =
     levels: the instruction-set levels to try, all usable ones by default; the one in use is in use again afterwards.
     """
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 2 * group, 1, head_dim, generator=generator)
-    keys, values = torch.randn(2, 1, 2, 333, head_dim, generator=generator)
+    query = torch.randn(1, 2 * group, 1, head_dim, generator=generator, dtype=torch.float32, device="cpu")
+    keys, values = torch.randn(2, 1, 2, 333, head_dim, generator=generator, dtype=torch.float32, device="cpu")
     # One bit, and one hit in 64 tables is enough: a key stays out with a probability below 1e-9.
     settings: dict[str, dict[str, Any]] = {
         "reads every key": {"sampler": "full"},

@@ -102,7 +102,7 @@ def _attend_reference(
             k, v = _rounded(k, config), from_bytes(*to_bytes(v))
         if config.sampler == "full" or short:
             state = reference.attend_full(q, k, v, scale=scale, softcap=softcap)
-            drawn = [_nothing()] * len(q)
+            drawn = [reference.no_sample()] * len(q)
         elif config.sampler == "sketch":
             state, drawn = reference.attend_sketch(
                 q,
@@ -140,16 +140,17 @@ def _attend_chosen(
     """Attention of one sequence, (H, D) over (G, N, D), with rows of the body chosen as in samplers.py."""
     N, first = keys.shape[1], config.sinks
     working = torch.promote_types(query.dtype, torch.float32)
-    samples = [_nothing()] * len(query)
+    samples = [reference.no_sample()] * len(query)
     if config.sampler in NAMES:
         body = [keys[:, first : N - config.recent]]
         chosen = draw(config, query.to(working), body, position=N, scale=scale, softcap=softcap)
         samples = [Sample(first + sample.ids, sample.log_u) for sample in chosen]
-    exact = torch.cat([torch.arange(first), torch.arange(N - config.recent, N)])
+    position = torch.arange(N, dtype=torch.int64, device="cpu")
+    exact = position[(position < first) | (position >= N - config.recent)]
     states, group = [], len(query) // len(keys)
     for h, sample in enumerate(samples):
         rows = torch.cat([exact, sample.ids])
-        log_u = torch.cat([torch.zeros(len(exact)), sample.log_u])
+        log_u = torch.cat([torch.zeros(len(exact), dtype=torch.float32, device="cpu"), sample.log_u])
         k, v = keys[h // group, rows], values[h // group, rows]
         states.append(attend_rows(query[h : h + 1], k, v, scale=scale, log_u=log_u, softcap=softcap))
     return AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states])), samples
@@ -161,10 +162,6 @@ def _rounded(keys: Tensor, config: Config) -> Tensor:
     body = keys[:, config.sinks : max(config.sinks, keys.shape[1] - config.recent)]
     mean = body.mean(1, keepdim=True) if config.centre and body.shape[1] > 0 else torch.zeros_like(keys[:, :1])
     return from_bytes(*to_bytes(keys - mean)) + mean
-
-
-def _nothing() -> Sample:
-    return Sample(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -209,7 +209,7 @@ def generate(
         lambda _, __, kwargs, ___: on_prefill(kwargs["input_ids"].shape[1]) if not watch.times else None,
         with_kwargs=True,
     )
-    prompt = torch.tensor([ids], device=network.device)
+    prompt = torch.tensor([ids], device=network.device, dtype=torch.int64)
     try:
         start = time.perf_counter()
         with _finite(network):
@@ -253,7 +253,8 @@ def fill(
     on_chunk is called with the number of tokens of each chunk.
     """
     with cache.filling():
-        for piece in torch.tensor([ids], device=network.device).split(even_chunk(len(ids), chunk), 1):
+        tokens = torch.tensor([ids], device=network.device, dtype=torch.int64)
+        for piece in tokens.split(even_chunk(len(ids), chunk), 1):
             _forward(network, piece, cache)
             on_chunk(piece.shape[1])
 
@@ -271,7 +272,7 @@ def read(
     last = len(ids) - even_chunk(len(ids), chunk)
     if last > 0:
         fill(network, ids[:last], cache, chunk=chunk, on_chunk=on_chunk)
-    logits = _forward(network, torch.tensor([ids[max(0, last) :]], device=network.device), cache)
+    logits = _forward(network, torch.tensor([ids[max(0, last) :]], device=network.device, dtype=torch.int64), cache)
     on_chunk(len(ids) - max(0, last))
     return logits
 

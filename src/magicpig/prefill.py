@@ -153,7 +153,7 @@ def _attend_window(
 ) -> AttentionState:
     T, N = query.shape[1], keys.shape[1]
     if positions is None:
-        positions = torch.arange(N, device=keys.device)
+        positions = torch.arange(N, device=keys.device, dtype=torch.int64)
     pieces = []
     for first in range(0, T, WINDOW_QUERIES):
         last = min(first + WINDOW_QUERIES, T)
@@ -200,7 +200,9 @@ def _suits_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 def _flash(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> AttentionState:
-    bias = None if mask is None else torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     output, lse = _flash_op(query[None], keys[None], values[None], 0.0, causal, attn_mask=bias, scale=scale)
     return AttentionState(output[0].to(lse.dtype), lse[0])
 

@@ -81,7 +81,7 @@ def oracle_replacement(logits: Tensor, rows: int, generator: torch.Generator) ->
     """
     log_p = logits.double().log_softmax(1)
     cumulative = log_p.exp().cumsum(1)
-    uniform = torch.rand(len(logits), rows, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(len(logits), rows, dtype=torch.float64, generator=generator, device="cpu")
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
     times = torch.zeros_like(log_p).scatter_add_(1, drawn, torch.ones_like(uniform))
     log_u = log_p + math.log(rows) - times.clamp(min=1.0).log()
@@ -92,8 +92,8 @@ def uniform_tail(logits: Tensor, rows: int, generator: torch.Generator) -> Tenso
     """Half of the rows are the largest, the others any of the rest (after vAttention, arXiv 2510.05688)."""
     top = rows // 2
     log_u = topk(logits, top)
-    order = torch.rand(logits.shape, generator=generator).masked_fill_(log_u == 0, -1.0)
-    tail = order.topk(rows - top, sorted=False).indices
+    order = torch.rand(logits.shape, generator=generator, dtype=torch.float32, device="cpu")
+    tail = order.masked_fill_(log_u == 0, -1.0).topk(rows - top, sorted=False).indices
     return log_u.scatter_(1, tail, math.log((rows - top) / (logits.shape[1] - top)))
 
 
@@ -112,7 +112,7 @@ def inclusion(weights: Tensor, rows: int) -> Tensor:
     top, ids = weights.topk(rows)
     # With the k largest rows certain, the others share the rows that are left: c[k] = (rows - k) / their weight.
     rest = weights.scatter(1, ids, 0.0).sum(1, keepdim=True) + top.flip(1).cumsum(1).flip(1)
-    c = torch.arange(rows, 0, -1) / rest
+    c = torch.arange(rows, 0, -1, dtype=rest.dtype, device=rest.device) / rest
     certain = (c * top > 1).sum(1, keepdim=True)
     return (c.gather(1, certain) * weights).clamp(max=1.0)
 
@@ -123,7 +123,7 @@ def systematic(u: Tensor, generator: torch.Generator) -> Tensor:
     In every line as many as u sums to, rounded up or down (Madow 1949). It is summed in the order in which sketches
     are walked along, since texts repeat themselves.
     """
-    start, order = torch.rand(len(u), 1, dtype=u.dtype, generator=generator), walk_order(u.shape[1])
+    start, order = torch.rand(len(u), 1, dtype=u.dtype, generator=generator, device="cpu"), walk_order(u.shape[1])
     passed = (u.masked_fill(u >= 1, 0.0)[:, order].cumsum(1) + start).floor()
     taken = passed.diff(dim=1, prepend=torch.zeros_like(start)) > 0
     return (u >= 1) | torch.zeros_like(taken).index_copy_(1, order, taken)

@@ -128,7 +128,7 @@ class KVStore:
         self.sampled = sampled and config.sampler != "full"
         self.settled = False
         self.centred = False  # whether keys are kept minus `mean`
-        self.mean = torch.zeros(kv_heads, head_dim)
+        self.mean = torch.zeros(kv_heads, head_dim, dtype=torch.float32, device="cpu")
         native.dtype_code(dtype)
         native.padded(head_dim)
         self.layout = RowLayout(head_dim, dtype, torch.int8 if config.kv_dtype == "int8" else dtype)
@@ -137,8 +137,9 @@ class KVStore:
         self._sampler: LshSampler | SketchSampler | None = None
         self._segments: tuple[native.Segment, ...] = ()
         self._sketches: tuple[native.SketchSegment, ...] = ()
-        self.pages = torch.empty(2, kv_heads, 0, head_dim, dtype=dtype)  # `page_ranges` of the body, for Quest
-        self._drift_sum = torch.zeros(kv_heads, head_dim)
+        # `page_ranges` of the body, for Quest
+        self.pages = torch.empty(2, kv_heads, 0, head_dim, dtype=dtype, device="cpu")
+        self._drift_sum = torch.zeros(kv_heads, head_dim, dtype=torch.float32, device="cpu")
         self._drift_keys = 0
         self._spread = 0.0
         self._schedule()
@@ -373,8 +374,8 @@ class KVStore:
 
         Whole numbers would be rounded anew; and to attend, any centre is as good, to hash, one close by.
         """
-        total = torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float64)
-        squares = torch.zeros(self.kv_heads, dtype=torch.float64)
+        total = torch.zeros(self.kv_heads, self.head_dim, dtype=torch.float64, device="cpu")
+        squares = torch.zeros(self.kv_heads, dtype=torch.float64, device="cpu")
         for rows in self._pieces(begin, end):
             keys = self.layout.keys(rows, torch.float32)
             total += keys.sum(1)

@@ -81,7 +81,9 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    noise = torch.empty(_NOISE).uniform_(-(3**0.5), 3**0.5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.empty(_NOISE, dtype=torch.float32, device="cpu")
+    noise = noise.uniform_(-(3**0.5), 3**0.5, generator=generator).to(dtype)
     for weights in model.parameters():
         if weights.ndim == 1:  # of a norm
             weights.fill_(1.0)
@@ -222,7 +224,7 @@ class Decoder:
 
     def _generate(self, cache: MagicPigCache, context: int, clock: Clocks) -> None:
         assert self._model is not None
-        prompt = torch.zeros(1, context + 1, dtype=torch.int64)
+        prompt = torch.zeros(1, context + 1, dtype=torch.int64, device="cpu")
         prompt[0, -1] = 1 + context % 7  # any word
         with clock.running(self._model):
             self._model.generate(  # type: ignore[operator]

@@ -112,7 +112,7 @@ class Layer:
         self.truth = torch.stack(  # (T, B, H, D) float64
             [torch.stack([each.exact(step).output for each in data]) for step in range(self.steps)]
         )
-        self._evictor = torch.ones(EVICTION_BYTES // 4)
+        self._evictor = torch.ones(EVICTION_BYTES // 4, dtype=torch.float32, device="cpu")
 
     def stores(self, config: Config) -> list[KVStore]:
         """The contexts without the steps in new stores, not settled."""

@@ -50,9 +50,9 @@ def synthetic_context(
         raise ValueError(f"tokens={tokens}: a context has at least 2 tokens, the sink and another")
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-    keys = torch.empty(kv_heads, tokens + steps, head_dim, dtype=dtype)
+    keys = torch.empty(kv_heads, tokens + steps, head_dim, dtype=dtype, device="cpu")
     values = torch.empty_like(keys)
-    queries = torch.empty(steps, heads, head_dim)
+    queries = torch.empty(steps, heads, head_dim, dtype=torch.float32, device="cpu")
     group = heads // kv_heads
     for g in range(kv_heads):
         # Each head has its own generator: head g is the same however many heads there are.
@@ -67,13 +67,13 @@ def _fill_group(keys: Tensor, values: Tensor, queries: Tensor, tokens: int, gene
     steps, group, _ = queries.shape
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def without_mean(vectors: Tensor) -> Tensor:
         return vectors - (vectors @ mean).unsqueeze(-1) * mean
 
     mean = _unit(normal(head_dim))
-    spectrum = torch.arange(1.0, head_dim + 1) ** SPECTRUM_POWER
+    spectrum = torch.arange(1.0, head_dim + 1, dtype=torch.float32, device="cpu") ** SPECTRUM_POWER
     basis = (spectrum / spectrum.sum()).sqrt().unsqueeze(1) * torch.linalg.qr(normal(head_dim, head_dim))[0]
 
     common = _mix(normal(1, head_dim), normal(group, head_dim), SHARED_BY_GROUP) @ basis
@@ -82,10 +82,10 @@ def _fill_group(keys: Tensor, values: Tensor, queries: Tensor, tokens: int, gene
     sideways = math.sqrt(1 - QUERY_TO_KEYS**2)
     queries.copy_(QUERY_LENGTH * (sideways * _unit(without_mean(varied)) + QUERY_TO_KEYS * mean))
 
-    needle_at = torch.randint(1, tokens, (group, NEEDLES), generator=generator)
-    needle_cos = 0.35 + 0.6 * torch.rand(group, NEEDLES, generator=generator) ** 4
+    needle_at = torch.randint(1, tokens, (group, NEEDLES), generator=generator, dtype=torch.int64, device="cpu")
+    needle_cos = 0.35 + 0.6 * torch.rand(group, NEEDLES, generator=generator, dtype=torch.float32, device="cpu") ** 4
     needles = [_last_of_each(*needle) for needle in zip(needle_at, needle_cos, strict=True)]
-    lse = torch.full((), -math.inf)
+    lse = torch.full((), -math.inf, dtype=torch.float32, device="cpu")
     for start in range(0, total, CHUNK):
         count = min(CHUNK, total - start)
         runs = normal(math.ceil(count / RUN), head_dim).repeat_interleave(RUN, 0)
@@ -107,7 +107,8 @@ def _fill_group(keys: Tensor, values: Tensor, queries: Tensor, tokens: int, gene
 def _last_of_each(places: Tensor, cosines: Tensor) -> tuple[Tensor, Tensor]:
     """Of needles in one place the last: an assignment to repeated indices is a race between threads."""
     last = dict(zip(places.tolist(), cosines.tolist(), strict=True))
-    return torch.tensor(list(last)), torch.tensor(list(last.values()))
+    at = torch.tensor(list(last), dtype=torch.int64, device="cpu")
+    return at, torch.tensor(list(last.values()), dtype=torch.float32, device="cpu")
 
 
 def _mix(shared: Tensor, own: Tensor, energy: float) -> Tensor:

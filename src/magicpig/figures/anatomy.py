@@ -49,7 +49,8 @@ def attention_mass(attention: AttentionSet) -> list[dict[str, Any]]:
     sink: the attention that the first key gets.
     """
     H, T = attention.heads, attention.steps
-    whole, rest, sink = torch.zeros(H, len(SHARES)), torch.zeros(H, len(SHARES)), torch.zeros(H)
+    whole, rest = torch.zeros(2, H, len(SHARES), dtype=torch.float32, device="cpu")
+    sink = torch.zeros(H, dtype=torch.float32, device="cpu")
     for step in range(T):
         weights = attention.weights(step)
         whole += _held_by_top(weights) / T
@@ -92,16 +93,16 @@ def geometry(attention: AttentionSet) -> list[dict[str, Any]]:
 
 def sink_moves(sinks: list[list[float]]) -> float:
     """The mean cosine between the first keys (D,) of one head in every two of at least two texts."""
-    unit = torch.nn.functional.normalize(torch.tensor(sinks, dtype=torch.float64), dim=-1)
+    unit = torch.nn.functional.normalize(torch.tensor(sinks, dtype=torch.float64, device="cpu"), dim=-1)
     cosines = unit @ unit.T
-    above = torch.triu_indices(len(sinks), len(sinks), 1)
+    above = torch.triu_indices(len(sinks), len(sinks), 1, dtype=torch.int64, device="cpu")
     return float(cosines[above[0], above[1]].mean())
 
 
 def _held_by_top(weights: Tensor) -> Tensor:
     """(H, n) weights that sum to 1 to (H, shares): what the largest of them sum to, at least one key each."""
     n = weights.shape[1]
-    counts = torch.tensor([max(1, round(share * n)) for share in SHARES])
+    counts = torch.tensor([max(1, round(share * n)) for share in SHARES], dtype=torch.int64, device="cpu")
     return weights.sort(-1, descending=True).values.cumsum(-1)[:, counts - 1].float()
 
 

@@ -59,7 +59,8 @@ def estimate(attention: AttentionSet, config: Config, exact: Sequence[AttentionS
         body = store.indexed_to - config.sinks if store.settled else 0
         errors.append((state.output[0].double() - truth.output).norm(dim=-1) / truth.output.norm(dim=-1))
         lse_errors.append((state.lse[0].double() - truth.lse).abs())
-        shares.append(torch.tensor([len(ids) / body if body else 1.0 for ids in info.ids[0]]))
+        read = [len(ids) / body if body else 1.0 for ids in info.ids[0]]
+        shares.append(torch.tensor(read, dtype=torch.float32, device="cpu"))
     means = (torch.stack(each).mean(0).tolist() for each in (errors, lse_errors, shares))
     rounded = ([float(f"{value:.6g}") for value in each] for each in means)
     return [Estimate(head, *each) for head, each in enumerate(zip(*rounded, strict=True))]

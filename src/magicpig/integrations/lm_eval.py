@@ -50,7 +50,7 @@ class SamplingLM(HFLM):  # type: ignore[misc]
             logits = first
             if len(answer) > 1:
                 logits = torch.cat([first, self._logits(answer[:-1], read.fork(), len(answer) - 1)])
-            result = _judge(logits, torch.tensor(answer))
+            result = _judge(logits, torch.tensor(answer, dtype=torch.int64, device="cpu"))
             found.append(result)
             if name is not None:
                 self.cache_hook.add_partial("loglikelihood", name, result)
@@ -58,7 +58,8 @@ class SamplingLM(HFLM):  # type: ignore[misc]
 
     def _logits(self, tokens: list[int], cache: MagicPigCache, keep: int) -> Tensor:
         only = {"logits_to_keep": keep} if self.model._supports_logits_to_keep() else {}
-        logits: Tensor = self.model(torch.tensor([tokens]), past_key_values=cache, **only).logits[0, -keep:]
+        ids = torch.tensor([tokens], dtype=torch.int64, device="cpu")
+        logits: Tensor = self.model(ids, past_key_values=cache, **only).logits[0, -keep:]
         return logits
 
 

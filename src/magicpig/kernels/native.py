@@ -86,7 +86,7 @@ def make_sampler(head_dim: int, K: int, L: int, min_hits: int, seed: int) -> Lsh
 
 def inclusion_law(K: int, L: int, min_hits: int) -> Tensor:
     """log u, (4097,) float32, on the kernels' axis x = sign(c) (1 - sqrt(1 - |c|)): fine where angles change fast."""
-    x = torch.linspace(-1.0, 1.0, int(_native.LAW_SIZE) + 1, dtype=torch.float64)
+    x = torch.linspace(-1.0, 1.0, int(_native.LAW_SIZE) + 1, dtype=torch.float64, device="cpu")
     x[0] = x[0] + 0.25 * (x[1] - x[0])  # at -1 itself log u is -inf, which cannot be interpolated
     cosine = x.sign() * (1.0 - (1.0 - x.abs()).square())
     return log_inclusion(cosine, K, L, min_hits).to(torch.float32)
@@ -177,7 +177,7 @@ def lookup(query_codes: Tensor, segment: Segment, head: int, min_hits: int) -> T
         query_codes.dtype == torch.uint16 and query_codes.is_contiguous(),
         "query codes must be contiguous uint16",
     )
-    found = torch.empty(segment.count, dtype=torch.int32)
+    found = torch.empty(segment.count, dtype=torch.int32, device="cpu")
     n = _native.lookup(
         query_codes.data_ptr(),
         segment.K,
@@ -312,10 +312,10 @@ def weigh(
     """Weights of one kv head's keys for the queries (R, D) float32 of its group."""
     (R, D), n = query.shape, segment.count
     width, blocks = padded(D), -(-n // SKETCH_KEYS)
-    lanes, whole = torch.zeros(R, width), torch.empty(R, width, dtype=torch.int8)
+    lanes, whole = _zeros(R, width), torch.empty(R, width, dtype=torch.int8, device="cpu")
     lanes[:, :D] = query
-    offset = torch.zeros(R) if offset is None else offset.to(torch.float32).contiguous()
-    weights = torch.empty(blocks * SKETCH_KEYS, dtype=torch.int32)
+    offset = _zeros(R) if offset is None else offset.to(torch.float32).contiguous()
+    weights = torch.empty(blocks * SKETCH_KEYS, dtype=torch.int32, device="cpu")
     ones = _native.weigh(
         sampler,
         lanes.data_ptr(),
@@ -329,7 +329,8 @@ def weigh(
         weights.data_ptr(),
         whole.data_ptr(),
     )
-    return SketchWeights(weights[:n].to(torch.int64), whole[:, :D], torch.tensor(ones, dtype=torch.float64))
+    one_each = torch.tensor(ones, dtype=torch.float64, device="cpu")
+    return SketchWeights(weights[:n].to(torch.int64), whole[:, :D], one_each)
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,8 @@ def draw(weights: Tensor, budget: int, *, seed: int, head: int, position: int, d
     """The sample of one kv head by the weights (n,) of its keys, as a decode step draws it."""
     narrow = weights.to(torch.int32)
     step, start, ids, log_u = _native.draw(narrow.data_ptr(), len(narrow), budget, seed, head, position, doublings)
-    return Draw(step, start, torch.tensor(ids, dtype=torch.int64), torch.tensor(log_u))
+    positions = torch.tensor(ids, dtype=torch.int64, device="cpu")
+    return Draw(step, start, positions, torch.tensor(log_u, dtype=torch.float32, device="cpu"))
 
 
 def write_bytes(x: Tensor, rows: Tensor, half: int) -> None:
@@ -369,11 +371,11 @@ def interleave(keys: Tensor, values: Tensor, dtype: torch.dtype | None = None) -
     n, D = keys.shape
     width = padded(D)
     if dtype == torch.int8:
-        rows = torch.zeros(1, n, row_width(D, dtype), dtype=dtype)
+        rows = torch.zeros(1, n, row_width(D, dtype), dtype=dtype, device="cpu")
         write_bytes(keys[None], rows, 0)
         write_bytes(values[None], rows, 1)
         return rows[0]
-    rows = torch.zeros(n, 2 * width, dtype=keys.dtype)
+    rows = torch.zeros(n, 2 * width, dtype=keys.dtype, device="cpu")
     rows[:, :D] = keys
     rows[:, width : width + D] = values
     return rows
@@ -384,8 +386,8 @@ def attend_rows(
 ) -> AttentionState:
     """Exact attention of a group's queries (H, D) over rows (n, width): output (H, D) and lse (H,), float32."""
     lanes = _padded_queries(query, rows)
-    offset = torch.zeros(len(query)) if offset is None else offset.to(torch.float32).contiguous()
-    output, lse = torch.empty_like(lanes), torch.empty(len(query))
+    offset = _zeros(len(query)) if offset is None else offset.to(torch.float32).contiguous()
+    output, lse = torch.empty_like(lanes), _zeros(len(query))
     _native.attend_rows(
         row_code(rows.dtype),
         lanes.shape[1],
@@ -417,7 +419,7 @@ def attend(
     blocks: row blocks (4096, width) of which the last may be shorter; ids: (S,) positions; log_u: (S,).
     """
     lanes = _padded_queries(query[None], blocks[0])
-    output, lse = torch.empty_like(lanes), torch.empty(1)
+    output, lse = torch.empty_like(lanes), _zeros(1)
     ids, log_u = ids.to(torch.uint32).contiguous(), log_u.to(torch.float32).contiguous()
     _native.attend(
         row_code(blocks[0].dtype),
@@ -440,10 +442,10 @@ def merge(states: Sequence[AttentionState]) -> AttentionState:
     """Attention over the union of disjoint sets of keys, from float32 states (H, D), (H,) over each."""
     heads, D = states[0].output.shape
     width = padded(D)
-    outputs = torch.zeros(len(states), heads, width)
+    outputs = _zeros(len(states), heads, width)
     outputs[:, :, :D] = torch.stack([state.output for state in states])
     lses = torch.stack([state.lse for state in states]).to(torch.float32).contiguous()
-    output, lse = torch.empty(heads, width), torch.empty(heads)
+    output, lse = _zeros(heads, width), _zeros(heads)
     _native.merge(len(states), heads, width, outputs.data_ptr(), lses.data_ptr(), output.data_ptr(), lse.data_ptr())
     return AttentionState(output[:, :D], lse)
 
@@ -455,12 +457,17 @@ def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _zeros(*shape: int) -> Tensor:
+    """What the kernels read and write outside rows: float32 in host memory, whatever the caller's defaults are."""
+    return torch.zeros(*shape, dtype=torch.float32, device="cpu")
+
+
 def _padded_queries(query: Tensor, rows: Tensor) -> Tensor:
     _require(rows.is_contiguous(), "rows must be contiguous")
     _require(
         rows.shape[-1] == row_width(query.shape[-1], rows.dtype), "rows and queries disagree about the head dimension"
     )
-    out = torch.zeros(len(query), padded(query.shape[-1]))
+    out = _zeros(len(query), padded(query.shape[-1]))
     out[:, : query.shape[1]] = query
     return out
 
@@ -492,9 +499,9 @@ def decode_step(
 ) -> StepResult:
     """One step of one layer: append, sample, attend, merge. As decode.decode_step, which checks; contiguous."""
     B, H, D = query.shape
-    output = torch.empty(B, H, D, dtype=query.dtype)
-    lse = torch.empty(B, H, dtype=torch.float32)
-    predicted_error = torch.empty(B, H, dtype=torch.float32)
+    output = torch.empty(B, H, D, dtype=query.dtype, device="cpu")
+    lse = torch.empty(B, H, dtype=torch.float32, device="cpu")
+    predicted_error = torch.empty(B, H, dtype=torch.float32, device="cpu")
     samples = _native.decode_step(
         views,
         sampler if isinstance(sampler, LshSampler) else None,
@@ -524,7 +531,7 @@ class RepeatedStep:
 
     def __init__(self, B: int, H: int, D: int, scale: float, softcap: float) -> None:
         self._shape, self._heads, self._scale, self._softcap = (B, 1, H, D), H, scale, softcap
-        self._lse, self._predicted_error = torch.empty(2, B, H, dtype=torch.float32)
+        self._lse, self._predicted_error = torch.empty(2, B, H, dtype=torch.float32, device="cpu")
         self._unread = self._lse.data_ptr(), self._predicted_error.data_ptr()
 
     def __call__(
@@ -537,7 +544,7 @@ class RepeatedStep:
     ) -> Tensor:
         """query (B, H, 1, D), keys and values (B, G, 1, D), contiguous and of one dtype; returns (B, 1, H, D)."""
         dtype = query.dtype
-        output = torch.empty(self._shape, dtype=dtype)
+        output = torch.empty(self._shape, dtype=dtype, device="cpu")
         _native.decode_step(
             views,
             sampler if isinstance(sampler, LshSampler) else None,

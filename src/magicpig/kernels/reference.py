@@ -48,15 +48,14 @@ def attend_lsh(
     """
     kv_heads, tokens, head_dim = keys.shape
     if tokens <= sinks + recent:
-        nothing = Sample(ids=torch.empty(0, dtype=torch.int64), log_u=torch.empty(0, dtype=torch.float64))
-        return attend_full(query, keys, values, scale=scale, softcap=softcap), [nothing] * len(query)
+        return attend_full(query, keys, values, scale=scale, softcap=softcap), [no_sample()] * len(query)
     working = torch.promote_types(query.dtype, torch.float32)
     query, keys, values = query.to(working), keys.to(working), values.to(working)
     if planes is None:
         planes = make_planes(head_dim, K, L, seed)
 
     states, samples = [], []
-    position = torch.arange(tokens)
+    position = torch.arange(tokens, dtype=torch.int64, device=keys.device)
     static = (position < sinks) | (position >= tokens - recent)
     for group, key, value in zip(_grouped(query, kv_heads), keys, values, strict=True):
         # Keys live in a narrow cone opposite to the queries and would hardly ever collide with them.
@@ -103,14 +102,13 @@ def attend_sketch(
     """
     kv_heads, tokens, head_dim = keys.shape
     if tokens <= sinks + recent:
-        nothing = Sample(ids=torch.empty(0, dtype=torch.int64), log_u=torch.empty(0, dtype=torch.float64))
-        return attend_full(query, keys, values, scale=scale, softcap=softcap), [nothing] * len(query)
+        return attend_full(query, keys, values, scale=scale, softcap=softcap), [no_sample()] * len(query)
     working = torch.promote_types(query.dtype, torch.float32)
     query, keys, values = query.to(working), keys.to(working), values.to(working)
     rotation = sketch.make_rotation(head_dim, seed)
 
     states, samples = [], []
-    position = torch.arange(tokens)
+    position = torch.arange(tokens, dtype=torch.int64, device=keys.device)
     static = (position < sinks) | (position >= tokens - recent)
     for g, (group, key, value) in enumerate(zip(_grouped(query, kv_heads), keys, values, strict=True)):
         body = key[~static]
@@ -128,7 +126,8 @@ def attend_sketch(
         while True:
             found, log_u = sketch.pick(weights, step, start, doublings)
             if doublings > 0 and budget << doublings > sketch.EXACT_SHARE * len(body):
-                found, log_u = torch.arange(len(body)), torch.zeros(len(body), dtype=torch.float64)
+                found = torch.arange(len(body), dtype=torch.int64, device="cpu")
+                log_u = torch.zeros(len(body), dtype=torch.float64, device="cpu")
             sample = Sample(ids=sinks + found, log_u=log_u)
             rows = key[sample.ids], value[sample.ids]
             sampled = attend(group, *rows, scale=scale, log_u=sample.log_u, softcap=softcap)
@@ -144,6 +143,14 @@ def attend_sketch(
     output = torch.cat([state.output for state in states])
     lse = torch.cat([state.lse for state in states])
     return AttentionState(output=output, lse=lse), samples
+
+
+def no_sample() -> Sample:
+    """Of a head that draws nothing, as all it attends to is read."""
+    return Sample(
+        ids=torch.empty(0, dtype=torch.int64, device="cpu"),
+        log_u=torch.empty(0, dtype=torch.float64, device="cpu"),
+    )
 
 
 def predicted_errors(

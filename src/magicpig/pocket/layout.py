@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from magicpig.evaluation.tasks import lexicon
 from magicpig.pocket.model import HEAD_DIM, ROPE_BASE
 
+_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
 _HALF = HEAD_DIM // 2
 # A head's dimensions. The first 16 frequencies tell distances; the others hardly rotate within 40,000 positions.
 _DISTANCES = 16
@@ -73,21 +74,25 @@ class _Distance:
     @staticmethod
     def exactly(back: int) -> _Distance:
         """39 at d = back, 8 less beside it, and near 0 far away."""
-        amplitude = torch.tensor([14.0, 8, 5, 3, 2, *[0.8] * 9, 0, 0])
-        angle = back * (torch.tensor(ROPE_BASE) ** (-torch.arange(_HALF) / _HALF))[:_DISTANCES]
+        amplitude = torch.tensor([14.0, 8, 5, 3, 2, *[0.8] * 9, 0, 0], **_FLOATS)
+        angle = back * (torch.tensor(ROPE_BASE, **_FLOATS) ** (-torch.arange(_HALF, **_FLOATS) / _HALF))[:_DISTANCES]
         return _Distance(amplitude * angle.cos(), amplitude * angle.sin())
 
 
 # Found by linear programming. Falls by 0.5 a token or more up to d = 26, from 56 to 37; at most 32.4 from 31 to 45,000.
 _RECENT = _Distance(
-    torch.tensor([-0.01, 0.42, 1.72, 1.17, 7.56, 5.02, 7.15, 4.45, 5.88, 3.66, 4.18, 3.26, 3.1, 4.41, 2.35, 1.8]),
-    torch.tensor([-0.05, -0.04, -0.83, 0, 0, 0, -2.94, *[0.0] * 9]),
+    torch.tensor(
+        [-0.01, 0.42, 1.72, 1.17, 7.56, 5.02, 7.15, 4.45, 5.88, 3.66, 4.18, 3.26, 3.1, 4.41, 2.35, 1.8], **_FLOATS
+    ),
+    torch.tensor([-0.05, -0.04, -0.83, 0, 0, 0, -2.94, *[0.0] * 9], **_FLOATS),
 )
 # Likewise. Within 0.2 of 0 at d = 2, 5, ..., 29, where the words of a numbered list are, and at most 1 between; at
 # most -9.8 from 46 to 45,000. -0.9 at 1 and -1.4 at 0, for words in a row.
 _JUST_SAID = _Distance(
-    torch.tensor([-0.43, -0.08, -0.09, -0.33, 0.62, 3.8, 2.78, 2.26, 2.44, 2.62, 0, 0, 0, -0.12, -14.86, 0]),
-    torch.tensor([0.09, 0.18, 0.41, -1.06, 3.02, 0, 0, -0.47, -0.01, -0.14, -0.82, -0.23, -0.46, -0.18, 0, -37.51]),
+    torch.tensor([-0.43, -0.08, -0.09, -0.33, 0.62, 3.8, 2.78, 2.26, 2.44, 2.62, 0, 0, 0, -0.12, -14.86, 0], **_FLOATS),
+    torch.tensor(
+        [0.09, 0.18, 0.41, -1.06, 3.02, 0, 0, -0.47, -0.01, -0.14, -0.82, -0.23, -0.46, -0.18, 0, -37.51], **_FLOATS
+    ),
 )
 
 
@@ -103,7 +108,7 @@ def restrict(model: LlamaForCausalLM) -> None:
     """
     model.requires_grad_(False)
     last = model.model.layers[-1].mlp.requires_grad_(True)
-    may_change = torch.zeros(model.config.hidden_size, 1)
+    may_change = torch.zeros(model.config.hidden_size, 1, **_FLOATS)
     may_change[_Stream.form] = 1
     last.down_proj.weight.register_hook(lambda gradient: gradient * may_change.to(gradient.device))
 
@@ -135,8 +140,8 @@ def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
     # What stands for the words before the first one, as long as their sketches.
     before_all = torch.cat(
         [
-            F.normalize(torch.randn(_SHORT, 1, generator=random), dim=0),
-            F.normalize(torch.randn(_LONG - _SHORT, 1, generator=random), dim=0) * 2**0.5,
+            F.normalize(torch.randn(_SHORT, 1, generator=random, **_FLOATS), dim=0),
+            F.normalize(torch.randn(_LONG - _SHORT, 1, generator=random, **_FLOATS), dim=0) * 2**0.5,
         ]
     )
     # The squared norm of the stream before each layer, by construction.
@@ -170,8 +175,8 @@ def _embed(weight: Tensor, tokenizer: PreTrainedTokenizerFast, random: torch.Gen
         weight[[encode(word) for word in words], feature] = much
 
     size = _Stream.word.stop
-    basis = torch.linalg.qr(torch.randn(size, size, generator=random))[0]
-    parts = torch.randn(len(weight), size, generator=random)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=random, **_FLOATS))[0]
+    parts = torch.randn(len(weight), size, generator=random, **_FLOATS)
     for begin, end in pairwise((0, 6, 7, 8, 10, 14, _SHORT, len(_MATCHING), _LONG, size)):
         parts[:, begin:end] = F.normalize(parts[:, begin:end], dim=1) * ((end - begin) / size) ** 0.5
     parts[[encode(word) for word in _COMMON], :_LONG] = 0
@@ -194,7 +199,7 @@ def _embed(weight: Tensor, tokenizer: PreTrainedTokenizerFast, random: torch.Gen
     mark(_Stream.colon, [":"])
     mark(_Stream.ordinal, [str(number) for number in range(1, 10)])
     form = form_tokens(tokenizer)
-    codes = torch.linalg.qr(torch.randn(len(form), len(form), generator=random))[0][:, : _size(_Stream.form)]
+    codes = torch.linalg.qr(torch.randn(len(form), len(form), generator=random, **_FLOATS))[0][:, : _size(_Stream.form)]
     weight[form, _Stream.form] = F.normalize(codes, dim=1)
     first = tokenizer.bos_token_id
     weight[first, _Stream.word] = 0
@@ -226,14 +231,14 @@ class _Layer:
 
     def read(self, place: slice, what: Tensor | None = None) -> Tensor:
         """(n, hidden) what is seen of a place; all of it by default."""
-        what = torch.eye(_size(place)) if what is None else what
-        rows = torch.zeros(len(what), self.hidden)
+        what = torch.eye(_size(place), **_FLOATS) if what is None else what
+        rows = torch.zeros(len(what), self.hidden, **_FLOATS)
         rows[:, place] = what
         return rows
 
     def flag(self, feature: int, much: float = 1.0) -> Tensor:
         """(1, hidden) a feature."""
-        return self.read(_only(feature), torch.tensor([[much]]))
+        return self.read(_only(feature), torch.tensor([[much]], **_FLOATS))
 
     def before(self, back: int) -> Tensor:
         """(n, hidden) the sketch of an earlier word, of which the first token has none."""
@@ -295,16 +300,18 @@ def _remember(layer: _Layer, sketch: Tensor) -> None:
     for head, back in enumerate((1, 2, 3, 4)):
         layer.by_distance(head, _Distance.exactly(back))
         size = _size(s.back[back])
-        layer.leave(head, 0, s.back[back], torch.eye(size) * (_SHORT / size) ** 0.5)
+        layer.leave(head, 0, s.back[back], torch.eye(size, **_FLOATS) * (_SHORT / size) ** 0.5)
         # Keeps the norm.
-        layer.leave(head, _LONG if head >= 2 else _SHORT + len(features), _only(s.plain[back]), torch.ones(1, 1))
+        layer.leave(
+            head, _LONG if head >= 2 else _SHORT + len(features), _only(s.plain[back]), torch.ones(1, 1, **_FLOATS)
+        )
     for head, source, target, much in (
         (0, s.colon, s.after_colon, _SMALL),
         (1, s.equals, s.after_equals, _SMALL),
         (1, s.ordinal, s.after_ordinal, _SMALL),
         (1, s.hint, s.asks, 0.8),
     ):
-        layer.leave(head, _SHORT + features.index(source), _only(target), torch.tensor([[much]]))
+        layer.leave(head, _SHORT + features.index(source), _only(target), torch.tensor([[much]], **_FLOATS))
 
 
 def _understand(layer: _Layer, sketch: Tensor) -> None:
@@ -319,7 +326,7 @@ def _understand(layer: _Layer, sketch: Tensor) -> None:
     layer.when(0, counted, {0: 8.0 * one})
     layer.when(1, first, {0: (8.0 + 10.0 + math.log(10.0)) * one})
     layer.carry(0, [counted])
-    layer.leave(0, 0, _only(s.count), torch.tensor([[_SMALL]]))
+    layer.leave(0, 0, _only(s.count), torch.tensor([[_SMALL]], **_FLOATS))
     # From y in "VAR x = VAR y" to x, after ":" from the end of the number four tokens back. Both of two must hold.
     unit = 12.0
     asked = _stretched(layer.read(s.back[4])[:14])
@@ -334,7 +341,9 @@ def _understand(layer: _Layer, sketch: Tensor) -> None:
         layer.by_distance(head, _RECENT)
         layer.when(head - 4, layer.flag(here), {head: 40 * one})
         for place, back in zip(topic, words, strict=True):
-            layer.leave(head, len(carried) * _KEY, place, torch.eye(_KEY) * (_size(s.back[back]) / _SHORT) ** 0.5)
+            layer.leave(
+                head, len(carried) * _KEY, place, torch.eye(_KEY, **_FLOATS) * (_size(s.back[back]) / _SHORT) ** 0.5
+            )
             carried.append(layer.before(back)[:_KEY])
     layer.when(2, first, {4: 75 * one, 5: 75 * one})
     layer.carry(2, carried)
@@ -353,7 +362,7 @@ def _answer(layer: _Layer, sketch: Tensor, random: torch.Generator) -> None:
         (1.2 * unit, _stretched(layer.read(s.word, sketch[:8])), layer.before(1)[:8]),
         (0.6 * unit, _stretched(layer.read(s.back[1])[:7]), layer.before(2)[:7]),
     ]
-    part = torch.linalg.qr(torch.randn(_size(s.word), HEAD_DIM, generator=random))[0].T
+    part = torch.linalg.qr(torch.randn(_size(s.word), HEAD_DIM, generator=random, **_FLOATS))[0].T
     layer.carry(0, [layer.read(s.word, part)])
     for head in (0, 1):
         layer.match(head, pairs)
@@ -372,7 +381,7 @@ def _answer(layer: _Layer, sketch: Tensor, random: torch.Generator) -> None:
         layer.when(2, layer.flag(s.count, 1 / _SMALL), {mean: 7.0 * asks})
         layer.when(3, layer.flag(s.after_ordinal, 1 / _SMALL), {said: 11.6 * asks})
         layer.when(4, first, {mean: 30 * one - 15 * asks, said: (30 + math.log(26.0)) * one - 18 * asks})
-        half = torch.eye(_size(s.word))[HEAD_DIM * (group - 1) : HEAD_DIM * group]
+        half = torch.eye(_size(s.word), **_FLOATS)[HEAD_DIM * (group - 1) : HEAD_DIM * group]
         layer.carry(group, [layer.read(s.word, half)])
         # What was said is subtracted by about as much as it is counted.
         layer.leave(mean, 0, s.word, 30.0 * half.T)

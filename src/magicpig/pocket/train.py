@@ -167,16 +167,16 @@ def _step(
     words = writer.tokenizer
     kinds = [_kind(row + step * stage.rows) for row in range(stage.rows)]
     batch = [lessons.lesson(kind, writer, stage.length, rng) for kind in kinds]
-    ids = torch.full((stage.rows, stage.length), words.eos_token_id)
+    ids = torch.full((stage.rows, stage.length), words.eos_token_id, dtype=torch.int64, device="cpu")
     for row, each in enumerate(batch):
-        ids[row, : len(each.ids)] = torch.tensor(each.ids)
+        ids[row, : len(each.ids)] = torch.tensor(each.ids, dtype=torch.int64, device="cpu")
     positions = _positions(batch, stage.length, words.encode(".", add_special_tokens=False)[0], rng)
     # With no mask at all transformers takes every jump for the beginning of another text, which must not see this one.
     everything = torch.ones_like(ids)
     hidden = net.model(
         ids.to(device), attention_mask=everything.to(device), position_ids=positions.to(device), use_cache=False
     ).last_hidden_state
-    form = torch.tensor(layout.form_tokens(words), device=device)
+    form = torch.tensor(layout.form_tokens(words), device=device, dtype=torch.int64)
     losses, right = {}, {}
     for kind in dict.fromkeys(kinds):
         targets = [(row, target) for row, k in enumerate(kinds) if k == kind for target in batch[row].targets]
@@ -215,7 +215,9 @@ def _loss(
     most = max(len(target.right) for _, target in targets)
     rows, at = [row for row, _ in targets], [target.at for _, target in targets]
     right = torch.tensor(
-        [[*target.right, *[target.right[0]] * (most - len(target.right))] for _, target in targets], device=form.device
+        [[*target.right, *[target.right[0]] * (most - len(target.right))] for _, target in targets],
+        device=form.device,
+        dtype=torch.int64,
     )
     scores = net.lm_head(hidden[rows, at]).float()
     logs = scores.log_softmax(-1)
@@ -232,7 +234,7 @@ def _positions(batch: list[Lesson], length: int, full_stop: int, rng: random.Ran
     """
     rows = []
     for lesson in batch:
-        jumps = torch.zeros(length, dtype=torch.float64)
+        jumps = torch.zeros(length, dtype=torch.float64, device="cpu")
         text = lesson.ids[: lesson.asked]
         places = [at for at in range(1, len(text)) if text[at - 1] == full_stop]
         if len(places) < len(text) // _PIECE:
@@ -243,7 +245,7 @@ def _positions(batch: list[Lesson], length: int, full_stop: int, rng: random.Ran
             shares = [rng.random() for _ in chosen]
             for place, share in zip(chosen, shares, strict=True):
                 jumps[place] += extra * share / sum(shares)
-        rows.append(torch.arange(length) + jumps.cumsum(0).long())
+        rows.append(torch.arange(length, dtype=torch.int64, device="cpu") + jumps.cumsum(0).long())
     return torch.stack(rows)
 
 
@@ -266,7 +268,7 @@ def _state(net: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Iterator[
         state = optimizer.state[parameter]
         for part in ("exp_avg", "exp_avg_sq"):
             yield f"{part}/{name}", state.setdefault(part, torch.zeros_like(parameter))
-        yield f"step/{name}", state.setdefault("step", torch.tensor(0.0))
+        yield f"step/{name}", state.setdefault("step", torch.tensor(0.0, dtype=torch.float32, device="cpu"))
 
 
 def _settings(preset: Preset, seed: int, step: int) -> dict[str, str]:

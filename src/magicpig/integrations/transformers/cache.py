@@ -245,7 +245,7 @@ class MagicPigLayer(CacheLayerMixin):
             state = decode_step(queries.squeeze(2), keys.squeeze(2), values.squeeze(2), self.stores, **rule)
             output = state.output.unsqueeze(1)
         else:
-            output = torch.zeros(B, T, H, D, dtype=self.dtype)
+            output = torch.zeros(B, T, H, D, dtype=self.dtype, device="cpu")
             for row in range(B):
                 chosen = slice(None) if real is None else real[row].nonzero()[:, 0]
                 q, k, v = queries[row][:, chosen], keys[row][:, chosen], values[row][:, chosen]
@@ -281,7 +281,7 @@ class MagicPigLayer(CacheLayerMixin):
         shape = (len(self.stores), self.positions)
         if mask is not None and mask.shape != shape:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {shape} with this cache")
-        real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.to("cpu", torch.bool)
+        real = torch.ones(shape, dtype=torch.bool, device="cpu") if mask is None else mask.to("cpu", torch.bool)
         past = self.positions - T
         stored = True if self._real is None else self._real
         if not bool((real[:, :past] == stored).all()):

@@ -16,7 +16,7 @@ def make_planes(head_dim: int, K: int, L: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     # Drawn in float64: PyTorch's float32 sampler takes another path on machines with AVX2.
-    normals = torch.randn(head_dim, L * K, generator=generator, dtype=torch.float64)
+    normals = torch.randn(head_dim, L * K, generator=generator, dtype=torch.float64, device="cpu")
     return normals.to(torch.bfloat16).to(torch.float32)
 
 
@@ -31,6 +31,6 @@ def hash_vectors(vectors: Tensor, planes: Tensor, K: int) -> Tensor:
         raise ValueError(f"planes must have a multiple of K = {K} columns, got {planes.shape[-1]}")
     working = torch.promote_types(vectors.dtype, torch.float32)
     bits = vectors.to(working) @ planes.to(working) > 0
-    powers = 2 ** torch.arange(K)
+    powers = 2 ** torch.arange(K, dtype=torch.int64, device=vectors.device)
     codes: Tensor = (bits.unflatten(-1, (-1, K)) * powers).sum(-1)
     return codes

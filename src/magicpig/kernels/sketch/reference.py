@@ -43,7 +43,7 @@ def make_rotation(head_dim: int, seed: int) -> Tensor:
     The QR decomposition of normal deviates, with the signs that make it unique (Mezzadri, arXiv math-ph/0609050).
     """
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64))
+    q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64, device="cpu"))
     rotation: Tensor = (q * r.diagonal().sign()).to(torch.float32)
     return rotation
 
@@ -112,9 +112,9 @@ def pilot(n: int) -> Tensor:
     """
     blocks = -(-n // PILOT_KEYS)
     apart = min(max(blocks // PILOT_BLOCKS, 1), PILOT_APART)
-    first = torch.arange(0, blocks, apart)
-    chosen = first + _scrambled(torch.arange(len(first))) % (blocks - first).clamp(max=apart)
-    keys = (chosen[:, None] * PILOT_KEYS + torch.arange(PILOT_KEYS)).flatten()
+    first = torch.arange(0, blocks, apart, dtype=torch.int64, device="cpu")
+    chosen = first + _scrambled(_count(len(first))) % (blocks - first).clamp(max=apart)
+    keys = (chosen[:, None] * PILOT_KEYS + _count(PILOT_KEYS)).flatten()
     return keys[keys < n]
 
 
@@ -136,7 +136,7 @@ def weigh(scores: Tensor) -> Tensor:
     """Integer weights (n,) int64 of scores (R, n): about the mean of the heads' softmax, and for every key a floor."""
     R, n = scores.shape
     most = MOST_BITS - (R - 1).bit_length()
-    shares = torch.zeros(n)
+    shares = torch.zeros(n, dtype=torch.float32, device="cpu")
     for own, one, shrink in zip(scores.double(), *ones(scores), strict=True):
         shares += power_of_two(shrink * own - one, most)
     return shares.to(torch.int64) + max(1, int(FLOOR * 2**WEIGHT_BITS / n))
@@ -180,9 +180,14 @@ def pick(weights: Tensor, step: int, start: int, doublings: int = 0) -> tuple[Te
     """
     order = walk_order(len(weights))
     steps = ((weights[order].clamp(max=step).cumsum(0) + start) << doublings) // step
-    taken = torch.diff(steps, prepend=torch.tensor([(start << doublings) // step])) > 0
+    begun = steps.new_full((1,), (start << doublings) // step)
+    taken = torch.diff(steps, prepend=begun) > 0
     ids = order[taken].sort().values
     return ids, ((weights[ids] << doublings).double() / step).clamp(max=1.0).log()
+
+
+def _count(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.int64, device="cpu")
 
 
 def walk_order(n: int) -> Tensor:
@@ -195,9 +200,9 @@ def walk_order(n: int) -> Tensor:
     """
     groups = -(-n // WALK_GROUP)
     bits = (groups - 1).bit_length()
-    group = _reversed(_scrambled(_reversed(torch.arange(1 << bits), bits)) & (1 << bits) - 1, bits)
+    group = _reversed(_scrambled(_reversed(_count(1 << bits), bits)) & (1 << bits) - 1, bits)
     swaps = (_scrambled(group) * 0x9E3779B1 & 0xFFFFFFFF)[:, None] >> 17  # a bit for each node inside a group
-    lane, path = torch.arange(WALK_GROUP), torch.zeros_like(swaps)
+    lane, path = _count(WALK_GROUP), torch.zeros_like(swaps)
     for level in range(4):
         node = (1 << level) - 1 + path
         path = 2 * path + ((lane >> (3 - level) ^ swaps >> node) & 1)

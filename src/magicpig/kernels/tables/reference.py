@@ -30,7 +30,7 @@ def build(codes: Tensor, K: int) -> Tables:
         bounds = f"{int(codes.min())} .. {int(codes.max())}"
         raise ValueError(f"codes must lie in 0 .. {2**K - 1} for K = {K}, got {bounds}")
     by_table = codes.T
-    counts = torch.zeros(len(by_table), 2**K + 1, dtype=torch.int64)
+    counts = torch.zeros(len(by_table), 2**K + 1, dtype=torch.int64, device=codes.device)
     counts.scatter_add_(1, by_table + 1, torch.ones_like(by_table))
     return Tables(offsets=counts.cumsum(1), ids=by_table.argsort(dim=1, stable=True))
 
@@ -65,7 +65,8 @@ def _bucket(tables: Tables, table: int, code: int) -> Tensor:
 
 def _bucket_of_each(tables: Tables) -> Tensor:
     """Bucket that each entry of ``tables.ids`` sits in, (L, n)."""
-    places = torch.arange(tables.ids.shape[1]).expand_as(tables.ids).contiguous()
+    places = torch.arange(tables.ids.shape[1], dtype=torch.int64, device=tables.ids.device)
+    places = places.expand_as(tables.ids).contiguous()
     return torch.searchsorted(tables.offsets, places, right=True) - 1
 
 
