@@ -125,7 +125,10 @@ def _attend_reference(
                 min_hits=config.min_hits,
                 **shared,
             )
-        error = reference.predicted_errors(state, drawn, q, k, v, scale=scale, softcap=softcap)
+        if config.sampler == "full" or short:
+            error = torch.zeros_like(state.lse)
+        else:
+            error = reference.predicted_errors(state, drawn, q, k, v, scale=scale, softcap=softcap)
         states.append(state)
         samples.append(drawn)
         errors.append(error if config.sampler not in NAMES else torch.full_like(error, math.nan))

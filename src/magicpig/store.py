@@ -15,6 +15,7 @@ where they write. Knows nothing of attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -53,15 +54,26 @@ def shared_sketcher(head_dim: int, bits: int, seed: int, budget: float, epsilon:
 
 @dataclass(frozen=True)
 class PredictedErrors:
-    """The predicted errors of the sampled heads of all steps: how many, their sum, the largest, and a histogram."""
+    """The predicted errors of the sampled heads of all steps: how many, their sum, the largest, and a histogram.
+
+    unknown: how many more there are that say nothing, since nothing was drawn or the prediction is not finite.
+    """
 
     count: int
+    unknown: int
     sum: float
     largest: float
     bins: tuple[int, ...]  # see PredictedErrors in kernels/native/step.h
 
+    @property
+    def mean(self) -> float:
+        """NaN where none is known."""
+        return self.sum / self.count if self.count else math.nan
+
     def quantile(self, share: float) -> float:
-        """The error that this share of the heads and steps is below: the upper end of its bin, 9 % above at most."""
+        """The error that this share of the known ones is below: the upper end of its bin, 9 % above at most."""
+        if self.count == 0:
+            return math.nan
         wanted, seen = share * self.count, 0
         for i, heads in enumerate(self.bins):
             seen += heads
@@ -72,6 +84,7 @@ class PredictedErrors:
     def __add__(self, other: PredictedErrors) -> PredictedErrors:
         return PredictedErrors(
             self.count + other.count,
+            self.unknown + other.unknown,
             self.sum + other.sum,
             max(self.largest, other.largest),
             tuple(a + b for a, b in zip(self.bins, other.bins, strict=True)),
@@ -171,8 +184,8 @@ class KVStore:
     @property
     def stats(self) -> StepStats:
         view = self.view
-        count, total, largest, bins = view.predicted
-        predicted = PredictedErrors(count, total, largest, tuple(bins))
+        count, unknown, total, largest, bins = view.predicted
+        predicted = PredictedErrors(count, unknown, total, largest, tuple(bins))
         return StepStats(view.steps, view.sampled_rows, view.body_rows, view.max_share, predicted)
 
     @property

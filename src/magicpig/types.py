@@ -38,7 +38,8 @@ class StepInfo:
     ids[b][h], log_u[b][h]: the `Sample` of query head h of sequence b (empty where attention was exact).
     rows: (B, G) int64, distinct sampled rows read per key/value head (the exact set is not counted).
     predicted_error: (B, H), what the sample says of the relative L2 error of the output, one standard error; 0 where
-    attention was exact, NaN where the sampler is one for comparison.
+    attention was exact. NaN says that nothing is known: where nothing was drawn although keys were left out, and where
+    the sampler is one for comparison. Not finite where values are too large to be squared.
     """
 
     ids: list[list[Tensor]]

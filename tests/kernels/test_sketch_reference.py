@@ -250,7 +250,8 @@ def test_short_contexts_are_exact():
     state, samples = attend_sketch(query, keys, values, bits=2, budget=8, sinks=3, recent=7, scale=0.2)
     torch.testing.assert_close(state.output, attend_full(query, keys, values, scale=0.2).output)
     assert [len(sample.ids) for sample in samples] == [0, 0]
-    assert predicted_errors(state, samples, query, keys, values, scale=0.2).tolist() == [0.0, 0.0]
+    # Samples of nothing say nothing: that nothing was left out knows who asked for them.
+    assert predicted_errors(state, samples, query, keys, values, scale=0.2).isnan().all()
 
 
 def test_heads_of_a_group_share_rows_and_groups_do_not():
@@ -282,3 +283,13 @@ def test_nothing_uncertain_has_no_predicted_error():
     rows = torch.ones(3, 4), torch.ones(3, 4)
     assert predicted_error(state, torch.ones(1, 4), *rows, torch.zeros(3), scale=1.0).tolist() == [0.0]
     assert predicted_error(state, torch.ones(1, 4), *rows, torch.full((3,), -1.0), scale=1.0).tolist() == [math.inf]
+
+
+def test_a_sample_of_nothing_and_one_too_large_to_be_squared_predict_nothing():
+    state = AttentionState(torch.ones(1, 4), torch.zeros(1))
+    nothing = torch.ones(0, 4), torch.ones(0, 4), torch.ones(0)
+    assert predicted_error(state, torch.ones(1, 4), *nothing, scale=1.0).isnan().all()
+    huge = torch.ones(3, 4), torch.full((3, 4), 1e25)
+    for value in (1.0, 2e25):
+        state = AttentionState(torch.full((1, 4), value), torch.zeros(1))
+        assert not predicted_error(state, torch.ones(1, 4), *huge, torch.full((3,), -1.0), scale=1.0).isfinite().any()

@@ -23,8 +23,8 @@ class Certificate:
     """How a sampler's predictions held on contexts of one source.
 
     cases: query heads times steps. error, error_p95: true relative L2 error of the output against float64.
-    predicted: mean of the predicted errors. kept: share of the cases whose error is at most SLACK times what was
-    predicted. Both None for samplers that predict nothing. below, nearly_below: shares at most epsilon, and at most
+    predicted: mean of the predicted errors. kept: of the cases with one, the share whose error is at most
+    SLACK times that. Both None where none was. below, nearly_below: shares at most epsilon, and at most
     SLACK times epsilon; None without one. rows: drawn per kv head and step; share: of the body.
     """
 
@@ -92,10 +92,11 @@ def _certificate(
 ) -> Certificate:
     errors, predicted, rows = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found, strict=True))
 
-    def share_within(limit: Tensor | float) -> float:
-        return float((errors <= limit + ROUNDING).double().mean())
+    def share_within(limit: Tensor | float, of: Tensor | slice = slice(None)) -> float:
+        return float((errors <= limit + ROUNDING)[of].double().mean())
 
-    predicts, epsilon = not bool(predicted.isnan().any()), config.epsilon
+    known, epsilon = ~predicted.isnan(), config.epsilon
+    predicts = bool(known.any())
     return Certificate(
         source=source,
         tokens=tokens,
@@ -103,8 +104,8 @@ def _certificate(
         cases=errors.numel(),
         error=float(errors.mean()),
         error_p95=float(errors.quantile(0.95)),
-        predicted=float(predicted.mean()) if predicts else None,
-        kept=share_within(SLACK * predicted) if predicts else None,
+        predicted=float(predicted[known].mean()) if predicts else None,
+        kept=share_within(SLACK * predicted, known) if predicts else None,
         epsilon=epsilon,
         below=None if epsilon is None else share_within(epsilon),
         nearly_below=None if epsilon is None else share_within(SLACK * epsilon),

@@ -272,6 +272,8 @@ def _summary(result: Generation) -> Table:
             f"{cache.predicted_error_mean:.1%} on average, {cache.predicted_error_p95:.1%} at the 95th percentile of "
             f"the worst layer, at most {cache.predicted_error_max:.1%}",
         )
+    if cache.predicted_error_unknown:
+        table.add_row("", f"not known in {cache.predicted_error_unknown:.1%} of the heads and steps: nothing was drawn")
     table.add_row(
         "memory", f"{cache.kv_bytes / mib:,.1f} MiB of keys and values, {cache.index_bytes / mib:,.1f} MiB of index"
     )

@@ -25,6 +25,7 @@ TOTALS = (
     "predicted_error_mean",
     "predicted_error_p95",
     "predicted_error_max",
+    "predicted_error_unknown",
     "kv_bytes",
     "index_bytes",
     "full_step_bytes",

@@ -124,8 +124,10 @@ def attend_sketch(
         exact = attend(group, key[static], value[static], scale=scale, softcap=softcap)
         doublings = 0
         while True:
-            found, log_u = sketch.pick(weights, step, start, doublings)
-            if doublings > 0 and budget << doublings > sketch.EXACT_SHARE * len(body):
+            everything = doublings > 0 and budget << doublings > sketch.EXACT_SHARE * len(body)
+            if not everything:
+                found, log_u = sketch.pick(weights, step, start, doublings)
+            else:
                 found = torch.arange(len(body), dtype=torch.int64, device="cpu")
                 log_u = torch.zeros(len(body), dtype=torch.float64, device="cpu")
             sample = Sample(ids=sinks + found, log_u=log_u)
@@ -133,10 +135,10 @@ def attend_sketch(
             sampled = attend(group, *rows, scale=scale, log_u=sample.log_u, softcap=softcap)
             state = merge([exact, sampled])
             error = float(predicted_error(state, group, *rows, sample.log_u, scale=scale, softcap=softcap).max())
-            if epsilon is None or error <= epsilon:
+            if epsilon is None or everything or error <= epsilon:
                 break
             # The error falls with the square root of the rows.
-            doublings += min(20, max(1, math.ceil(2 * math.log2(error / epsilon))))
+            doublings += min(20, max(1, math.ceil(2 * math.log2(error / epsilon)))) if math.isfinite(error) else 20
         states.append(state)
         samples += [sample] * len(group)
 
@@ -163,7 +165,10 @@ def predicted_errors(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """What the samples behind a state say of its error: (H,), see `predicted_error`."""
+    """What the samples behind a state say of its error: (H,), see `predicted_error`.
+
+    Of heads that left out keys: a sample of nothing says nothing, also where there was nothing to draw from.
+    """
     errors, group = [], len(query) // len(keys)
     for h, sample in enumerate(samples):
         own = AttentionState(state.output[h : h + 1], state.lse[h : h + 1])

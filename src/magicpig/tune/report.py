@@ -43,7 +43,7 @@ def setting_row(choice: LayerChoice, measured: Measured) -> dict[str, Any]:
         "mean": rounded(float(heads.mean())),
         "p95": rounded(p95(measured.held_out)),
         "heads": [rounded(each) for each in heads.tolist()],
-        "predicted": None if predicted is None else rounded(float(predicted.mean())),
+        "predicted": None if predicted is None else rounded(float(predicted.nanmean())),
         "foreseen": None if measured.foreseen is None else rounded(measured.foreseen),
         "share": rounded(measured.share),
         "ms": rounded(choice.ms(measured)),

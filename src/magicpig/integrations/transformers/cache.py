@@ -407,7 +407,7 @@ class _Work:
         self.sampled += stats.sampled_rows
         self.body += stats.body_rows
         self.largest = max(self.largest, stats.max_share)
-        if stats.predicted.count and store.config.sampler in PREDICTING:
+        if stats.predicted.count + stats.predicted.unknown and store.config.sampler in PREDICTING:
             self.predicted = stats.predicted if self.predicted is None else self.predicted + stats.predicted
 
 
@@ -431,6 +431,8 @@ class LayerReport:
     None before the first sampled step.
     predicted_error_mean, _p95, _max: of the relative error that each step and query head predicted of its own output;
     None before that, and for samplers for comparison, which predict nothing.
+    predicted_error_unknown: the share of steps and heads that could not say: nothing was drawn, or values are huge;
+    the others leave these out.
     kv_bytes: memory of keys and values. index_bytes: memory of the hash tables, or of what else finds keys. What beams
     share is counted for each.
     full_step_bytes: keys and values that one step of full attention over `tokens` reads.
@@ -447,6 +449,7 @@ class LayerReport:
     predicted_error_mean: float | None
     predicted_error_p95: float | None
     predicted_error_max: float | None
+    predicted_error_unknown: float | None
     kv_bytes: int
     index_bytes: int
     full_step_bytes: int
@@ -492,6 +495,12 @@ class CacheReport:
         return max((x.predicted_error_max for x in self.layers if x.predicted_error_max is not None), default=None)
 
     @property
+    def predicted_error_unknown(self) -> float | None:
+        """Mean over the layers that predict one."""
+        shares = [x.predicted_error_unknown for x in self.layers if x.predicted_error_unknown is not None]
+        return sum(shares) / len(shares) if shares else None
+
+    @property
     def kv_bytes(self) -> int:
         return sum(layer.kv_bytes for layer in self.layers)
 
@@ -512,7 +521,7 @@ def _report(index: int, layer: Any) -> LayerReport:
     if not isinstance(layer, MagicPigLayer):
         held = 0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
         tokens = 0 if layer.keys is None or held == 0 else layer.keys.shape[0] * layer.keys.shape[2]
-        return LayerReport(index, "sliding", tokens, 0, None, None, None, None, None, held, 0, held, held)
+        return LayerReport(index, "sliding", tokens, 0, None, None, None, None, None, None, held, 0, held, held)
     work = layer.work()
     share = work.sampled / work.body if work.body else None
     kind = "dense" if layer.config.is_dense(index) else "sampled"
@@ -529,6 +538,11 @@ def _report(index: int, layer: Any) -> LayerReport:
         read += round(((store.length - body) * store.kv_heads + drawn) * row)
     largest = work.largest if work.body else None
     predicted: tuple[float | None, float | None, float | None] = (None, None, None)
+    unknown = None
     if (errors := work.predicted) is not None:
-        predicted = errors.sum / errors.count, errors.quantile(0.95), errors.largest
-    return LayerReport(index, kind, tokens, indexed, share, largest, *predicted, kv_bytes, index_bytes, full, read)
+        unknown = errors.unknown / (errors.count + errors.unknown)
+        if errors.count:
+            predicted = errors.mean, errors.quantile(0.95), errors.largest
+    return LayerReport(
+        index, kind, tokens, indexed, share, largest, *predicted, unknown, kv_bytes, index_bytes, full, read
+    )

@@ -74,14 +74,18 @@ def predicted_error(
     ``state``, which is all of the attention, the certain rows included. That is the usual estimate of the variance of
     a ratio of Horvitz-Thompson sums (Särndal, Swensson and Wretman 1992, 5.6) for rows drawn independently; a
     systematic sample is a little better than it says. Arguments otherwise as for `attend`.
+    NaN of no rows at all, which say nothing, and not finite where squares of values are not.
     """
+    if keys.shape[-2] == 0:
+        return torch.full_like(state.lse, torch.nan)
     logits = _logits(query, keys, scale, offset, softcap)
     log_u = log_u.to(logits)
     weights = (logits - log_u - state.lse.to(logits).unsqueeze(-1)).exp()
     away = (values.to(logits) - state.output.to(logits).unsqueeze(-2)).square().sum(-1)
-    variance = (-torch.expm1(log_u) * weights.square() * away).sum(-1)
+    # Certain rows add nothing, not even where their squares are infinite.
+    variance = torch.where(log_u < 0, -torch.expm1(log_u) * weights.square() * away, 0.0).sum(-1)
     # A sample without uncertain rows errs by nothing, whatever it is relative to.
-    return torch.where(variance > 0, variance.sqrt() / state.output.to(logits).norm(dim=-1), 0.0)
+    return torch.where(variance == 0, 0.0, variance.sqrt() / state.output.to(logits).norm(dim=-1))
 
 
 def _logits(query: Tensor, keys: Tensor, scale: float, offset: Tensor | None, softcap: float | None) -> Tensor:

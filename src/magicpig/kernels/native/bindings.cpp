@@ -411,7 +411,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("predicted",
                    [](const StoreView& self) {
                      const PredictedErrors& all = self.predicted;
-                     return std::make_tuple(all.count, all.sum, all.largest,
+                     return std::make_tuple(all.count, all.unknown, all.sum, all.largest,
                                             std::vector<int64_t>(all.bins.begin(), all.bins.end()));
                    })
       .def(

@@ -409,17 +409,17 @@ Denominator denominator(const Plan& plan, const State& state, int h) {
   return {top, sum, state.sum > 0 ? shrink / sum : 0.0};
 }
 
-// See predicted_error in kernels/attend/reference.py; there the square is not multiplied out.
+// See predicted_error in kernels/attend/reference.py; there the square is not multiplied out. NaN stays NaN.
 float predicted_error(int dim, const State& state, const Denominator& denominator) {
-  if (!(state.spread_sum > 0)) return 0;
+  if (state.spread_sum == 0) return 0;
   double norm = 0, along = 0;
   for (int d = 0; d < dim; ++d) {
     const double output = state.values[d] * denominator.weight;
     norm += output * output;
     along += output * state.spread[d];
   }
-  const double away = std::max(0.0, state.spread_square - 2 * along + norm * state.spread_sum);
-  return static_cast<float>(std::sqrt(away / norm) * denominator.weight);
+  const double away = state.spread_square - 2 * along + norm * state.spread_sum;
+  return away < 0 ? 0.0f : static_cast<float>(std::sqrt(away / norm) * denominator.weight);
 }
 
 // The largest predicted error of the query heads of a pair.
@@ -429,7 +429,9 @@ float worst_error(const Plan& plan, int64_t pair) {
   for (int r = 0; r < plan.group; ++r) {
     const State state = merged(plan, pair, r, values, spread);
     const int h = static_cast<int>(pair % plan.heads) * plan.group + r;
-    worst = std::max(worst, predicted_error(plan.dim, state, denominator(plan, state, h)));
+    const float error = predicted_error(plan.dim, state, denominator(plan, state, h));
+    if (!std::isfinite(error)) return std::numeric_limits<float>::infinity();
+    worst = std::max(worst, error);
   }
   return worst;
 }
@@ -474,9 +476,9 @@ void draw(const Plan& plan, int64_t index) {
                            plan.offsets + q0, plan.step.rule, states);
     if (sampler.epsilon <= 0) break;
     const float worst = worst_error(plan, index);
-    if (!(worst > sampler.epsilon)) break;
+    if (worst <= sampler.epsilon) break;
     // The error falls with the square root of the rows.
-    doublings += std::clamp(static_cast<int>(std::ceil(2 * std::log2(worst / sampler.epsilon))), 1, 20);
+    doublings += static_cast<int>(std::clamp(std::ceil(2 * std::log2(worst / sampler.epsilon)), 1.0f, 20.0f));
   }
   for (int r = 0; r < plan.group; ++r) {
     plan.counts[q0 + r] = static_cast<int64_t>(memory.ids.size());
@@ -495,7 +497,9 @@ void finish(const Plan& plan, int64_t pair) {
     const int64_t q = static_cast<int64_t>(b) * plan.step.query_heads + h;
     const State state = merged(plan, pair, r, total, spread);
     const Denominator below = denominator(plan, state, h);
-    plan.predicted[q] = predicted_error(plan.dim, state, below);
+    // Of a body from which nothing was drawn nothing is known.
+    plan.predicted[q] = plan.sampling(b) && plan.counts[q] == 0 ? std::numeric_limits<float>::quiet_NaN()
+                                                                : predicted_error(plan.dim, state, below);
     plan.run.from_lane_order(store.dtype, total, plan.dim, natural);
     for (int d = 0; d < plan.head_dim; ++d) natural[d] = static_cast<float>(natural[d] * below.weight);
     auto* to = static_cast<char*>(plan.step.output) + q * plan.head_dim * element_size(plan.step.dtype);
@@ -557,6 +561,10 @@ void StoreView::blocks_changed() {
 }
 
 void PredictedErrors::add(double error) {
+  if (!std::isfinite(error)) {
+    ++unknown;
+    return;
+  }
   ++count;
   sum += error;
   largest = std::max(largest, error);

@@ -12,9 +12,10 @@
 namespace magicpig {
 
 // The predicted errors of all sampled heads and steps: how many, their sum, the largest, and how many fell in each bin.
+// `unknown` ones are apart: where nothing was drawn, or where the prediction is not finite.
 struct PredictedErrors {
   static constexpr int kBins = 128, kBinsPerOctave = 8;  // bin i: up to 2^((i + 1) / 8 - 12), below and above included
-  int64_t count = 0;
+  int64_t count = 0, unknown = 0;
   double sum = 0, largest = 0;
   std::array<int64_t, kBins> bins{};
 
