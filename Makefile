@@ -12,6 +12,8 @@ VENV   := .venv
 BUILD  := build/dev
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# As many tests at a time as there are cores, each with one thread but where it says otherwise.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
@@ -27,30 +29,30 @@ demo: setup
 
 # Everything that guards behaviour, in minutes.
 test: lint
-	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term $(ARGS)
+	$(PYTEST) -m 'not slow' --cov --cov-report=term $(ARGS)
 
 # The long statistics and matrices.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow
 
 # What depends on numbers, with each instruction set that this machine has or can emulate as the default.
 test-levels: setup
 	for level in $$($(BIN)/python -c 'from magicpig.kernels.native import isa_levels; print(*isa_levels(True))'); do \
-	  MAGICPIG_ISA=$$level $(BIN)/python -m pytest -m 'numbers and not slow' -q $(ARGS) || exit 1; \
+	  MAGICPIG_ISA=$$level $(PYTEST) -m 'numbers and not slow' -q $(ARGS) || exit 1; \
 	done
 
 # The integration once more, on the lowest transformers in front of the one in .venv.
 test-lowest: setup $(STAMPS)/lowest-$(LOWEST)
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -c \
 	  "import transformers as t; assert t.__version__ == '$(LOWEST)', t.__version__; print('transformers', t.__version__)"
-	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest tests/integrations $(ARGS)
+	PYTHONPATH=$(VENV)/lowest $(PYTEST) tests/integrations $(ARGS)
 
 # The tests with the newest of everything: shows what next month breaks. What will be gone one day may warn here.
 test-newest:
 	$(MAKE) setup VENV=.venv-newest BUILD=build/newest CONSTRAINTS=
-	.venv-newest/bin/python -m pytest -m 'not slow' -W default::FutureWarning -W default::DeprecationWarning \
+	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m 'not slow' -W default::FutureWarning -W default::DeprecationWarning \
 	  -W default::PendingDeprecationWarning $(ARGS)
 
 # What the kernels do with memory, watched: their tests on a build that stops at the first wrong address. Takes minutes.
