@@ -25,6 +25,7 @@ from transformers.generation.streamers import TextStreamer
 from magicpig import machine
 from magicpig.config import Config
 from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
+from magicpig.integrations.transformers.compat import cache_argument, cache_of
 
 GREEDY = ("temperature", "top_p", "top_k")  # means nothing to it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -235,7 +236,7 @@ def generate(
         first_step_s=times[1] - times[0] if len(times) > 1 else None,
         decode_s=times[-1] - times[1] if len(times) > 1 else 0.0,
         decode_steps=max(len(times) - 2, 0),
-        cache=output.past_key_values.report(),
+        cache=cache_of(output).report(),
     )
 
 
@@ -280,7 +281,7 @@ def read(
 def _forward(network: Any, ids: Tensor, cache: MagicPigCache) -> Tensor:
     only_last = {"logits_to_keep": 1} if network._supports_logits_to_keep() else {}
     with _finite(network):
-        logits: Tensor = network(ids, past_key_values=cache, **only_last).logits[0, -1]
+        logits: Tensor = network(ids, **cache_argument(cache), **only_last).logits[0, -1]
     return logits
 
 

@@ -6,6 +6,7 @@ from magicpig.config import Config
 from magicpig.evaluation.answer import answers, read_document
 from magicpig.evaluation.matrix import PROTOCOLS, Method, parse_methods
 from magicpig.integrations.transformers import MagicPigCache, attach, detach
+from magicpig.integrations.transformers.compat import cache_argument
 
 SOME = Config(K=4, L=30, exact_below=0, dense_layers=())
 EVERYTHING = Config(K=1, L=64, min_hits=1, exact_below=0, dense_layers=())
@@ -41,7 +42,7 @@ def greedy(network, cache=None, new_tokens=12):
     output = network.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,
@@ -81,13 +82,13 @@ def test_answers_do_not_depend_on_other_runs(attached):
 @torch.inference_mode()
 def test_a_sparse_question_is_decoded_token_by_token(attached):
     cache = MagicPigCache(attached.config, SOME)
-    attached(torch.tensor([CONTEXT]), past_key_values=cache)
+    attached(torch.tensor([CONTEXT]), **cache_argument(cache))
     for token in QUESTION:
-        logits = attached(torch.tensor([[token]]), past_key_values=cache).logits
+        logits = attached(torch.tensor([[token]]), **cache_argument(cache)).logits
     expected = []
     for _ in range(12):
         expected.append(int(logits[0, -1].argmax()))
-        logits = attached(torch.tensor([expected[-1:]]), past_key_values=cache).logits
+        logits = attached(torch.tensor([expected[-1:]]), **cache_argument(cache)).logits
     assert ask(attached, "question-sparse", SOME) == [expected]
     assert ask(attached, "question-dense", SOME) != [expected]
 

@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
 }
 # Families in which every query head has keys of its own.
-UNGROUPED = {"gpt_neox", "gpt2", "opt", "persimmon"}
+UNGROUPED = {"gpt_neox", "gpt2", "opt", "persimmon", "gptj", "codegen"}
 # A name is a model type, and after a dash what is special about it.
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
@@ -44,6 +44,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "olmo3": SLIDING_AND_FULL,
     "cohere2": SLIDING_AND_FULL,
     "exaone4": SLIDING_AND_FULL,
+    "afmoe": {
+        **SLIDING_AND_FULL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "moe_intermediate_size": 32,
+    },
+    "gptj": {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "n_positions": 512},
+    "codegen": {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "n_positions": 512},
 }
 
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from magicpig import Config
 from magicpig.integrations.transformers import MagicPigCache, attach
 from magicpig.integrations.transformers.cache import MagicPigLayer
+from magicpig.integrations.transformers.compat import CACHE, cache_argument
 
 Tiny = Callable[[str], PreTrainedModel]
 Tokens = Callable[..., Tensor]
@@ -146,37 +147,39 @@ def interrupted(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1])
+@torch.no_grad()
 def test_an_interrupted_forward_pass(layer: int, tiny: Tiny, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = attach(tiny("llama")), tokens(1, 12)
     cache = MagicPigCache(model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     with monkeypatch.context() as patch:
         patch.setattr(cache.layers[layer], "attend", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cache_argument(cache))
     with pytest.raises(RuntimeError, match=r"interrupted.*use a new MagicPigCache"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **cache_argument(cache))
 
 
+@torch.no_grad()
 def test_an_interruption_between_layers(tiny: Tiny, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = attach(tiny("llama")), tokens(1, 12)
     cache = MagicPigCache(model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     with monkeypatch.context() as patch:
         patch.setattr(cache.layers[1], "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cache_argument(cache))
     with pytest.raises(RuntimeError, match="layers 0 and 1 have not seen the same tokens"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **cache_argument(cache))
 
 
 def test_another_cache_is_exact_and_says_so(tiny: Tiny, tokens: Tokens) -> None:
     model, ids = attach(tiny("llama")), tokens(1, 12)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :8], past_key_values=cache)
+        model(ids[:, :8], **cache_argument(cache))
         with pytest.warns(UserWarning, match="not a MagicPigCache, so attention is exact"):
-            logits = model(ids[:, 8:], past_key_values=cache).logits
+            logits = model(ids[:, 8:], **cache_argument(cache)).logits
         expected = model(ids, use_cache=False).logits[:, 8:]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -184,15 +187,16 @@ def test_another_cache_is_exact_and_says_so(tiny: Tiny, tokens: Tokens) -> None:
 def test_a_static_cache_is_refused(tiny: Tiny, tokens: Tokens) -> None:
     model, ids = attach(tiny("llama")), tokens(1, 12)
     with pytest.raises(ValueError, match="cache of fixed size"):
-        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
-    with pytest.raises(ValueError, match="past_key_values is a StaticCache"):
-        model.generate(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+        model(ids, **cache_argument(StaticCache(config=model.config, max_cache_len=64)))
+    with pytest.raises(ValueError, match=f"{CACHE} is a StaticCache"):
+        model.generate(ids, **cache_argument(StaticCache(config=model.config, max_cache_len=64)))
 
 
+@torch.no_grad()
 def test_a_sliding_layer_keeps_its_stock_cache(tiny: Tiny, tokens: Tokens) -> None:
     model = attach(tiny("gemma2"))
     cache = MagicPigCache(model.config)
-    model(tokens(2, 30), past_key_values=cache)
+    model(tokens(2, 30), **cache_argument(cache))
     assert cache.is_sliding == [True, False]
     sliding, full = cache.report().layers
     assert (sliding.kind, full.kind) == ("sliding", "sampled")
@@ -205,13 +209,14 @@ def test_the_report_of_an_empty_cache(tiny: Tiny) -> None:
     assert (report.tokens, report.kv_bytes, report.full_step_bytes, report.sampled_share_max) == (0, 0, 0, None)
 
 
+@torch.no_grad()
 def test_the_report_adds_up(tiny: Tiny, tokens: Tokens) -> None:
     model = attach(tiny("llama"))
     settings: dict[str, Any] = {"K": 4, "L": 16, "sinks": 2, "recent": 6, "block": 8, "exact_below": 0}
     cache = MagicPigCache(model.config, Config(**settings))
     ids = tokens(1, 48)
     for first, last in [(0, 47), (47, 48)]:
-        model(ids[:, first:last], past_key_values=cache)
+        model(ids[:, first:last], **cache_argument(cache))
     report = cache.report()
     dense, sampled = report.layers
     assert (dense.kind, dense.indexed, dense.index_bytes) == ("dense", 0, 0)
@@ -243,7 +248,7 @@ def test_a_cache_of_whole_numbers_gives_nearly_the_same_logits(
         cache = MagicPigCache(model.config, Config(**settings, kv_dtype=kv_dtype))
         with torch.no_grad():
             for at in (slice(0, 50), slice(50, 118), slice(118, 119), slice(119, 120)):
-                last = model(ids[:, at], past_key_values=cache).logits[:, -1]
+                last = model(ids[:, at], **cache_argument(cache)).logits[:, -1]
         logits.append(last)
     # About 1 % in every layer; and the rows are rounded, or the two would be the same.
     error = (logits[1] - logits[0]).norm(dim=1) / logits[0].norm(dim=1)
@@ -258,12 +263,12 @@ def test_a_cache_filled_without_the_last_layers_attention_holds_the_same(
     ids = tokens(2, 120)
     whole, filled = MagicPigCache(model.config), MagicPigCache(model.config)
     with torch.no_grad():
-        model(ids[:, :100], past_key_values=whole)
+        model(ids[:, :100], **cache_argument(whole))
         with filled.filling():
-            model(ids[:, :60], past_key_values=filled)
-            model(ids[:, 60:100], past_key_values=filled)
-        model(ids[:, :100], past_key_values=(again := MagicPigCache(model.config)))
-        logits = [model(ids[:, 100:], past_key_values=cache).logits for cache in (whole, filled, again)]
+            model(ids[:, :60], **cache_argument(filled))
+            model(ids[:, 60:100], **cache_argument(filled))
+        model(ids[:, :100], **cache_argument(again := MagicPigCache(model.config)))
+        logits = [model(ids[:, 100:], **cache_argument(cache)).logits for cache in (whole, filled, again)]
     # Two chunks add in another order than one.
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(logits[2], logits[0])
@@ -283,11 +288,11 @@ def test_filling_skips_the_attention_of_the_last_layer_only(tiny: Tiny, tokens: 
     ]
     cache = MagicPigCache(model.config)
     with torch.no_grad(), cache.filling():
-        model(tokens(1, 30), past_key_values=cache)
+        model(tokens(1, 30), **cache_argument(cache))
     zero = [not bool(seen[i].any()) for i in sorted(seen)]
     assert zero == [False] * (len(zero) - 1) + [True]
     with torch.no_grad():
-        model(tokens(1, 30), past_key_values=MagicPigCache(model.config))
+        model(tokens(1, 30), **cache_argument(MagicPigCache(model.config)))
     assert all(bool(x.any()) for x in seen.values())
     for hook in hooks:
         hook.remove()

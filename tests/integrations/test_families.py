@@ -12,13 +12,17 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from magicpig import Config
-from magicpig.integrations.transformers import MagicPigCache, attach, detach
+from magicpig.integrations.transformers import MagicPigCache, attach, compat, detach
 from magicpig.integrations.transformers.cache import MagicPigLayer
+from magicpig.integrations.transformers.compat import cache_argument
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.planner import LayerShape
 
 # Rounding of a few hundred float32 operations in another order; the logits are of size 1 (of size 10 in two families).
 TOLERANCE = 1e-4
+
+# GPT-J and CodeGen compute attention through transformers' interface since then.
+NEW_INTERFACE = pytest.mark.skipif(compat.CACHE != "cache", reason="before transformers 5.24, see test_attach.py")
 
 MAIN = ["llama", "qwen2", "qwen3", "mistral", "mistral-sliding", "gemma2", "gemma3_text", "phi3", "gpt_oss"]
 OTHERS = [
@@ -53,6 +57,9 @@ OTHERS = [
     "persimmon",
     "stablelm",
     "nemotron",
+    "afmoe",
+    pytest.param("gptj", marks=NEW_INTERFACE),
+    pytest.param("codegen", marks=NEW_INTERFACE),
 ]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -111,7 +118,8 @@ def test_shapes_are_known_before_anything_runs(family: str, tiny: Tiny, tokens: 
         pytest.skip(f"this transformers does not know {family}")
     model, config = attach(tiny(family)), Config()
     cache = MagicPigCache(model.config, config)
-    model(tokens(1, 3), past_key_values=cache)
+    with torch.no_grad():
+        model(tokens(1, 3), **cache_argument(cache))
     shapes = layer_shapes(model.config, config)
     for index, (layer, shape) in enumerate(zip(cache.layers, shapes, strict=True)):
         if isinstance(layer, MagicPigLayer):
@@ -137,9 +145,9 @@ def test_forward_without_a_cache(family: str, tiny: Tiny, tokens: Tokens) -> Non
 def test_two_turns_on_one_cache(family: str, tiny: Tiny, tokens: Tokens, generate: Callable[..., Any]) -> None:
     model, ids = attach(tiny(family)), tokens(1, 30)
     cache = MagicPigCache(model.config)
-    first = generate(model, ids, past_key_values=cache, max_new_tokens=8)
+    first = generate(model, ids, **cache_argument(cache), max_new_tokens=8)
     ids = torch.cat([first.sequences, tokens(1, 5, seed=1)], 1)
-    second = generate(model, ids, past_key_values=cache)
+    second = generate(model, ids, **cache_argument(cache))
     assert cache.get_seq_length() == ids.shape[1] + 23  # the last new token was never fed back
     assert_same(generate(detach(model), ids), second)
 

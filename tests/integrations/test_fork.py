@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from magicpig import Config
 from magicpig.integrations.transformers import MagicPigCache, attach
+from magicpig.integrations.transformers.compat import cache_argument
 
 # Indexed from the first step on, and every 8 tokens from then on; about a third of the body is sampled.
 SMALL: dict[str, Any] = {"K": 4, "L": 16, "sinks": 2, "recent": 6, "block": 8, "exact_below": 0, "dense_layers": ()}
@@ -43,7 +44,7 @@ def padding(ids: Tensor) -> Tensor:
 def read(model: PreTrainedModel, ids: Tensor, mask: Tensor, config: Config) -> MagicPigCache:
     cache = MagicPigCache(model.config, config)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_argument(cache))
     return cache
 
 
@@ -53,7 +54,7 @@ def write(model: PreTrainedModel, cache: MagicPigCache, mask: Tensor, steps: int
     for _ in range(steps):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         with torch.no_grad():
-            logits.append(model(token, attention_mask=mask, past_key_values=cache).logits[:, -1])
+            logits.append(model(token, attention_mask=mask, **cache_argument(cache)).logits[:, -1])
         token = logits[-1].argmax(-1, keepdim=True)
     return torch.stack(logits)
 
@@ -139,7 +140,7 @@ def test_an_empty_cache_forks(tiny: Tiny, tokens: Tokens) -> None:
     cache = MagicPigCache(model.config, FULL).fork(LSH)
     cache.settle()
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     assert cache.report().layers[1].kind == "sampled"
 
 
@@ -152,10 +153,10 @@ def test_a_question_after_settling_is_sampled(family: str, tiny: Tiny, tokens: T
     sampled.settle()
     stepwise.settle()
     with torch.no_grad():
-        right = model(question, attention_mask=mask, past_key_values=exact).logits
-        ours = model(question, attention_mask=mask, past_key_values=sampled).logits
+        right = model(question, attention_mask=mask, **cache_argument(exact)).logits
+        ours = model(question, attention_mask=mask, **cache_argument(sampled)).logits
         steps = [
-            model(question[:, t : t + 1], attention_mask=mask[:, : 51 + t], past_key_values=stepwise).logits
+            model(question[:, t : t + 1], attention_mask=mask[:, : 51 + t], **cache_argument(stepwise)).logits
             for t in range(20)
         ]
     # Torch may round the other layers of 20 tokens otherwise than those of one.
@@ -173,8 +174,8 @@ def test_forks_take_their_guesses_back_each_for_itself(tiny: Tiny, tokens: Token
         cache = read(model, ids[:, :50], torch.ones(1, 50), LSH)
         cache.activate_past_recording()
         with torch.no_grad():
-            model(ids[:, 50:51], past_key_values=cache)
-            model(ids[:, 51:60], past_key_values=cache)
+            model(ids[:, 50:51], **cache_argument(cache))
+            model(ids[:, 51:60], **cache_argument(cache))
         return cache
 
     def go_on(cache: MagicPigCache) -> Tensor:

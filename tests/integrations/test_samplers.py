@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from magicpig import Config, samplers
 from magicpig.integrations.transformers import MagicPigCache, attach, detach
+from magicpig.integrations.transformers.compat import cache_argument, cache_of
 
 SMALL: dict[str, Any] = {"sinks": 2, "recent": 6, "block": 8, "exact_below": 0, "dense_layers": ()}
 FAMILIES = ["llama", "gemma2", "gpt_oss"]  # plain; softcap beside sliding layers; sink logits beside sliding layers
@@ -42,7 +43,7 @@ def test_the_report_says_what_was_read(sampler: str, tiny: Tiny, tokens: Tokens,
     attach(model, config)
     runs = [generate(model, ids) for _ in range(2)]
     assert torch.equal(runs[0].sequences, runs[1].sequences)
-    report = runs[0].past_key_values.report()
+    report = cache_of(runs[0]).report()
     # 23 decode steps; the body has 92 tokens at the first, and grows by 8 after every 8
     bodies = [92 + t // 8 * 8 for t in range(23)]
     for layer in report.layers:
@@ -80,9 +81,9 @@ def test_a_prompt_with_another_setting_in_the_cache(tiny: Tiny, tokens: Tokens, 
     config = Config(sampler="topk", budget=10, **SMALL)
     cache = MagicPigCache(model.config, Config(sampler="full"))
     with torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache)
-    forked = generate(model, ids, past_key_values=cache.fork(config))
-    whole = generate(model, ids, past_key_values=cache)
-    assert forked.past_key_values.report().sampled_share_max == pytest.approx(10 / (80 - 1 - 8))
-    assert whole.past_key_values.report().sampled_share_max is None
+        model(ids[:, :-1], **cache_argument(cache))
+    forked = generate(model, ids, **cache_argument(cache.fork(config)))
+    whole = generate(model, ids, **cache_argument(cache))
+    assert cache_of(forked).report().sampled_share_max == pytest.approx(10 / (80 - 1 - 8))
+    assert cache_of(whole).report().sampled_share_max is None
     assert not torch.equal(forked.logits[0], whole.logits[0])

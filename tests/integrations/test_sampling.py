@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from magicpig import Config
 from magicpig.integrations.transformers import MagicPigCache, attach, detach
 from magicpig.integrations.transformers.cache import _Checkpoint
+from magicpig.integrations.transformers.compat import cache_argument, cache_of
 
 # Indexed from the first step on, and every 8 tokens from then on; about a third of the body is sampled.
 SMALL: dict[str, Any] = {
@@ -34,7 +35,7 @@ Generate = Callable[..., Any]
 
 def last_logits(model: PreTrainedModel, ids: Tensor, cache: MagicPigCache) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(ids, past_key_values=cache).logits[:, -1]
+        logits: Tensor = model(ids, **cache_argument(cache)).logits[:, -1]
     return logits
 
 
@@ -45,7 +46,7 @@ def test_samples_and_is_deterministic(family: str, tiny: Tiny, tokens: Tokens, g
     for seed in (0, 0, 1):
         attach(model, **SMALL, seed=seed)
         cache = MagicPigCache(model.config, Config(**SMALL, seed=seed))
-        runs.append(generate(model, ids, past_key_values=cache, max_new_tokens=50))
+        runs.append(generate(model, ids, **cache_argument(cache), max_new_tokens=50))
         sampled = [layer for layer in cache.report().layers if layer.kind == "sampled"]
         assert sampled
         for layer in sampled:
@@ -218,7 +219,7 @@ def test_dense_layers_and_short_contexts_sample_nothing(tiny: Tiny, tokens: Toke
     model, ids = attach(tiny("llama")), tokens(1, 50)
     for changes in ({"dense_layers": (0, 1)}, {"exact_below": 1000}, {"sampler": "full"}):
         cache = MagicPigCache(model.config, Config(**{**SMALL, **changes}))
-        ours = generate(model, ids, past_key_values=cache)
+        ours = generate(model, ids, **cache_argument(cache))
         report = cache.report()
         assert report.sampled_share_mean is None
         assert report.read_step_bytes == report.full_step_bytes > 0
@@ -241,8 +242,8 @@ def test_each_layer_reads_by_its_own_settings(tiny: Tiny, tokens: Tokens, genera
     everywhere, each, first = runs
     assert all(torch.equal(a, b) for a, b in zip(everywhere.logits, each.logits, strict=True))
     assert not torch.equal(everywhere.logits[-1], first.logits[-1])
-    sketched, hashed = first.past_key_values.report().layers
-    assert sketched.index_bytes == everywhere.past_key_values.report().layers[0].index_bytes
+    sketched, hashed = cache_of(first).report().layers
+    assert sketched.index_bytes == cache_of(everywhere).report().layers[0].index_bytes
     assert hashed.index_bytes > 2 * sketched.index_bytes  # tables
 
 
@@ -252,7 +253,7 @@ def test_half_precision(tiny: Tiny, tokens: Tokens, generate: Generate) -> None:
         model = copy.deepcopy(tiny("llama")).to(dtype)
         attach(model, **SMALL)
         cache = MagicPigCache(model.config, Config(**SMALL))
-        out = generate(model, ids, past_key_values=cache)
+        out = generate(model, ids, **cache_argument(cache))
         assert torch.stack(out.logits).isfinite().all()
         report = cache.report()
         # 2 sequences of 83 tokens, keys and values of 2 layers and 2 heads, 16 numbers of 2 bytes

@@ -27,6 +27,7 @@ from magicpig.config import EXACT, Config, KVDtype
 from magicpig.evaluation.matrix import Method
 from magicpig.integrations.transformers import MagicPigCache, attach
 from magicpig.integrations.transformers.cache import MagicPigLayer
+from magicpig.integrations.transformers.compat import cache_argument
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.machine import free_memory
 from magicpig.planner import plan
@@ -229,7 +230,7 @@ class Decoder:
         with clock.running(self._model):
             self._model.generate(  # type: ignore[operator]
                 prompt,
-                past_key_values=cache,
+                **cache_argument(cache),
                 max_new_tokens=self.steps + 1,
                 do_sample=False,
                 streamer=clock,

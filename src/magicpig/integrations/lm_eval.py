@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from magicpig.config import Config
 from magicpig.integrations.transformers import MagicPigCache, attach
+from magicpig.integrations.transformers.compat import cache_argument
 
 Request = tuple[Any, list[int], list[int]]  # what the harness calls it, context, answer
 
@@ -59,7 +60,7 @@ class SamplingLM(HFLM):  # type: ignore[misc]
     def _logits(self, tokens: list[int], cache: MagicPigCache, keep: int) -> Tensor:
         only = {"logits_to_keep": keep} if self.model._supports_logits_to_keep() else {}
         ids = torch.tensor([tokens], dtype=torch.int64, device="cpu")
-        logits: Tensor = self.model(ids, past_key_values=cache, **only).logits[0, -keep:]
+        logits: Tensor = self.model(ids, **cache_argument(cache), **only).logits[0, -keep:]
         return logits
 
 

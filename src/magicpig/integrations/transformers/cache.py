@@ -11,29 +11,37 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
-    CacheLayerMixin,
-    get_layer_types_and_kwargs,
-)
 
 from magicpig.config import Config
 from magicpig.decode import LayerDecoder, decode_step
-from magicpig.integrations.transformers.errors import UnsupportedModelError
+from magicpig.errors import ArgumentError, ArgumentTypeError
+from magicpig.integrations.transformers import compat
+from magicpig.integrations.transformers.blocks import see_blocks
+from magicpig.integrations.transformers.compat import Cache, CacheLayerMixin
+from magicpig.integrations.transformers.errors import (
+    CacheMismatchError,
+    CacheStateError,
+    GradientError,
+    OpaqueTokensError,
+    UnsupportedModelError,
+)
 from magicpig.prefill import attend_store
 from magicpig.store import PREDICTING, KVStore, PredictedErrors
+
+Part = TypeVar("Part", "MagicPigCache", "MagicPigLayer")
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 
 
 class MagicPigCache(Cache):
-    """What `model.generate(past_key_values=...)` and `model(past_key_values=...)` take to attend by sampling.
+    """What `model.generate(cache=...)` and `model(cache=...)` take to attend by sampling.
+
+    transformers before 5.24 calls the argument `past_key_values`; `generate` of an attached model takes both names.
 
     model_config: the model's; config: ours. Layers of sliding attention keep the stock cache of transformers.
     Every sequence of the batch has a store of its own per layer, so its result does not depend on the others.
@@ -44,28 +52,39 @@ class MagicPigCache(Cache):
     def __init__(self, model_config: PreTrainedConfig, config: Config | None = None) -> None:
         self.config = Config() if config is None else config
         decoder = model_config.get_text_config(decoder=True)
-        types, settings = get_layer_types_and_kwargs(decoder)
+        types, settings = compat.layer_types(decoder)
+        if shared := types.count(compat.SHARED):
+            raise UnsupportedModelError(
+                decoder.model_type,
+                f"its last {shared} layers attend to the keys of earlier ones (num_kv_shared_layers)",
+            )
         if unsupported := sorted(set(types) - set(SUPPORTED_LAYERS)):
             raise UnsupportedModelError(decoder.model_type, f"it has layers of type {', '.join(unsupported)}")
         for index in self.config.layers:
             if index >= len(types):
-                raise ValueError(f"layers.{index}: the model has layers 0 to {len(types) - 1}")
+                raise ArgumentError(f"layers.{index}: the model has layers 0 to {len(types) - 1}")
             if types[index] != "full_attention":
-                raise ValueError(f"layers.{index}: the layer attends to a sliding window, of which all is read")
+                raise ArgumentError(f"layers.{index}: the layer attends to a sliding window, of which all is read")
         layers: list[Any] = [
             MagicPigLayer(self.config.of_layer(index), index)
             if kind == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kw)
+            else compat.new_layer(kind, kw)
             for index, (kind, kw) in enumerate(zip(types, settings, strict=True))
         ]
         super().__init__(layers=layers)
 
+    # The store is no business of torch.compile, here and in the attention function.
+    @compat.opaque
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx >= len(self.layers):
+            raise CacheMismatchError(
+                f"the cache is of another model: it has {len(self.layers)} layers, the model at least {layer_idx + 1}"
+            )
         first: Any = self.layers[0]
         layer: Any = self.layers[layer_idx]
         states = layer.update(key_states, value_states, *args, **kwargs)
         if layer.get_seq_length() != first.get_seq_length():
-            raise RuntimeError(
+            raise CacheStateError(
                 f"layers 0 and {layer_idx} have not seen the same tokens: a forward pass was interrupted; "
                 "use a new MagicPigCache"
             )
@@ -78,7 +97,7 @@ class MagicPigCache(Cache):
         ValueError when the keys have been indexed by the old setting already, at the first decode step or by `settle`.
         The report of the new cache counts what it reads itself.
         """
-        other = copy.copy(self)
+        other = _shallow(self)
         other.config = self.config if config is None else config
         other.layers = [
             # Stock layers replace their tensors and never write into them.
@@ -86,6 +105,15 @@ class MagicPigCache(Cache):
             for index, layer in enumerate(self.layers)
         ]
         return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MagicPigCache:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ArgumentTypeError(
+            "a MagicPigCache cannot be pickled; fork() or copy.deepcopy makes a copy in this process, another process "
+            "has to read the tokens again"
+        )
 
     def settle(self) -> None:
         """Indexes now what the first decode step would index.
@@ -128,10 +156,17 @@ class PendingTokens:
         self.values = values
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(
-            f"MagicPigCache holds the keys, there is no {name} of them: the model must hand them to "
-            "attn_implementation='magicpig' unchanged (see magicpig.attach)"
-        )
+        raise OpaqueTokensError(None, _CHANGED.format(name))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> NoReturn:
+        raise OpaqueTokensError(None, _CHANGED.format(getattr(function, "__name__", function)))
+
+
+_CHANGED = (
+    "MagicPigCache holds the keys, there is no {} of them: the model must hand them to attn_implementation='magicpig' "
+    "unchanged (see magicpig.attach)"
+)
 
 
 class MagicPigLayer(CacheLayerMixin):
@@ -176,14 +211,16 @@ class MagicPigLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns the new tokens twice, as `PendingTokens`, where other caches return all keys and all values."""
+        refuse_gradients(key_states, value_states)
         if key_states.shape != value_states.shape:
             raise UnsupportedModelError(
                 None, f"its keys have shape {tuple(key_states.shape)} and its values {tuple(value_states.shape)}"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.check_fits(key_states.shape[1], key_states.shape[3])
         if key_states.shape[0] != len(self.stores):
-            raise ValueError(
+            raise ArgumentError(
                 f"a batch of {key_states.shape[0]} does not fit this cache, which holds {len(self.stores)} sequences; "
                 "use a new MagicPigCache"
             )
@@ -192,6 +229,20 @@ class MagicPigLayer(CacheLayerMixin):
         self._undo.clear()
         self.positions += key_states.shape[2]
         return self._pending, self._pending
+
+    def check_fits(self, kv_heads: int, head_dim: int) -> None:
+        """Raises CacheMismatchError if the layer holds keys of another shape."""
+        if self.stores and (self.stores[0].kv_heads, self.stores[0].head_dim) != (kv_heads, head_dim):
+            held = self.stores[0]
+            raise CacheMismatchError(
+                f"the cache is of another model: its layer {self.index} holds {held.kv_heads} key/value heads of "
+                f"{held.head_dim} numbers, not {kv_heads} of {head_dim}"
+            )
+
+    def check_pending(self, pending: PendingTokens) -> None:
+        """Raises UnsupportedModelError if these are not the tokens that came last."""
+        if pending is not self._pending:
+            raise UnsupportedModelError(None, "several of its layers attend to the same keys")
 
     def get_seq_length(self) -> int:
         return self.positions
@@ -220,11 +271,11 @@ class MagicPigLayer(CacheLayerMixin):
     ) -> Tensor:
         """Stores the pending tokens and attends over everything stored. A padded token attends to nothing: zeros.
 
-        query: (B, H, T, D); mask: (B, positions) with zeros for padding, None if there is none.
+        query: (B, H, T, D); mask: (B, positions) with zeros for padding and blocks as in blocks.py, None if there are
+        none.
         Returns (B, T, H, D) on the query's device, in its dtype.
         """
-        if pending is not self._pending:
-            raise UnsupportedModelError(None, "several of its layers attend to the same keys")
+        self.check_pending(pending)
         B, H, T, D = query.shape
         if T == 1 and mask is None and self._real is None and sink_logits is None:
             decoder = self._decoder
@@ -235,6 +286,7 @@ class MagicPigLayer(CacheLayerMixin):
                 self.query_heads = H
                 return decoder.step(query, pending.keys, pending.values)
         real = self._new_tokens(mask, T)
+        blocks = mask[:, -T:].to("cpu") if mask is not None and bool((mask[:, -T:] > 1).any()) else None
         self._pending = None
         self.query_heads = H
         keys, values = _on_cpu(pending.keys, self.dtype), _on_cpu(pending.values, self.dtype)
@@ -250,12 +302,27 @@ class MagicPigLayer(CacheLayerMixin):
                 chosen = slice(None) if real is None else real[row].nonzero()[:, 0]
                 q, k, v = queries[row][:, chosen], keys[row][:, chosen], values[row][:, chosen]
                 if q.shape[1] > 0:
-                    output[row, chosen] = self._attend_row(row, q, k, v, decode=T == 1, rule=rule).transpose(0, 1)
+                    groups = None if blocks is None else blocks[row, chosen]
+                    given: dict[str, Any] = {"decode": T == 1, "groups": groups, "rule": rule}
+                    output[row, chosen] = self._attend_row(row, q, k, v, **given).transpose(0, 1)
         return output if queries is query else output.to(query.device, query.dtype)
 
-    def _attend_row(self, row: int, q: Tensor, k: Tensor, v: Tensor, *, decode: bool, rule: dict[str, Any]) -> Tensor:
-        """The new real tokens of one sequence: q (H, n, D), k and v (G, n, D). Returns (H, n, D)."""
+    def _attend_row(
+        self,
+        row: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        decode: bool,
+        groups: Tensor | None,
+        rule: dict[str, Any],
+    ) -> Tensor:
+        """The new real tokens of one sequence: q (H, n, D), k and v (G, n, D), groups (n,). Returns (H, n, D)."""
         store, n = self.stores[row], q.shape[1]
+        if groups is not None and bool((groups > 1).any()):  # exact: the sample of a token does not look ahead
+            store.append(k, v)
+            return see_blocks(attend_store(q, store, **rule), q, k, v, groups, rule).output
         if n <= self.config.decode_tokens and (store.settled or (self.record_past and store.length >= store.due)):
             decode = True
         if not decode:
@@ -269,7 +336,7 @@ class MagicPigLayer(CacheLayerMixin):
 
     def _check_attended(self) -> None:
         if self._pending is not None:
-            raise RuntimeError(
+            raise CacheStateError(
                 f"layer {self.index} never attended to the last tokens it was given: a forward pass was interrupted; "
                 "use a new MagicPigCache"
             )
@@ -280,13 +347,13 @@ class MagicPigLayer(CacheLayerMixin):
             return None
         shape = (len(self.stores), self.positions)
         if mask is not None and mask.shape != shape:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {shape} with this cache")
+            raise ArgumentError(f"attention_mask has shape {tuple(mask.shape)}; expected {shape} with this cache")
         real = torch.ones(shape, dtype=torch.bool, device="cpu") if mask is None else mask.to("cpu", torch.bool)
         past = self.positions - T
         stored = True if self._real is None else self._real
         if not bool((real[:, :past] == stored).all()):
             row, position = (real[:, :past] != stored).nonzero()[0].tolist()
-            raise ValueError(
+            raise ArgumentError(
                 f"attention_mask has changed for a token that is already in the cache (sequence {row}, position "
                 f"{position}); pass attention_mask explicitly, as in the calls before and with a 1 for each new token "
                 "(without it generate() masks every token that equals pad_token_id)"
@@ -303,10 +370,10 @@ class MagicPigLayer(CacheLayerMixin):
     def fork(self, config: Config | None = None) -> MagicPigLayer:
         """As `MagicPigCache.fork`, of one layer."""
         self._check_attended()
-        other = copy.copy(self)
+        other = _shallow(self)
         if config is not None:
             if any(store.settled for store in self.stores):
-                raise ValueError(
+                raise ArgumentError(
                     f"layer {self.index} has indexed its keys by the config it has; "
                     "fork with another one right after the prompt was read"
                 )
@@ -317,6 +384,9 @@ class MagicPigLayer(CacheLayerMixin):
         other._work = _Work()
         other._decoder = None
         return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MagicPigLayer:
+        return self.fork()
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -347,7 +417,7 @@ class MagicPigLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` positions, padded ones included; a negative number or 0."""
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be negative: minus the tokens to remove")
+            raise ArgumentError(f"tokens_to_remove={tokens_to_remove} must be negative: minus the tokens to remove")
         positions = max(0, self.positions + tokens_to_remove)
         self._decoder = None
         for row, store in enumerate(self.stores):
@@ -409,6 +479,21 @@ class _Work:
         self.largest = max(self.largest, stats.max_share)
         if stats.predicted.count + stats.predicted.unknown and store.config.sampler in PREDICTING:
             self.predicted = stats.predicted if self.predicted is None else self.predicted + stats.predicted
+
+
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Raises GradientError: what goes through a store is cut out of the graph."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise GradientError(
+            "attention over a MagicPigCache has no gradients: for a loss, pass use_cache=False, or detach(model) and "
+            "train with sdpa; to generate or read, use torch.no_grad()"
+        )
+
+
+def _shallow(x: Part) -> Part:
+    other = object.__new__(type(x))
+    other.__dict__.update(x.__dict__)
+    return other
 
 
 def _on_cpu(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,26 +1,68 @@
-"""What each layer of a model keeps of a token, read from its configuration before anything runs."""
+"""What each layer of a model keeps of a token, and how many tokens it reads, said by its configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from magicpig.config import Config
+from magicpig.integrations.transformers.compat import layer_types
 from magicpig.planner import LayerShape
 
 
 def layer_shapes(model_config: PreTrainedConfig, config: Config) -> list[LayerShape]:
     """One `LayerShape` per layer, as `planner.plan` wants them."""
     decoder = model_config.get_text_config(decoder=True)
-    types, settings = get_layer_types_and_kwargs(decoder)
+    types, settings = layer_types(decoder)
     shapes = []
     for index, (layer, kind, given) in enumerate(zip(decoder.per_layer_config, types, settings, strict=True)):
         sampled = kind == "full_attention" and not config.is_dense(index)
         heads = int(layer.num_attention_heads)
         shapes.append(LayerShape(_kv_heads(layer), _head_dim(layer), sampled, given.get("sliding_window"), heads))
     return shapes
+
+
+def token_limit(model_config: PreTrainedConfig) -> int | None:
+    """The most tokens of a sequence, None if the configuration does not say.
+
+    By YaRN, linear and dynamic scaling of rotary embeddings that is factor times the original length, which model cards
+    have users add to a configuration without changing `max_position_embeddings`. The other kinds of scaling, llama3
+    and longrope, come with that number raised. Where layers are scaled differently, as those of Gemma 3 are, the number
+    covers that already and the least counts.
+    """
+    decoder = model_config.get_text_config(decoder=True)
+    stated = getattr(decoder, "max_position_embeddings", None)
+    if stated is None:
+        return None
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    kinds = [own for own in rope.values() if isinstance(own, Mapping)] or [rope]
+    return min(_scaled(int(stated), own) for own in kinds)
+
+
+def _scaled(stated: int, rope: Mapping[str, Any]) -> int:
+    kind = rope.get("rope_type", rope.get("type"))
+    original = rope.get("original_max_position_embeddings") or stated
+    scales = kind in ("yarn", "linear", "dynamic") or (kind in ("llama3", "longrope") and stated <= original)
+    if not scales or rope.get("factor") is None:
+        return stated
+    return max(stated, int(original * float(rope["factor"])))
+
+
+def key_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of the keys and values that a model computes.
+
+    Weights of 8 bits and fewer are turned into the dtype of the configuration before anything is computed with them.
+    """
+    dtype = model.dtype
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    stated = getattr(model.config.get_text_config(decoder=True), "dtype", None) or getattr(model.config, "dtype", None)
+    if isinstance(stated, torch.dtype) and stated.is_floating_point and stated.itemsize > 1:
+        return stated
+    return torch.bfloat16
 
 
 def _kv_heads(layer: Any) -> int:
