@@ -68,9 +68,7 @@ def test_the_limit_of_layers_that_are_scaled_differently() -> None:
 
 
 def test_a_model_without_a_stated_limit() -> None:
-    config = decoder()
-    config.max_position_embeddings = None
-    assert token_limit(config) is None
+    assert token_limit(AutoConfig.for_model("bloom")) is None
 
 
 @pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
@@ -239,11 +237,15 @@ def test_gradients_of_queries_alone(llama: Any, tokens: Tokens) -> None:
 
 
 @pytest.mark.parametrize(
-    "part",
-    ["attention", pytest.param("whole", marks=pytest.mark.slow)],  # a minute, for all that is around the attention
+    ("part", "budget"),
+    [
+        ("one attention", 4),
+        # A minute, for all that is around the attention.
+        pytest.param("whole", 4, marks=pytest.mark.slow),
+        pytest.param("whole", 1e9, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("budget", [1e9, 4], ids=["every row", "sampled"])
-def test_a_compiled_forward_generates_the_same(budget: float, part: str, tokens: Tokens) -> None:
+def test_a_compiled_forward_generates_the_same(part: str, budget: float, tokens: Tokens) -> None:
     """Compiled by torch's front end alone: how it deals with the cache, not what it makes of the model."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(decoder()).eval()
@@ -252,8 +254,8 @@ def test_a_compiled_forward_generates_the_same(budget: float, part: str, tokens:
     attach(model, sampler="sketch", budget=budget, **settings)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **options)
-    for module in [model] if part == "whole" else [layer.self_attn for layer in model.model.layers]:
-        module.forward = torch.compile(module.forward, backend="eager", dynamic=True)
+    module = model if part == "whole" else model.model.layers[1].self_attn
+    module.forward = torch.compile(module.forward, backend="eager", dynamic=True)
     try:
         assert torch.equal(model.generate(ids, **options), expected)
     finally:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from magicpig.integrations.transformers import attach, detach
+from magicpig import Config
+from magicpig.integrations.transformers import MagicPigCache, attach, detach
 
 IMAGE = 90  # the token that stands for a piece of an image
 TEXT: dict[str, Any] = {
@@ -116,3 +117,18 @@ def test_the_text_part_generates_what_eager_attention_does(kind: str, images: in
         assert (other.logits[0] - expected.logits[0]).abs().max() > 1e-2  # the images matter
     detach(model)
     assert torch.equal(generate(model, inputs).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_images_in_a_batch_with_padding_and_on_a_cache_of_their_own(kind: str) -> None:
+    model, inputs = build(kind), prompt(kind)
+    rows = {name: torch.cat([x, x]) for name, x in inputs.items()}
+    rows["attention_mask"][0, :5] = 0
+    rows["input_ids"][0, :5] = 0
+    expected = generate(model, rows)
+    attach(model)
+    settings: dict[str, Any] = {"sinks": 2, "recent": 6, "block": 8, "exact_below": 0, "dense_layers": ()}
+    cache = MagicPigCache(model.config, Config(sampler="sketch", budget=1e9, **settings))  # every row is drawn
+    found = generate(model, rows, cache=cache)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert cache.report().sampled_share_mean is not None

@@ -184,6 +184,8 @@ def _rebuild(base: Any) -> Any:
 
 def _prepared(model: Any, attached: _Attachment, request: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one call of `generate`, checked, with the cache among them."""
+    # PEFT's virtual tokens are fed by a method that it puts into the model.
+    _check_adapters(getattr(model.prepare_inputs_for_generation, "__self__", None))
     config = request.get("generation_config")
 
     def asked(name: str, default: Any = None) -> Any:
