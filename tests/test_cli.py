@@ -333,8 +333,17 @@ def test_no_prompt(model_dir):
     assert_refused(generate(model_dir, prompt=None), "either --prompt or --prompt-file")
 
 
-def test_no_model():
-    assert_refused(run("generate", "--prompt", "w1"), "--model")
+@pytest.mark.parametrize("command", ["generate", "capture", "eval ruler"])
+def test_without_a_model_the_pocket_model_is_used_and_said(command, tmp_path):
+    arguments = {
+        "generate": ["--prompt", "one two three", "--max-new-tokens", 2],
+        "capture": ["--task", "fwe", "--length", 1000, "--steps", 2, "--new-tokens", 0, "--out", tmp_path / "out"],
+        "eval ruler": ["--tasks", "fwe", "--lengths", 1000, "--samples", 1, "--out", tmp_path / "out"],
+    }
+    result = run(*command.split(), *arguments[command])
+    assert result.exit_code == 0, result.output
+    assert "Using the pocket model" in result.stderr
+    assert "Using" not in result.stdout
 
 
 def test_unknown_command():
@@ -409,6 +418,19 @@ def spoil_more_layers(model):
     edit_config(model, num_hidden_layers=3)
 
 
+def spoil_endless_layers(model):
+    edit_config(model, num_hidden_layers=1_000_000_000)
+
+
+def spoil_deep_json(model):
+    (model / "config.json").write_text('{"a":' * 200_000)
+
+
+def spoil_dangling_link(model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to("../blobs/1")
+
+
 def spoil_unknown_architecture(model):
     edit_config(model, model_type="frobnicator")
 
@@ -457,11 +479,14 @@ def spoil_strange_tokenizer(model):
         (spoil_nothing, "no such directory"),
         (spoil_file, "not a directory"),
         (spoil_no_config, "no config.json"),
-        (spoil_broken_json, "config.json: Expecting value"),
+        (spoil_broken_json, "config.json: not JSON: Expecting value"),
         (spoil_list_json, "config.json: not a JSON object"),
         (spoil_wrong_type, "hidden_size"),
-        (spoil_other_shape, "cannot read the weights"),
+        (spoil_other_shape, "the weights have lm_head.weight with shape [64, 64], the configuration asks for [64, 32]"),
         (spoil_more_layers, "weights are missing, the first is model.layers.2."),
+        (spoil_endless_layers, "num_hidden_layers=1000000000 is out of range"),
+        (spoil_deep_json, "values are nested too deep"),
+        (spoil_dangling_link, "where nothing is"),
         (spoil_unknown_architecture, "frobnicator"),
         (spoil_not_a_language_model, "ViTConfig"),
         (spoil_code, "brings Python code of its own"),
@@ -478,6 +503,62 @@ def spoil_strange_tokenizer(model):
 def test_unusable_model_directory(spoil, cause, broken):
     spoil(broken)
     assert_refused(generate(broken), broken, cause)
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"num_beams": 4}, "num_beams=4"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions=True"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+        ({"temperature": 0.6, "top_p": 0.9, "do_sample": True}, None),
+    ],
+    ids=lambda value: "" if value is None or isinstance(value, str) else next(iter(value)),
+)
+def test_generation_settings_that_one_answer_cannot_have_are_left_out_with_a_word(settings, note, broken, model_dir):
+    expected = generate(model_dir, "--json")
+    (broken / "generation_config.json").write_text(json.dumps(settings))
+    result = generate(broken, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["token_ids"] == json.loads(expected.stdout)["token_ids"]
+    assert note is None or f"generation_config.json asks for {note}, which is left out here." in result.stderr
+    assert note is not None or "generation_config" not in result.stderr
+
+
+def test_generation_settings_that_can_be_heeded_are(broken, model_dir):
+    tokens = generate(model_dir, new=20).stdout.split()
+    (broken / "generation_config.json").write_text(json.dumps({"stop_strings": [tokens[3]]}))
+    stopped = generate(broken, new=20)
+    assert stopped.stdout.split() == tokens[: tokens.index(tokens[3]) + 1]
+    (broken / "generation_config.json").write_text(json.dumps({"suppress_tokens": [int(tokens[0][1:]) + 2]}))
+    assert generate(broken, new=1).stdout.split() != tokens[:1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"repetition_penalty": -3.0}, {"no_repeat_ngram_size": "x"}, {"bad_words_ids": 3}], ids=str
+)
+def test_generation_settings_that_are_wrong(settings, broken):
+    (broken / "generation_config.json").write_text(json.dumps(settings))
+    assert_refused(generate(broken), "generation_config.json", next(iter(settings)))
+
+
+def test_a_chat_template_that_does_not_end(broken, monkeypatch):
+    monkeypatch.setattr(generation, "TEMPLATE_SECONDS", 1)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (broken / "chat_template.jinja").write_text(loop)
+    assert_refused(generate(broken, "--chat"), broken, "the chat template fails: it was not done after 1 seconds")
+    (broken / "chat_template.jinja").write_text("{% for i in range(1000000000) %}{% endfor %}")
+    assert_refused(generate(broken, "--chat"), broken, "the chat template fails: Range too big")
+
+
+def test_memory_that_native_code_does_not_get(model_dir, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(generation, "load", fail)
+    assert_refused(generate(model_dir), "there is not enough memory: std::bad_alloc")
 
 
 def test_tokenizer_of_another_model(broken):
@@ -523,7 +604,7 @@ def test_read_only_output_directory(model_dir, tmp_path, monkeypatch):
     def refuse(path, *_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert_refused(generate(model_dir, "--output", tmp_path / "answer.txt"), "cannot write", "Read-only file system")
 
 
@@ -648,7 +729,7 @@ def test_capture_reads_a_text_or_a_task(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (["--layers", "0,x"], "--layers: '0,x' is not a list"),
+        (["--layers", "0,x"], "--layers '0,x' is not whole numbers with commas"),
         (["--layers", "2"], "layers=2: the model has layers 0 to 1"),
         (["--kv-heads", "5"], "kv_heads=5"),
         (["--steps", "1000"], "steps=1000 must be between 1 and the 300 tokens"),
@@ -840,7 +921,7 @@ def test_bench_decode_on_standard_output():
     [
         (["--shape", "gpt"], "shape='gpt' is not known"),
         (["--layers", "29"], "layers=29 is out of range; qwen3-0.6b has 28"),
-        (["--layers", "0"], "layers=0 is out of range"),
+        (["--layers", "0"], "'--layers'"),
         (["--context", "10"], "context=10 has nothing to sample"),
         (["--context", "4096M"], "GiB of memory"),
         (["--samplers", "topk"], "--samplers 'topk' cannot be measured here; allowed: full, lsh, sketch"),

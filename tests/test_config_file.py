@@ -52,7 +52,7 @@ def test_a_file_says_only_what_is_not_so_anyway():
     [
         ({"format": "other"}, 'not a file of settings: it has no "format": "magicpig.config"'),
         ({"version": 2}, "version=2 of the format; this package reads 1"),
-        ({"setings": {}}, "setings: there is no such key; allowed: format, version, settings, about"),
+        ({"setings": {}}, "'setings': there is no such key; allowed: format, version, settings, about"),
         ({"settings": [1]}, r"settings=\[1\]: must be an object"),
         ({"settings": {"K": 99}}, "K=99: .* less than or equal to 16"),
         ({"settings": {"buget": 3}}, "buget=3: "),
@@ -73,7 +73,7 @@ def test_what_is_wrong_in_a_file_is_named(change, message, tmp_path):
     [
         (b"", r"not JSON: Expecting value \(line 1, column 1\)"),
         (b'{"format":\n oh', r"not JSON: Expecting value \(line 2, column 2\)"),
-        (b"\xff\xfe\x00", "codec can't decode"),
+        (b"\xff\xfe\x00", r"not UTF-8 text \(byte 2\)"),
         (b"[]", "not a file of settings"),
         (b"3", "not a file of settings"),
     ],

@@ -54,6 +54,45 @@ def test_memory_limit_of_the_container(membership, limits, expected, tmp_path):
     assert machine.cgroup_limit(tmp_path / "fs", tmp_path / "cgroup") == expected
 
 
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("0::/\n", {}, None),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "max 100000\n"}, 1.5),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "20000 10000\n"}, 1.5),
+        ("0::/a\n", {"a/cpu.max": "\n"}, None),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, None),
+        ("4:cpuset:/a\n", {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, None),
+    ],
+    ids=[
+        "none",
+        "max",
+        "of the parent",
+        "the tightest",
+        "empty",
+        "version 1",
+        "version 1 unlimited",
+        "other controller",
+    ],
+)
+def test_processor_quota_of_the_container(membership, files, expected, tmp_path):
+    (tmp_path / "cgroup").write_text(membership)
+    for name, text in files.items():
+        path = tmp_path / "fs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert machine.cpu_quota(tmp_path / "fs", tmp_path / "cgroup") == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(None, 8), (0.3, 1), (2.0, 2), (2.1, 3), (64.0, 8)])
+def test_threads_follow_the_quota(quota, expected, monkeypatch):
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    assert machine.default_threads() == expected
+
+
 def test_no_memory_limit_without_control_groups(tmp_path):
     assert machine.cgroup_limit(tmp_path, tmp_path / "missing") is None
 

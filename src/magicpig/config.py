@@ -6,6 +6,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from magicpig.errors import ArgumentError
+from magicpig.wording import LONGEST_VALUE, printable, shown
+
 DENSE_LAYERS = (0, 16, 32, 48)  # the paper's, of models with 32 and with 80 layers
 
 SamplerName = Literal[
@@ -13,9 +16,11 @@ SamplerName = Literal[
 ]
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 KVDtype = Literal["model", "int8"]
+NATIVE = ("lsh", "sketch")  # samplers that find their rows themselves; the others look at every key
 QUANTISED = ("lsh", "sketch", "full")  # samplers that attend to keys and values in whole numbers
 HASHING = ("K", "L", "min_hits")  # settings of "lsh" alone
 SKETCH_BYTES = 32  # of a key's codes, at most, with as many bits as by default, unless there must be two
+MOST_TOKENS = 2**40  # more than any memory holds; larger numbers would not fit the kernels' integers
 BY_LAYER = ("sampler", "budget", "bits", "epsilon", "centre", "K", "L", "min_hits")
 """The settings that a layer may have of its own."""
 
@@ -32,6 +37,7 @@ class Config(BaseModel):
     budget: float = Field(
         512.0,
         gt=0,
+        le=MOST_TOKENS,
         allow_inf_nan=False,
         description="rows that samplers which can choose read per head and step; below 1, a share of the body",
     )
@@ -55,11 +61,11 @@ class Config(BaseModel):
     L: int = Field(150, ge=1, le=1024, description="hash tables; (10, 150) samples about 2 % (paper, table 9)")
     min_hits: int = Field(2, ge=1, le=127, description="tables in which a key must collide with the query")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampling; the only randomness there is")
-    sinks: int = Field(4, ge=0, description="first tokens, always attended exactly")
-    recent: int = Field(64, ge=0, description="newest tokens, always attended exactly")
+    sinks: int = Field(4, ge=0, le=MOST_TOKENS, description="first tokens, always attended exactly")
+    recent: int = Field(64, ge=0, le=MOST_TOKENS, description="newest tokens, always attended exactly")
     block: int = Field(256, ge=1, le=65536, description="tokens indexed at once as they leave the recent window")
     exact_below: int = Field(
-        2048, ge=0, description="contexts shorter than this stay exact: there full attention is cheaper"
+        2048, ge=0, le=MOST_TOKENS, description="contexts shorter than this stay exact: there full attention is cheaper"
     )
     dense_layers: tuple[int, ...] | None = Field(None, description="layers that stay exact; default: 0, 16, 32 and 48")
     layers: dict[int, dict[str, Any]] = Field(
@@ -68,6 +74,7 @@ class Config(BaseModel):
     decode_tokens: int = Field(
         32,
         ge=1,
+        le=MOST_TOKENS,
         description="over an indexed cache, a forward of at most this many tokens is sampled; a longer one is exact",
     )
 
@@ -75,7 +82,7 @@ class Config(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise ValueError(_one_line(error)) from None
+            raise ArgumentError(_one_line(error)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -157,7 +164,9 @@ EXACT = Config(sampler="full")
 
 
 def _number(key: Any) -> Any:
-    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+    # "1" and "01" would be the same layer, so one of them is refused.
+    plain = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 and key == str(int(key))
+    return int(key) if plain else key
 
 
 def _one_line(error: ValidationError) -> str:
@@ -165,5 +174,5 @@ def _one_line(error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{name}={item['input']!r}: {message}" if name else message)
+        parts.append(f"{printable(name, LONGEST_VALUE)}={shown(item['input'])}: {message}" if name else message)
     return "; ".join(parts)

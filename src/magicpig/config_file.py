@@ -11,27 +11,28 @@ import json
 from pathlib import Path
 from typing import Any
 
+from magicpig import strict_json
 from magicpig.config import Config
+from magicpig.errors import ArgumentError
+from magicpig.wording import shown
 
 FORMAT = "magicpig.config"
 VERSION = 1
 KEYS = ("format", "version", "settings", "about")
 
 
-class ConfigFileError(ValueError):
+class ConfigFileError(ArgumentError):
     """A file of settings that cannot be used. One line, naming the file and what in it is wrong."""
+
+    code = "invalid_config_file"
 
 
 def load_config(path: Path | str) -> Config:
     """Read a file of settings. Raises ConfigFileError."""
     try:
-        content = json.loads(Path(path).read_bytes())
-        return Config(**_settings(content))
+        return Config(**_settings(strict_json.parse(Path(path).read_bytes())))
     except OSError as error:
         raise ConfigFileError(f"cannot read {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigFileError(f"{path}: not JSON: {error.msg} ({where})") from None
     except ValueError as error:
         raise ConfigFileError(f"{path}: {error}") from None
 
@@ -44,12 +45,12 @@ def to_text(config: Config, about: dict[str, Any]) -> str:
 
 def _settings(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f'not a file of settings: it has no "format": "{FORMAT}"')
+        raise ArgumentError(f'not a file of settings: it has no "format": "{FORMAT}"')
     if content.get("version") != VERSION:
-        raise ValueError(f"version={content.get('version')!r} of the format; this package reads {VERSION}")
+        raise ArgumentError(f"version={shown(content.get('version'))} of the format; this package reads {VERSION}")
     if unknown := sorted(set(content) - set(KEYS)):
-        raise ValueError(f"{unknown[0]}: there is no such key; allowed: {', '.join(KEYS)}")
+        raise ArgumentError(f"{shown(unknown[0])}: there is no such key; allowed: {', '.join(KEYS)}")
     settings = content.get("settings")
     if not isinstance(settings, dict):
-        raise ValueError(f"settings={settings!r}: must be an object of settings by name")
+        raise ArgumentError(f"settings={shown(settings)}: must be an object of settings by name")
     return settings

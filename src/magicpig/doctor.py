@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from magicpig import machine
 from magicpig.functional import attend
 from magicpig.kernels import native
+from magicpig.wording import counted
 
 INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the relative error; bfloat16 keeps 8 bits of the output
@@ -41,6 +43,7 @@ class Report:
     cpu: str
     cpu_flags: list[str]
     usable_cpus: int
+    cpu_quota: float | None
     physical_cores: int | None
     threads: int
     torch_threads: int
@@ -70,6 +73,7 @@ def examine() -> Report:
         cpu=machine.cpu_model(),
         cpu_flags=[flag for flag in INTERESTING_FLAGS if flag in machine.cpu_flags()],
         usable_cpus=machine.usable_cpus(),
+        cpu_quota=machine.cpu_quota(),
         physical_cores=machine.physical_cores(),
         threads=native.threads(),
         torch_threads=torch.get_num_threads(),
@@ -127,13 +131,15 @@ def advise(facts: Report) -> list[str]:
         advice.append(f"unset MAGICPIG_ISA: it forces {facts.isa}, this machine can run {facts.isa_usable[0]}")
     elif facts.isa != facts.isa_built[0]:
         advice.append(f"nothing to set: a processor with {facts.isa_built[0]} would be faster with bfloat16 models")
-    cores = min(facts.physical_cores or facts.usable_cpus, facts.usable_cpus)
+    quota = facts.usable_cpus if facts.cpu_quota is None else max(1, math.ceil(facts.cpu_quota))
+    usable = min(facts.usable_cpus, quota)
+    cores = min(facts.physical_cores or usable, usable)
     if facts.torch_threads < cores:
-        advice.append(f"set OMP_NUM_THREADS={cores}: torch uses {facts.torch_threads} of {cores} cores")
-    if facts.torch_threads > facts.usable_cpus:
-        advice.append(
-            f"set OMP_NUM_THREADS={cores}: {facts.torch_threads} threads share {facts.usable_cpus} processors"
-        )
+        advice.append(f"set OMP_NUM_THREADS={cores}: torch uses {facts.torch_threads} of {counted(cores, 'core')}")
+    if facts.torch_threads > usable:
+        sharing = f"{counted(facts.torch_threads, 'thread')} share {counted(usable, 'processor')}"
+        limited = ", which is all that the container may use" if usable < facts.usable_cpus else ""
+        advice.append(f"set OMP_NUM_THREADS={cores}: {sharing}{limited}")
     if facts.pool != "torch":
         advice.append(f"unset MAGICPIG_POOL: the {facts.pool} pool competes with torch's spinning threads")
     if facts.huge_pages == "never":

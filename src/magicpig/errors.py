@@ -41,3 +41,9 @@ class EnvironmentVariableError(ArgumentError):
     """An environment variable of this package has a value that is not allowed."""
 
     code = "invalid_environment"
+
+
+class InsufficientMemoryError(MagicPigError, MemoryError):
+    """A request needs more memory than the machine can give."""
+
+    code = "insufficient_memory"

@@ -7,8 +7,9 @@ them.
 
 from __future__ import annotations
 
-import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -17,22 +18,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 from transformers.generation.streamers import TextStreamer
 
 from magicpig import machine
 from magicpig.config import Config
+from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
 from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
 from magicpig.integrations.transformers.compat import cache_argument, cache_of
+from magicpig.model_directory import ModelError, brings_code, check_directory
+from magicpig.wording import printable, shown
 
 GREEDY = ("temperature", "top_p", "top_k")  # means nothing to it
+TEMPLATE_SECONDS = 10  # for a chat template, which takes milliseconds
+OVERRULED = {  # in the generation settings of a model: one answer is written, token by token, over our own cache
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "cache_implementation": None,
+    "cache_config": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+}
+HARMLESS = {  # settings that models have and transformers always takes, or that are given with each call
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "do_sample",
+    "max_length",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class ModelError(ValueError):
-    """A model directory that cannot be used, or a prompt the model cannot take. One line, naming the cause."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +109,7 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> Model:
 
     Raises ModelError if anything about the directory is wrong.
     """
-    _check_directory(directory)
+    check_directory(directory)
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = _read(directory, "configuration", AutoConfig.from_pretrained, **local)
     tokenizer = _read(directory, "tokenizer", AutoTokenizer.from_pretrained, **local)
@@ -110,8 +136,13 @@ def encode(
     if chat:
         message = [{"role": "user", "content": text}]
         try:
-            prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
+            with _time_limit(TEMPLATE_SECONDS):
+                prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        except _TimeIsUpError:
+            raise ModelError(
+                f"{model.directory}: the chat template fails: it was not done after {TEMPLATE_SECONDS} seconds"
+            ) from None
+        except Exception as error:  # a template is a program: it may fail in any way
             raise ModelError(f"{model.directory}: the chat template fails: {_one_line(error)}") from error
     else:
         prompt = text
@@ -153,23 +184,29 @@ def load(model: Model, *, dtype: str = "auto") -> Any:
     Raises ModelError if weights are damaged or missing, MemoryError if they do not fit.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+        raise ArgumentError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     size = sum(path.stat().st_size for path in model.directory.glob("*.safetensors"))
     free = machine.free_memory()
     if size > free:
-        raise MemoryError(
+        raise InsufficientMemoryError(
             f"{model.directory}: the weights take {size / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
         )
-    network, report = _read(
-        model.directory,
-        "weights",
-        AutoModelForCausalLM.from_pretrained,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        use_safetensors=True,
-        output_loading_info=True,
-        local_files_only=True,
-        trust_remote_code=model.trust_remote_code,
-    )
+    try:
+        network, report = _read(
+            model.directory,
+            "weights",
+            AutoModelForCausalLM.from_pretrained,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except ModelError as error:
+        # transformers refers to a table of its own, which is not shown.
+        if isinstance(error.__cause__, RuntimeError) and (difference := _other_shape(model)):
+            raise ModelError(f"{model.directory}: {difference}") from error
+        raise
     # transformers would fill them with random numbers and only log it
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -195,8 +232,12 @@ def generate(
     chunk: int = 1024,
     on_prefill: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Generation:
     """Generate from the prompt ``ids``; temperature 0 is greedy.
+
+    What the model's generation_config.json says is heeded, but for `OVERRULED`; on_note is called with a sentence if
+    that makes a difference. Raises ModelError for settings in it that transformers refuses.
 
     chunk: the prompt is read this many tokens at a time.
     on_prefill is called with the number of prompt tokens read by each chunk, on_text with every piece of new text.
@@ -206,6 +247,8 @@ def generate(
     torch.manual_seed(config.seed)
     # None switches off what the model's own generation settings may say.
     sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else dict.fromkeys(GREEDY)
+    if network.generation_config.stop_strings is not None:
+        sampling["tokenizer"] = tokenizer
     hook = network.register_forward_hook(
         lambda _, __, kwargs, ___: on_prefill(kwargs["input_ids"].shape[1]) if not watch.times else None,
         with_kwargs=True,
@@ -213,7 +256,7 @@ def generate(
     prompt = torch.tensor([ids], device=network.device, dtype=torch.int64)
     try:
         start = time.perf_counter()
-        with _finite(network):
+        with _overruled(network, on_note), _blaming_settings(network), _finite(network):
             output = network.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -299,7 +342,10 @@ def stop_tokens(model: Model, network: Any) -> frozenset[int]:
     """The tokens that end an answer: what the model's generation settings say, else the tokenizer's end of text."""
     stop = network.generation_config.eos_token_id
     stop = model.tokenizer.eos_token_id if stop is None else stop
-    return frozenset() if stop is None else frozenset([stop] if isinstance(stop, int) else stop)
+    tokens = [] if stop is None else stop if isinstance(stop, list) else [stop]
+    if not all(isinstance(token, int) for token in tokens):
+        raise ModelError(f"{model.directory}: eos_token_id={shown(stop)}: must be a token or a list of tokens")
+    return frozenset(tokens)
 
 
 def even_chunk(tokens: int, chunk: int) -> int:
@@ -332,9 +378,7 @@ def _finite(network: Any) -> Iterator[None]:
     """Blame the model where the store refuses what it computes."""
     try:
         yield
-    except ValueError as error:
-        if "not finite" not in str(error):
-            raise
+    except NotFiniteError as error:
         raise ModelError(
             f"the model computes {error}; its weights or its dtype {network.dtype} may be at fault"
         ) from error
@@ -346,24 +390,74 @@ def _pad_token(network: Any) -> int:
     return 0 if pad is None else pad
 
 
-def _check_directory(directory: Path) -> None:
-    if not directory.exists():
-        raise ModelError(f"{directory}: no such directory")
-    if not directory.is_dir():
-        raise ModelError(f"{directory}: not a directory")
-    config = directory / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{directory}: not a model directory, it has no config.json")
+def _other_shape(model: Model) -> str | None:
+    """The first weight whose shape is not what the configuration asks for; None where names do not tell."""
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(model.config, trust_remote_code=model.trust_remote_code).state_dict()
+    for path in sorted(model.directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no dictionary
+                there = file.get_slice(name).get_shape()
+                if name in wanted and there != list(wanted[name].shape):
+                    asked = list(wanted[name].shape)
+                    return f"the weights have {name} with shape {there}, the configuration asks for {asked}"
+    return None
+
+
+@contextmanager
+def _overruled(network: Any, on_note: Callable[[str], None]) -> Iterator[None]:
+    """Take out of the generation settings what one sampled answer cannot have, and put it back afterwards."""
+    settings = network.generation_config
+    before = {name: getattr(settings, name, None) for name in OVERRULED}
+    plain = GenerationConfig()
     try:
-        settings = json.loads(config.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{config}: {_one_line(error)}") from None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{config}: not a JSON object")
-    if not any(directory.glob("*.safetensors")):
-        raise ModelError(f"{directory}: has no weights in safetensors format")
-    if not any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in directory.iterdir()):
-        raise ModelError(f"{directory}: has no tokenizer")
+        for name, given in before.items():
+            if given not in (None, OVERRULED[name], getattr(plain, name, None)):
+                on_note(f"generation_config.json asks for {name}={shown(given)}, which is left out here.")
+            if given is not None:
+                setattr(settings, name, OVERRULED[name])
+        yield
+    finally:
+        for name, given in before.items():
+            if given is not None:
+                setattr(settings, name, given)
+
+
+@contextmanager
+def _blaming_settings(network: Any) -> Iterator[None]:
+    """Where a model has settings of its own for generating, what transformers refuses is in them."""
+    own = sorted(set(network.generation_config.to_diff_dict()) - {*HARMLESS, *OVERRULED})
+    try:
+        yield
+    except MagicPigError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+        if not own:
+            raise
+        raise ModelError(f"generation_config.json ({', '.join(own)}): {_one_line(error)}") from error
+
+
+class _TimeIsUpError(Exception):
+    """Raised by a signal."""
+
+
+@contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """Raises _TimeIsUpError in what takes longer. Only where signals arrive: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TimeIsUpError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _read(directory: Path, what: str, reader: Callable[..., Any], **options: Any) -> Any:
@@ -372,12 +466,14 @@ def _read(directory: Path, what: str, reader: Callable[..., Any], **options: Any
     except MemoryError:
         raise
     except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(f"{directory}: brings Python code of its own, which runs only if you trust it") from None
+        if not options["trust_remote_code"] and brings_code(directory):
+            raise ModelError(
+                f"{directory}: cannot read the {what}: {_one_line(error)}; the directory brings Python code of its "
+                "own, which runs only with --trust-remote-code"
+            ) from None
         # Broken files surface as many types, down to plain Exception; whatever it is, it is about this directory.
         raise ModelError(f"{directory}: cannot read the {what}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    message = " ".join(str(error).split())
-    return message if len(message) <= 200 else message[:197] + "..."
+    return printable(str(error) or type(error).__name__, 200)

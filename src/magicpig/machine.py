@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,6 +23,7 @@ VARIABLES = (
     "MKL_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _UNLIMITED = 1 << 60  # version 1 control groups write "no limit" as nearly 2**63, rounded to pages
 
 
@@ -53,25 +56,56 @@ def physical_cores() -> int | None:
     return count
 
 
-def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes of memory the control group (container) of this process may use; None without a limit.
+def default_threads() -> int:
+    """Threads that can run at once: as many as usable processors, or fewer where the container has a quota."""
+    quota = cpu_quota()
+    return usable_cpus() if quota is None else max(1, min(usable_cpus(), math.ceil(quota)))
 
-    Every group from this process's own up to the root counts; the tightest wins.
-    """
+
+def cpu_quota(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float | None:
+    """Processors' worth of time that the control group (container) of this process may use; None without a quota."""
+    quotas = []
+    for folder, generation in _control_groups("cpu", root, membership):
+        if generation == 2:
+            allowed, period = (*" ".join(_lines(folder / "cpu.max")).split(), "", "")[:2]
+        else:
+            allowed, period = ("".join(_lines(folder / f"cpu.cfs_{name}_us")).strip() for name in ("quota", "period"))
+        if allowed.isdigit() and period.isdigit() and int(allowed) > 0 and int(period) > 0:  # else "max", or -1
+            quotas.append(int(allowed) / int(period))
+    return min(quotas, default=None)
+
+
+def cgroup_limit(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int | None:
+    """Bytes of memory the control group (container) of this process may use; None without a limit."""
     limits = []
+    for folder, generation in _control_groups("memory", root, membership):
+        text = "".join(_lines(folder / ("memory.max" if generation == 2 else "memory.limit_in_bytes"))).strip()
+        if text.isdigit() and int(text) < _UNLIMITED:
+            limits.append(int(text))
+    return min(limits, default=None)
+
+
+def _control_groups(controller: str, root: Path, membership: Path) -> Iterator[tuple[Path, int]]:
+    """The folders of a controller from this process's own group up to the root, and the version of their files.
+
+    All of them bind, so the tightest limit is the one that holds.
+    """
     for line in _lines(membership):
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        base, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
-        group = base / path.strip().lstrip("/")
+        # Version 1 mounts controllers apart; those that share a mount are linked to by each one's name.
+        group = (root / controller if controllers else root) / path.strip().lstrip("/")
         for folder in (group, *group.parents):
             if folder == root.parent:
                 break
-            text = "".join(_lines(folder / name)).strip()
-            if text.isdigit() and int(text) < _UNLIMITED:
-                limits.append(int(text))
-    return min(limits, default=None)
+            yield folder, 1 if controllers else 2
+
+
+def waited_ns(tasks: Path = Path("/proc/self/task")) -> int | None:
+    """Nanoseconds that threads of this process could have run and had no processor; None where Linux does not say."""
+    waits = [line.split()[1] for each in tasks.glob("*/schedstat") for line in _lines(each)]
+    return sum(map(int, waits)) if waits else None
 
 
 def total_memory() -> int:

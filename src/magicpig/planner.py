@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from magicpig.config import Config
+from magicpig.errors import InsufficientMemoryError
 from magicpig.kernels import native
 from magicpig.kernels.pages import PAGE_ROWS
 from magicpig.machine import free_memory
@@ -19,10 +20,6 @@ from magicpig.types import MemoryUse
 
 # Bytes for each query head and key while rows are chosen by logits (samplers.py), at the peak; measured, rounded up.
 DRAWING = {"topk": 16, "uniform-tail": 20, "oracle": 64, "oracle-replacement": 64, "quest": 8}
-
-
-class InsufficientMemoryError(MemoryError):
-    """A request needs more memory than the machine can give."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from magicpig.config import Config
+from magicpig.errors import NotFiniteError
 from magicpig.kernels import native
 from magicpig.kernels._native import LshSampler, SketchSampler, StoreView
 from magicpig.kernels.pages import PAGE_ROWS, page_ranges
@@ -229,7 +230,7 @@ class KVStore:
         for name, x in (("keys", keys), ("values", values)):
             if not self.layout.fits(x):
                 kept = self.layout.stored
-                raise ValueError(f"{name} has entries that are not finite, or too large for the store's {kept}")
+                raise NotFiniteError(f"{name} has entries that are not finite, or too large for the store's {kept}")
         if self.layout.quantised and self.length == 0 and not self.settled:
             self._centre_first(keys)
         done = 0

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from magicpig.bench import frontier, layer
+from magicpig.bench import frontier, layer, settings
 from magicpig.bench.draw import draw_frontier
 from magicpig.bench.layer import Shape
 from magicpig.evaluation.matrix import MatrixError
@@ -20,19 +20,19 @@ def small_evictor(monkeypatch):
 
 def measured(samplers, tokens=900, **options):
     (data,) = SHAPE.contexts(tokens, steps=2)
-    return list(frontier.measure("made up", data, frontier.settings(samplers), repeats=1, **options))
+    return list(frontier.measure("made up", data, settings.settings(samplers), repeats=1, **options))
 
 
 def test_settings_of_a_name_are_all_there_are():
-    names = [method.name for method in frontier.settings("lsh,sketch,oracle,window")]
-    assert len(names) == len(frontier.TABLES) + 4 * len(frontier.BUDGETS) + len(frontier.BUDGETS) + 1
+    names = [method.name for method in settings.settings("lsh,sketch,oracle,window")]
+    assert len(names) == len(settings.TABLES) + 4 * len(settings.BUDGETS) + len(settings.BUDGETS) + 1
     assert {"lsh:K=10,L=150", "sketch:512,bits=2", "oracle:512", "window"} <= set(names)
 
 
 def test_settings_of_their_own_are_kept():
-    assert [method.name for method in frontier.settings("lsh:K=9,L=120,sketch:99")] == ["lsh:K=9,L=120", "sketch:99"]
+    assert [method.name for method in settings.settings("lsh:K=9,L=120,sketch:99")] == ["lsh:K=9,L=120", "sketch:99"]
     with pytest.raises(MatrixError, match="unknown sampler 'lhs'"):
-        frontier.settings("lhs")
+        settings.settings("lhs")
 
 
 def test_a_point_per_setting():

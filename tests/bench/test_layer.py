@@ -42,6 +42,7 @@ def test_timed_calls_take_turns():
     rounds = list(made.timed(calls, 2))
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 2
     assert [{name: len(times) for name, times in each.items()} for each in rounds] == [{"a": 2, "b": 2}] * 2
+    assert all(timing.ms >= 0 for each in rounds for times in each.values() for timing in times)
 
 
 def test_refuses_to_time_when_the_self_check_fails(monkeypatch):

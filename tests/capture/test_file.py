@@ -56,7 +56,7 @@ def tensors(**changes):
         (save(tensors()), "not a capture of attention"),
         (save(tensors(), header(version=2)), "version 2 of the format; this package reads 1"),
         (save(tensors(), {"magicpig.capture": "{"}), "Expecting property name"),
-        (save(tensors(), {"magicpig.capture": "[]"}), "list indices"),
+        (save(tensors(), {"magicpig.capture": "[]"}), "must be an object"),
         (save(tensors(), header(layers={"0": {"scale": 1.0}})), "'softcap' is missing"),
         (save(tensors(**{"0.values": None}), header()), "'0.values' is missing"),
         (save(tensors(**{"0.values": torch.zeros(1, 5, 8)}), header()), "keys have shape"),

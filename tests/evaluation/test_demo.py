@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 from magicpig import demo, generation, pocket
 from magicpig.cli import app
 from magicpig.evaluation.tasks import TaskError
+from magicpig.model_directory import ModelError
 
 TOKENS = 1000
 
@@ -107,7 +108,7 @@ def test_mistakes_are_one_line(arguments, cause, model_dir):
 
 def test_without_the_packaged_model(monkeypatch):
     def missing():
-        raise FileNotFoundError("the model is not here")
+        raise ModelError("the model is not here")
 
     monkeypatch.setattr(pocket, "path", missing)
     result = run()

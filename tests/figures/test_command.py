@@ -2,11 +2,12 @@ from typer.testing import CliRunner
 
 from magicpig import pocket
 from magicpig.cli import app
+from magicpig.model_directory import ModelError
 
 
 def test_without_a_model_the_pocket_model_is_drawn(tmp_path, monkeypatch):
     def missing():
-        raise FileNotFoundError("there is no pocket model")
+        raise ModelError("there is no pocket model")
 
     monkeypatch.setattr(pocket, "path", missing)
     result = CliRunner().invoke(app, ["figures", "--out", str(tmp_path / "out")], prog_name="magicpig")

@@ -15,6 +15,7 @@ from magicpig import pocket
 from magicpig.bench import layer as bench_layer
 from magicpig.cli import app
 from magicpig.config_file import load_config
+from magicpig.model_directory import ModelError
 from magicpig.tune import Trials
 from magicpig.tune import run as tuning
 
@@ -152,7 +153,7 @@ def test_a_text_that_does_not_fit_is_refused_before_it_is_read(model_dir, text, 
 
 def test_without_a_model_the_pocket_model_is_tuned(text, tmp_path, monkeypatch):
     def missing() -> Path:
-        raise FileNotFoundError("there is no pocket model")
+        raise ModelError("there is no pocket model")
 
     monkeypatch.setattr(pocket, "path", missing)
     assert_refused(

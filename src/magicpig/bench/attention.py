@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from magicpig.bench import layer
 from magicpig.bench.layer import Layer, Shape, WrongResultError, check_context
+from magicpig.bench.quiet import Timing, count, quiet_ms
 from magicpig.capture import AttentionSet
 from magicpig.config import EXACT, Config
 from magicpig.decode import attend_stores
@@ -48,6 +49,7 @@ class Result:
     sampled_share: rows a query head read of those it might have; sampled_rows: distinct rows read per kv head.
     error, exact_error, sdpa_error: relative L2 error of the output against float64, mean over steps and heads;
     error_p95: its 95th percentile.
+    calls: that were timed; quiet_calls: those that never waited for a processor, by which times are told (quiet.py).
     build_s: building the index after prefill. Bytes: rows and index of the store; index_bytes_per_key: of a kv head.
     """
 
@@ -76,6 +78,8 @@ class Result:
     exact_error: float
     sdpa_error: float
     build_s: float
+    calls: int
+    quiet_calls: int
     row_bytes: int
     index_bytes: int
     index_bytes_per_key: float
@@ -143,11 +147,11 @@ class _Bench(Layer):
         index_ms = statistics.median(self.indexing_ms(sampled) for _ in range(3))
 
         calls: dict[str, Callable[[int], object]] = {**attention, "stream": self._stream}
-        times: dict[str, list[float]] = {name: [] for name in calls}
+        timings: dict[str, list[Timing]] = {name: [] for name in calls}
         before = [store.stats for store in sampled]
         for measured in self.timed(calls, repeats):
             for name, each in measured.items():
-                times[name] += each
+                timings[name] += each
             self._forget(sampled)
             on_round()
         after = [store.stats for store in sampled]
@@ -155,7 +159,9 @@ class _Bench(Layer):
         there = sum(b.body_rows - a.body_rows for a, b in zip(before, after, strict=True))
         _, info = attend_stores(self.queries[0], sampled, scale=self.data[0].scale)
 
+        times = {name: quiet_ms(each) for name, each in timings.items()}
         median = {name: statistics.median(measured) for name, measured in times.items()}
+        quiet = count(timing for each in timings.values() for timing in each)
         memory = [store.nbytes() for store in sampled]
         index_bytes = sum(each.index for each in memory)
         indexed = sum(store.indexed_to - config.sinks for store in sampled)
@@ -186,6 +192,8 @@ class _Bench(Layer):
             exact_error=float(errors["exact"].mean()),
             sdpa_error=float(errors["sdpa"].mean()),
             build_s=build_s,
+            calls=quiet.calls,
+            quiet_calls=quiet.quiet,
             row_bytes=sum(each.rows for each in memory),
             index_bytes=index_bytes,
             index_bytes_per_key=index_bytes / (indexed * self.shape.kv_heads),

@@ -20,9 +20,11 @@ from typing import Any
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from magicpig.bench.quiet import has_waited
 from magicpig.integrations.transformers import NAME, MagicPigCache
 from magicpig.integrations.transformers.attention import magicpig_attention
 from magicpig.kernels import _native
+from magicpig.machine import waited_ns
 from magicpig.store import KVStore
 
 PARTS = ("weights", "attention", "index", "python", "generate")
@@ -31,15 +33,18 @@ PARTS = ("weights", "attention", "index", "python", "generate")
 class Clocks:
     """Seconds spent in each part, those of one not counted in another; and, as a streamer, token by token.
 
-    tokens: one dictionary of seconds for every token after the first, which waits for the prompt.
+    tokens: one dictionary of seconds for every token after the first, which waits for the prompt. waited: whether a
+    thread waited for a processor during that token (quiet.py).
     """
 
     def __init__(self) -> None:
         self.tokens: list[dict[str, float]] = []
+        self.waited: list[bool] = []
         self._spent = dict.fromkeys(PARTS, 0.0)
         self._inner = [0.0]  # of each clock that is running: the time of the clocks inside it
         self._puts = 0
         self._last = 0.0
+        self._waits: int | None = None
 
     def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, on the clock of ``part``."""
@@ -64,8 +69,10 @@ class Clocks:
         if self._puts >= 2:
             rest = now - self._last - sum(self._spent.values())
             self.tokens.append(self._spent | {"generate": rest})
+            self.waited.append(has_waited(self._waits, now - self._last))
         self._spent = dict.fromkeys(PARTS, 0.0)
         self._puts += 1
+        self._waits = waited_ns()
         self._last = time.perf_counter()
 
     def end(self) -> None:

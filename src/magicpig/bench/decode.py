@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from magicpig.bench.clocks import PARTS, Clocks
+from magicpig.bench.quiet import Quiet
 from magicpig.bench.shapes import settings
 from magicpig.bench.synthetic import synthetic_context
 from magicpig.config import EXACT, Config, KVDtype
@@ -44,7 +45,8 @@ class Result:
     token_ms: median without indexing, plus index_ms; ratio_full: how many times as long full attention takes.
     weights_ms, attention_ms, python_ms, generate_ms: see clocks.py; python_us_per_layer: of this package, without its
     native code. index_ms: of indexing a block of tokens, spread over the block. build_s: indexing the context.
-    sampled_share: of the body, read by a head; None where nothing was sampled.
+    sampled_share: of the body, read by a head; None where nothing was sampled. calls: tokens that were timed;
+    quiet_calls: those that never waited for a processor, by which times are told (quiet.py).
     """
 
     context: int
@@ -62,6 +64,8 @@ class Result:
     python_us_per_layer: float
     sampled_share: float | None
     build_s: float
+    calls: int
+    quiet_calls: int
     kv_bytes: int
     index_bytes: int
 
@@ -212,9 +216,10 @@ class Decoder:
                 self._generate(cache, context, clock)
                 if turn == 0:  # to warm up
                     clock.tokens.clear()
+                    clock.waited.clear()
                 else:
                     on_round()
-        times = [_Times.of(clock.tokens, _index_seconds(cache)) for cache, clock in zip(caches, clocks, strict=True)]
+        times = [_Times.of(clock, _index_seconds(cache)) for cache, clock in zip(caches, clocks, strict=True)]
         full = next(
             (t.token for t, method in zip(times, methods, strict=True) if method.config.sampler == "full"), None
         )
@@ -263,6 +268,8 @@ class Decoder:
             python_us_per_layer=1e6 * times.parts["python"] / self.layers,
             sampled_share=report.sampled_share_mean,
             build_s=build_s,
+            calls=times.quiet.calls,
+            quiet_calls=times.quiet.quiet,
             kv_bytes=report.kv_bytes,
             index_bytes=report.index_bytes,
         )
@@ -275,13 +282,19 @@ class _Times:
     token: float
     shortest: float
     parts: dict[str, float]
+    quiet: Quiet
 
     @classmethod
-    def of(cls, tokens: Sequence[dict[str, float]], index: float) -> _Times:
-        """From the clocks' tokens. Few steps index, and then a whole block: ``index`` stands for that time."""
+    def of(cls, clock: Clocks, index: float) -> _Times:
+        """From a clock's tokens. Few steps index, and then a whole block: ``index`` stands for that time.
+
+        Tokens that waited for a processor do not count, unless all did.
+        """
+        calm = [token for token, waited in zip(clock.tokens, clock.waited, strict=True) if not waited]
+        tokens = calm or clock.tokens
         whole = [sum(token.values()) - token["index"] + index for token in tokens]
         parts = {part: statistics.median(token[part] for token in tokens) for part in PARTS}
-        return cls(statistics.median(whole), min(whole), parts | {"index": index})
+        return cls(statistics.median(whole), min(whole), parts | {"index": index}, Quiet(len(clock.tokens), len(calm)))
 
 
 def _kinds(methods: Sequence[Method]) -> set[KVDtype]:

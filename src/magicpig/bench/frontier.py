@@ -12,16 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from magicpig.bench.layer import NATIVE, Layer
+from magicpig.bench.layer import Layer
+from magicpig.bench.quiet import Quiet, Timing, count, quiet_ms
 from magicpig.capture import AttentionSet
-from magicpig.config import EXACT
-from magicpig.evaluation.matrix import Method, parse_methods
+from magicpig.config import EXACT, NATIVE
+from magicpig.evaluation.matrix import Method
 from magicpig.store import KVStore
-
-TABLES = ((11, 300), (10, 75), (10, 150), (10, 220), (9, 75), (9, 120), (8, 75))  # K, L
-BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
-BITS = (1, 2, 3, 4)
-REFERENCES = ("topk", "oracle")
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,8 @@ class Point:
 
     source: where the context is from; layer: of a captured one; tokens: before the first step.
     error, error_p95: over heads and steps. sampled_share: of the body, read by a query head. step_ms: median, with cold
-    caches; exact_ms: of the exact kernel, in turns with it; both None for samplers that look at every key.
+    caches; exact_ms: of the exact kernel, in turns with it; both None for samplers that look at every key. calls: that
+    were timed; quiet_calls: those that never waited for a processor, by which times are told (quiet.py).
     index_bytes_per_key: of a kv head.
     """
 
@@ -48,27 +45,9 @@ class Point:
     sampled_share: float
     step_ms: float | None
     exact_ms: float | None
+    calls: int
+    quiet_calls: int
     index_bytes_per_key: float
-
-
-def settings(samplers: str) -> list[Method]:
-    """The settings that are measured: all of a sampler, or of one that says its own, as "lsh:K=9,L=120", that alone.
-
-    Raises MatrixError for what there is not.
-    """
-    asked = parse_methods(samplers, exact_below=0)
-    names: list[str] = []
-    for method in asked:
-        budgets = [f"{method.name}:{budget}" for budget in BUDGETS]
-        if method.name == "lsh":
-            names += [f"lsh:K={K},L={L}" for K, L in TABLES]
-        elif method.name == "sketch":
-            names += [f"{budget},bits={bits}" for bits in BITS for budget in budgets]
-        elif method.name in REFERENCES:
-            names += budgets
-        else:
-            names.append(method.name)
-    return list(parse_methods(",".join(names), exact_below=0))
 
 
 def measure(
@@ -109,6 +88,7 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
     errors = layer.errors(lambda step: layer.step(stores, step))
     layer.forget(stores)
     step_ms = exact_ms = None
+    quiet = Quiet(0, 0)
     if config.sampler in NATIVE:
 
         def step(step: int) -> Tensor:
@@ -117,12 +97,13 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
         def exact(step: int) -> Tensor:
             return layer.step(dense, step)
 
-        times: dict[str, list[float]] = {"exact": [], "step": []}
+        times: dict[str, list[Timing]] = {"exact": [], "step": []}
         for measured in layer.timed({"exact": exact, "step": step}, repeats):
             for name, each in measured.items():
                 times[name] += each
             layer.forget([*stores, *dense])
-        step_ms, exact_ms = statistics.median(times["step"]), statistics.median(times["exact"])
+        step_ms, exact_ms = (statistics.median(quiet_ms(times[name])) for name in ("step", "exact"))
+        quiet = count([*times["step"], *times["exact"]])
     return Point(
         source=source,
         layer=number,
@@ -138,5 +119,7 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
         sampled_share=store.stats.mean_share,
         step_ms=step_ms,
         exact_ms=exact_ms,
+        calls=quiet.calls,
+        quiet_calls=quiet.quiet,
         index_bytes_per_key=store.nbytes().index / (store.kv_heads * (store.indexed_to - config.sinks)),
     )

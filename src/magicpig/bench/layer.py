@@ -9,22 +9,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from magicpig.bench.quiet import Timing, has_waited
 from magicpig.bench.synthetic import synthetic_context
 from magicpig.capture import AttentionSet
 from magicpig.config import EXACT, Config
 from magicpig.decode import decode_step
 from magicpig.doctor import self_check
+from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError
 from magicpig.kernels import native
-from magicpig.machine import free_memory
+from magicpig.machine import free_memory, waited_ns
 from magicpig.planner import LayerShape, plan
 from magicpig.store import KVStore
 
 EVICTION_BYTES = 128 << 20  # more than any last-level cache we know of holds for one process
-NATIVE = ("lsh", "sketch")  # samplers that find their rows themselves: the others look at every key
 
 
-class WrongResultError(RuntimeError):
+class WrongResultError(MagicPigError, RuntimeError):
     """A variant computes the wrong thing, so its speed means nothing."""
+
+    code = "wrong_result"
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Shape:
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ArgumentError(f"{name}={getattr(self, name)} must be at least 1")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+            raise ArgumentError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         native.padded(self.head_dim)
         native.dtype_code(self.dtype)
 
@@ -83,7 +86,9 @@ def check_context(context: int, configs: Sequence[Config], shape: Shape) -> None
     """
     for config in configs:
         if context <= config.sinks + config.recent:
-            raise ValueError(f"context={context} has nothing to sample; it must exceed {config.sinks + config.recent}")
+            raise ArgumentError(
+                f"context={context} has nothing to sample; it must exceed {config.sinks + config.recent}"
+            )
     layer = [LayerShape(shape.kv_heads, shape.head_dim, sampled=True)]
     stores = [
         plan(layer, config, sequences=shape.batch, tokens=context, dtype=shape.dtype).total
@@ -91,7 +96,7 @@ def check_context(context: int, configs: Sequence[Config], shape: Shape) -> None
     ]
     needed = shape.row_bytes(context) + stores[0] + max(stores[1:], default=0) + 2 * 8 * context * shape.head_dim
     if needed > free_memory():
-        raise MemoryError(
+        raise InsufficientMemoryError(
             f"context={context} needs about {needed / 2**30:.1f} GiB of memory, {free_memory() / 2**30:.1f} GiB are "
             f"available; fewer kv heads than {shape.kv_heads} need less"
         )
@@ -167,14 +172,16 @@ class Layer:
         relative: Tensor = (outputs - self.truth).norm(dim=-1) / self.truth.norm(dim=-1)
         return relative
 
-    def timed(self, calls: dict[str, Callable[[int], object]], repeats: int) -> Iterator[dict[str, list[float]]]:
-        """Milliseconds of each call in each step, round by round: interleaved, each on cold caches."""
+    def timed(self, calls: dict[str, Callable[[int], object]], repeats: int) -> Iterator[dict[str, list[Timing]]]:
+        """How long each call took in each step, round by round: interleaved, each on cold caches."""
         for _ in range(repeats):
-            times: dict[str, list[float]] = {name: [] for name in calls}
+            times: dict[str, list[Timing]] = {name: [] for name in calls}
             for step in range(self.steps):
                 for name, call in calls.items():
                     native.stream_read(self._evictor)
+                    waited = waited_ns()
                     start = time.perf_counter()
                     call(step)
-                    times[name].append((time.perf_counter() - start) * 1e3)
+                    elapsed = time.perf_counter() - start
+                    times[name].append(Timing(elapsed * 1e3, has_waited(waited, elapsed)))
             yield times

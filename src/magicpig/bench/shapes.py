@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from magicpig.errors import ArgumentError
+
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5}
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "rms_norm_eps": 1e-6, "head_dim": 128}
 
@@ -87,8 +89,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def settings(name: str, layers: int | None = None) -> dict[str, Any]:
     """What `AutoConfig.for_model` needs to know of a shape, cut to its first ``layers``. Raises ValueError."""
     if name not in SHAPES:
-        raise ValueError(f"shape={name!r} is not known; allowed: {', '.join(SHAPES)}")
+        raise ArgumentError(f"shape={name!r} is not known; allowed: {', '.join(SHAPES)}")
     found = SHAPES[name]
     if layers is not None and not 1 <= layers <= found["num_hidden_layers"]:
-        raise ValueError(f"layers={layers} is out of range; {name} has {found['num_hidden_layers']}")
+        raise ArgumentError(f"layers={layers} is out of range; {name} has {found['num_hidden_layers']}")
     return found | ({} if layers is None else {"num_hidden_layers": layers})

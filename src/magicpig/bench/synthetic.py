@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from magicpig.capture import AttentionSet
+from magicpig.errors import ArgumentError
 
 KEY_MEAN = 19.0  # length of the mean key; with KEY_SPREAD, keys have a cosine of about 0.86 to it
 KEY_SPREAD = 11.0  # length of what is left of a key without its mean
@@ -45,11 +46,11 @@ def synthetic_context(
     or has no steps.
     """
     if heads % kv_heads:
-        raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
+        raise ArgumentError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
     if tokens < 2:
-        raise ValueError(f"tokens={tokens}: a context has at least 2 tokens, the sink and another")
+        raise ArgumentError(f"tokens={tokens}: a context has at least 2 tokens, the sink and another")
     if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
+        raise ArgumentError(f"steps={steps} must be at least 1")
     keys = torch.empty(kv_heads, tokens + steps, head_dim, dtype=dtype, device="cpu")
     values = torch.empty_like(keys)
     queries = torch.empty(steps, heads, head_dim, dtype=torch.float32, device="cpu")

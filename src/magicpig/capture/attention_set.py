@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from magicpig.errors import ArgumentError
 from magicpig.kernels.attend.reference import with_sink_logits
 from magicpig.types import AttentionState
+from magicpig.wording import shown
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,26 @@ class AttentionSet:
     def __post_init__(self) -> None:
         keys, values, queries = self.keys, self.values, self.queries
         if keys.ndim != 3 or values.shape != keys.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"keys have shape {tuple(keys.shape)} and values {tuple(values.shape)}; expected (G, N, D) twice"
             )
         G, N, D = keys.shape
+        for name, part in (("keys", keys), ("queries", queries)):
+            if 0 in part.shape:
+                raise ArgumentError(f"{name} have shape {tuple(part.shape)}: no axis may be empty")
+        if not _is_positive(self.scale):
+            raise ArgumentError(f"scale={shown(self.scale)} must be a finite number above 0")
+        if self.softcap is not None and not _is_positive(self.softcap):
+            raise ArgumentError(f"softcap={shown(self.softcap)} must be a finite number above 0, or None")
         if queries.ndim != 3 or queries.shape[2] != D or queries.shape[1] % G or not 0 < queries.shape[0] <= N:
-            raise ValueError(
+            raise ArgumentError(
                 f"queries have shape {tuple(queries.shape)}; expected (T, H, {D}) with H a multiple of {G} "
                 f"and T at most {N}"
             )
         if self.sink_logits is not None and self.sink_logits.shape != queries.shape[1:2]:
-            raise ValueError(f"sink_logits have shape {tuple(self.sink_logits.shape)}; expected ({queries.shape[1]},)")
+            raise ArgumentError(
+                f"sink_logits have shape {tuple(self.sink_logits.shape)}; expected ({queries.shape[1]},)"
+            )
 
     @property
     def tokens(self) -> int:
@@ -101,3 +114,7 @@ class AttentionSet:
         outputs = [weights @ values[:n].double() for weights, values in zip(grouped, self.values, strict=True)]
         state = AttentionState(torch.cat(outputs), logits.logsumexp(-1))
         return state if self.sink_logits is None else with_sink_logits(state, self.sink_logits)
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version as package_version
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
-from magicpig.cli.bench import measure, pin_threads
+from magicpig.cli.bench import follow_cpu_quota, measure, pin_threads
 from magicpig.cli.capture import capture
+from magicpig.cli.commands import Command, end_in_order, prepare_streams
 from magicpig.cli.demo import demo
 from magicpig.cli.doctor import doctor
 from magicpig.cli.errors import OneLineErrors
@@ -24,17 +24,12 @@ app = typer.Typer(
     name="magicpig",
     cls=OneLineErrors,
     help="Long-context attention on the CPU by sampling: reads the few keys that matter instead of all of them.",
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(generate)
-app.command()(demo)
-app.command()(tune)
-app.command()(capture)
-app.command()(figures)
-app.command()(doctor)
+for command in (generate, demo, tune, capture, figures, doctor):
+    app.command(cls=Command)(command)
 
 app.add_typer(measure, name="bench")
 app.add_typer(evaluate, name="eval")
@@ -51,7 +46,14 @@ def _print_version(wanted: bool) -> None:
 def _options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            expose_value=False,
+            help="Print the version and exit.",
+        ),
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -60,9 +62,9 @@ def _options(
 
 def main() -> None:
     """Entry point of the `magicpig` command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    prepare_streams()
+    end_in_order()
+    follow_cpu_quota()
     if sys.argv[1:2] in (["bench"], ["tune"]):
         pin_threads()
     app(prog_name="magicpig")

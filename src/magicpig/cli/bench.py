@@ -11,14 +11,14 @@ from magicpig.cli.bench_attention import attention
 from magicpig.cli.bench_certificates import certificates
 from magicpig.cli.bench_decode import decode
 from magicpig.cli.bench_frontier import frontier
+from magicpig.cli.commands import Command, CommandGroup
+from magicpig.machine import cpu_quota, default_threads
 
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
-measure = typer.Typer(help="Measure, in a way that can be repeated and compared.", no_args_is_help=True)
-measure.command()(attention)
-measure.command()(certificates)
-measure.command()(decode)
-measure.command()(frontier)
+measure = typer.Typer(cls=CommandGroup, help="Measure, in a way that can be repeated and compared.")
+for command in (attention, certificates, decode, frontier):
+    measure.command(cls=Command)(command)
 
 
 def pin_threads() -> None:
@@ -28,3 +28,13 @@ def pin_threads() -> None:
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in PINNED):
         os.environ.update(PINNED)
+
+
+def follow_cpu_quota() -> None:
+    """In a container that may use less than its processors, no more threads than that: others would only be stopped.
+
+    As above, before torch is imported, and what the user has set stays.
+    """
+    if cpu_quota() is not None and "torch" not in sys.modules:
+        for name in ("OMP_NUM_THREADS", "MAGICPIG_THREADS"):
+            os.environ.setdefault(name, str(default_threads()))

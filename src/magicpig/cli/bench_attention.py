@@ -13,6 +13,7 @@ from rich.table import Table
 
 from magicpig.cli.bench_options import (
     DEFAULTS,
+    MOST_HEADS,
     Bits,
     Budget,
     Contexts,
@@ -20,12 +21,14 @@ from magicpig.cli.bench_options import (
     Samplers,
     Threads,
     methods,
+    say_if_busy,
     short_length,
     torch_dtype,
     write_results,
 )
 from magicpig.cli.files import STDIO, OutputFile
-from magicpig.cli.options import Dtype, checked
+from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, MOST_TOKENS, Dtype, checked
+from magicpig.config import NATIVE
 
 if TYPE_CHECKING:
     from magicpig.bench.attention import Result
@@ -36,13 +39,13 @@ def attention(
     samplers: Samplers = "lsh,sketch",
     budget: Budget = DEFAULTS.budget,
     bits: Bits = DEFAULTS.bits,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Length of a query, key or value.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Key/value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Length of a query, key or value.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Requests decoded together.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Of queries, keys and values.")] = Dtype.bfloat16,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds over all query steps.")] = 24,
-    steps: Annotated[int, typer.Option(min=1, help="Different query steps in a round.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Rounds over all query steps.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Different query steps in a round.")] = 8,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -52,15 +55,16 @@ def attention(
     """
     to_stdout = json_file == STDIO
     console = Console(stderr=to_stdout)
+    from magicpig.evaluation.matrix import parse_lengths
+
+    contexts = parse_lengths(context, "--context")
+    configs = [method.config for method in methods(samplers, NATIVE, budget=budget, bits=bits)]
     with OutputFile(None if to_stdout else json_file) as file:
         import torch
 
         from magicpig.bench import attention as bench
-        from magicpig.bench.layer import NATIVE, Shape, check_context, verify_kernels
-        from magicpig.evaluation.matrix import parse_lengths
+        from magicpig.bench.layer import Shape, check_context, verify_kernels
 
-        contexts = parse_lengths(context, "--context")
-        configs = [method.config for method in methods(samplers, NATIVE, budget=budget, bits=bits)]
         shape = checked(Shape, heads, kv_heads, head_dim, batch, torch_dtype(dtype))
         for tokens in contexts:
             checked(check_context, tokens, configs, shape)
@@ -77,6 +81,7 @@ def attention(
         described = bench.describe(shape, configs[0], repeats, steps)
         write_results(described, [asdict(result) for result in results], file, to_stdout=to_stdout)
     console.print(_table(results))
+    say_if_busy(console, results)
     console.print(
         f"[dim]ms per layer and step, medians of {repeats * steps} calls; {heads} query heads, {kv_heads} key/value "
         f"heads, head dim {head_dim}, batch {batch}, {dtype.value}; {described['isa']}, {described['threads']} "

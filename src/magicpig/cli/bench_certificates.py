@@ -21,6 +21,7 @@ from magicpig.cli.bench_options import (
     SyntheticHeads,
     SyntheticKvHeads,
     Threads,
+    check_sets,
     load_sets,
     methods,
     short_length,
@@ -29,7 +30,7 @@ from magicpig.cli.bench_options import (
 )
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import STDIO, OutputFile
-from magicpig.cli.options import checked
+from magicpig.cli.options import MOST_SAMPLES, MOST_STEPS, checked
 from magicpig.config import SAMPLERS
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def certificates(
     contexts: SyntheticContexts = "16K,128K",
     sets: Sets = None,
     samplers: Samplers = f"{BUDGETS},sketch:64,epsilon=0.05,oracle:512,lsh",
-    seeds: Annotated[int, typer.Option(min=1, help="Synthetic contexts of each length.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Synthetic contexts of each length.")] = 4,
     heads: SyntheticHeads = 8,
     kv_heads: SyntheticKvHeads = 2,
     head_dim: SyntheticHeadDim = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Query steps of a synthetic context.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Query steps of a synthetic context.")] = 8,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -57,6 +58,9 @@ def certificates(
     """
     to_stdout = json_file == STDIO
     console = Console(stderr=to_stdout)
+    lengths = synthetic_lengths(contexts)
+    asked = methods(samplers, tuple(name for name in SAMPLERS if name != "full"))
+    check_sets(sets, lengths)
     with ExitStack() as files:
         json_out = files.enter_context(OutputFile(None if to_stdout else json_file))
         import torch
@@ -65,12 +69,10 @@ def certificates(
         from magicpig.bench.layer import Shape, check_context, verify_kernels
         from magicpig.provenance import provenance
 
-        lengths = synthetic_lengths(contexts)
-        asked = methods(samplers, tuple(name for name in SAMPLERS if name != "full"))
         shape = checked(Shape, heads, kv_heads, head_dim, 1, torch.float32)
         for tokens in lengths:
             checked(check_context, tokens, [method.config for method in asked], shape)
-        captures = load_sets(sets, lengths)
+        captures = load_sets(sets)
         if threads is not None:
             torch.set_num_threads(threads)
         verify_kernels(shape)

@@ -21,12 +21,15 @@ from magicpig.cli.bench_options import (
     Samplers,
     Threads,
     methods,
+    say_if_busy,
     short_length,
     torch_dtype,
     write_results,
 )
 from magicpig.cli.files import STDIO, OutputFile
-from magicpig.cli.options import Dtype, checked, parse_layers
+from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, Dtype, checked, parse_layers
+from magicpig.config import NATIVE
+from magicpig.model_directory import MOST_PARTS
 
 if TYPE_CHECKING:
     from magicpig.bench.decode import Result
@@ -34,7 +37,9 @@ if TYPE_CHECKING:
 
 def decode(
     shape: Annotated[str, typer.Option(help=f"A model's sizes: {', '.join(SHAPES)}.")] = "llama-3.2-1b",
-    layers: Annotated[int | None, typer.Option(help="Its first so many layers. [default: all]")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_PARTS, help="Its first so many layers. [default: all]")
+    ] = None,
     context: Contexts = "32K",
     samplers: Samplers = "full,lsh,sketch",
     budget: Budget = DEFAULTS.budget,
@@ -43,8 +48,8 @@ def decode(
         str | None, typer.Option(help="Layers that are read in full, as 0,16, or none. [default: 0,16,32,48]")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights, keys and values.")] = Dtype.bfloat16,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens of an answer that are timed.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Answers of each sampler, in turns.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Tokens of an answer that are timed.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Answers of each sampler, in turns.")] = 3,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -56,17 +61,20 @@ def decode(
     """
     to_stdout = json_file == STDIO
     console = Console(stderr=to_stdout)
+    from magicpig.bench.shapes import settings
+    from magicpig.evaluation.matrix import parse_lengths
+
+    checked(settings, shape, layers)
+    contexts = parse_lengths(context, "--context")
+    given = {"budget": budget, "bits": bits, "dense_layers": parse_layers(dense_layers)}
+    compared = methods(samplers, ("full", *NATIVE), **given)
     with OutputFile(None if to_stdout else json_file) as file:
         import torch
 
         from magicpig.bench.decode import Decoder, describe
-        from magicpig.evaluation.matrix import parse_lengths
         from magicpig.generation import silence_transformers
 
         silence_transformers()
-        contexts = parse_lengths(context, "--context")
-        given = {"budget": budget, "bits": bits, "dense_layers": parse_layers(dense_layers)}
-        compared = methods(samplers, ("full", "lsh", "sketch"), **given)
         decoder = checked(Decoder, shape, layers=layers, dtype=torch_dtype(dtype), longest=max(contexts), steps=steps)
         for tokens in contexts:
             checked(decoder.check, tokens, compared)
@@ -80,6 +88,7 @@ def decode(
         described = describe(decoder, shape, repeats)
         write_results(described, [asdict(result) for result in results], file, to_stdout=to_stdout)
     console.print(_table(results))
+    say_if_busy(console, results)
     console.print(
         f"[dim]ms per token, medians of {repeats * steps} tokens; ours: Python of this package, per layer in "
         f"microseconds; loop: transformers' around the forward pass; {shape}, {decoder.layers} layers, random weights, "

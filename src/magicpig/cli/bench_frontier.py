@@ -21,7 +21,9 @@ from magicpig.cli.bench_options import (
     SyntheticHeads,
     SyntheticKvHeads,
     Threads,
+    check_sets,
     load_sets,
+    say_if_busy,
     short_length,
     synthetic_lengths,
     torch_dtype,
@@ -29,7 +31,7 @@ from magicpig.cli.bench_options import (
 )
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import STDIO, OutputFile
-from magicpig.cli.options import Dtype, checked
+from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, Dtype, checked
 
 if TYPE_CHECKING:
     from magicpig.bench.frontier import Point
@@ -46,8 +48,10 @@ def frontier(
     kv_heads: SyntheticKvHeads = 2,
     head_dim: SyntheticHeadDim = 128,
     dtype: Annotated[Dtype, typer.Option(help="Of synthetic queries, keys and values.")] = Dtype.bfloat16,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds over all query steps.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Different query steps in a round, of synthetic contexts.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Rounds over all query steps.")] = 3,
+    steps: Annotated[
+        int, typer.Option(min=1, max=MOST_STEPS, help="Different query steps in a round, of synthetic contexts.")
+    ] = 8,
     threads: Threads = None,
     json_file: JsonFile = None,
     figure: Annotated[
@@ -62,6 +66,13 @@ def frontier(
     """
     to_stdout = json_file == STDIO
     console = Console(stderr=to_stdout)
+    from magicpig.bench.settings import settings
+
+    lengths = synthetic_lengths(contexts)
+    methods = settings(samplers)
+    if any(method.config.sampler == "full" for method in methods):
+        raise InputError("--samplers full has no error to compare: exact attention is in every run")
+    check_sets(sets, lengths)
     with ExitStack() as files:
         json_out = files.enter_context(OutputFile(None if to_stdout else json_file))
         pictures = {
@@ -75,14 +86,10 @@ def frontier(
         from magicpig.bench.layer import Shape, check_context, verify_kernels
         from magicpig.provenance import provenance
 
-        lengths = synthetic_lengths(contexts)
-        methods = bench.settings(samplers)
-        if any(method.config.sampler == "full" for method in methods):
-            raise InputError("--samplers full has no error to compare: exact attention is in every run")
         shape = checked(Shape, heads, kv_heads, head_dim, 1, torch_dtype(dtype))
         for tokens in lengths:
             checked(check_context, tokens, [method.config for method in methods], shape)
-        captures = load_sets(sets, lengths)
+        captures = load_sets(sets)
         if threads is not None:
             torch.set_num_threads(threads)
         points: list[Point] = []
@@ -131,6 +138,7 @@ def frontier(
     for source in dict.fromkeys((point.source, point.layer) for point in points):
         if found := bench.best([point for point in points if (point.source, point.layer) == source]):
             console.print(_table(found))
+    say_if_busy(console, points)
     console.print(
         f"[dim]ms per layer and step, medians, with cold caches; synthetic: {heads} query heads, {kv_heads} key/value "
         f"heads, head dim {head_dim}, {dtype.value}; {described['isa']}, {described['threads']} threads, "

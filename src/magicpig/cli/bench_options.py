@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from magicpig.cli.errors import InputError
-from magicpig.cli.files import OutputFile
-from magicpig.cli.options import Dtype
+from magicpig.cli.files import OutputFile, check_readable
+from magicpig.cli.options import MOST_THREADS, MOST_TOKENS, Dtype
 from magicpig.config import Config
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from magicpig.capture import Capture
     from magicpig.evaluation.matrix import Method
 
 DEFAULTS = Config()
+MOST_HEADS = 65_536
 
 Contexts = Annotated[str, typer.Option(help="Tokens in the cache, as 32768 or 32K; several separated by commas.")]
 Samplers = Annotated[
@@ -43,10 +45,14 @@ Sets = Annotated[
 SyntheticContexts = Annotated[
     str, typer.Option(help="Lengths of synthetic contexts, as 131072 or 128K, separated by commas; or none.")
 ]
-SyntheticHeads = Annotated[int, typer.Option(min=1, help="Query heads of synthetic contexts.")]
-SyntheticKvHeads = Annotated[int, typer.Option(min=1, help="Key/value heads of synthetic contexts.")]
-SyntheticHeadDim = Annotated[int, typer.Option(min=1, help="Length of a query, key or value of synthetic contexts.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; as many as torch takes by default.")]
+SyntheticHeads = Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Query heads of synthetic contexts.")]
+SyntheticKvHeads = Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Key/value heads of synthetic contexts.")]
+SyntheticHeadDim = Annotated[
+    int, typer.Option(min=1, max=MOST_TOKENS, help="Length of a query, key or value of synthetic contexts.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads; as many as torch takes by default.")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file; - is standard output.")]
 
 
@@ -69,14 +75,19 @@ def synthetic_lengths(contexts: str) -> tuple[int, ...]:
     return () if contexts == "none" else parse_lengths(contexts, "--contexts")
 
 
-def load_sets(sets: Sequence[Path] | None, lengths: Sequence[int]) -> dict[Path, Capture]:
-    """The captured attention to measure besides contexts of these lengths. Raises InputError if there is neither."""
+def check_sets(sets: Sequence[Path] | None, lengths: Sequence[int]) -> None:
+    """Raise InputError if neither contexts of these lengths nor captured ones are to be measured, or one is no file."""
+    if not lengths and not sets:
+        raise InputError("--contexts none leaves nothing to measure; give --set")
+    for path in sets or []:
+        check_readable(path)
+
+
+def load_sets(sets: Sequence[Path] | None) -> dict[Path, Capture]:
+    """The captured attention in these files. Raises CaptureError."""
     from magicpig.capture import load_capture
 
-    captures = {path: load_capture(path) for path in sets or []}
-    if not lengths and not captures:
-        raise InputError("--contexts none leaves nothing to measure; give --set")
-    return captures
+    return {path: load_capture(path) for path in sets or []}
 
 
 def write_results(
@@ -87,6 +98,24 @@ def write_results(
     if to_stdout:
         print(answer)
     file.write(answer + "\n")
+
+
+class Counted(Protocol):
+    """A result that says how many calls it is made of."""
+
+    @property
+    def calls(self) -> int: ...
+    @property
+    def quiet_calls(self) -> int: ...
+
+
+def say_if_busy(console: Console, results: Iterable[Counted]) -> None:
+    """Tell who reads the times if other programs got in between."""
+    from magicpig.bench.quiet import Quiet
+
+    every = list(results)
+    if note := str(Quiet(sum(each.calls for each in every), sum(each.quiet_calls for each in every))):
+        console.print(f"[yellow]{note}")
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

@@ -11,7 +11,20 @@ from rich.table import Table
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
-from magicpig.cli.options import Dtype, ModelDtype, PrefillChunk, TrustRemoteCode, checked
+from magicpig.cli.options import (
+    MOST_SAMPLES,
+    MOST_SEED,
+    MOST_STEPS,
+    MOST_TOKENS,
+    Dtype,
+    ModelDtype,
+    ModelOrPocket,
+    PrefillChunk,
+    TrustRemoteCode,
+    checked,
+    or_pocket,
+    whole_numbers,
+)
 from magicpig.cli.report import prefill_progress
 from magicpig.machine import versions
 
@@ -20,10 +33,8 @@ TASK_LENGTH = 16384
 
 
 def capture(
-    model: Annotated[
-        Path, typer.Option(help="Directory of a transformers model: config.json, safetensors weights, tokenizer.")
-    ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    model: ModelOrPocket = None,
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text file to read; - is standard input.", rich_help_panel=TEXT)
     ] = None,
@@ -39,12 +50,15 @@ def capture(
             rich_help_panel=TEXT,
         ),
     ] = None,
-    index: Annotated[int, typer.Option(min=0, help="Which sample of the task.", rich_help_panel=TEXT)] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the task.", rich_help_panel=TEXT)] = 0,
+    index: Annotated[
+        int, typer.Option(min=0, max=MOST_SAMPLES, help="Which sample of the task.", rich_help_panel=TEXT)
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the task.", rich_help_panel=TEXT)] = 0,
     new_tokens: Annotated[
         int | None,
         typer.Option(
             min=0,
+            max=MOST_TOKENS,
             help="Let the model write this many tokens behind the text, or fewer where it stops. "
             "[default: none, after a task as many as --steps]",
             rich_help_panel=TEXT,
@@ -56,7 +70,7 @@ def capture(
     kv_heads: Annotated[
         str | None, typer.Option(help="Key/value heads to keep, separated by commas. [default: all]")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Keep the queries of this many last tokens.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Keep the queries of this many last tokens.")] = 8,
     dtype: ModelDtype = Dtype.auto,
     prefill_chunk: PrefillChunk = 1024,
     trust_remote_code: TrustRemoteCode = False,
@@ -68,23 +82,28 @@ def capture(
     """
     if (text is None) == (task is None):
         raise InputError("pass either --text or --task")
-    chosen = None if layers is None else _numbers(layers, "--layers")
-    heads = None if kv_heads is None else _numbers(kv_heads, "--kv-heads")
+    from magicpig.evaluation.matrix import parse_lengths
+    from magicpig.evaluation.tasks import find_task
+
+    chosen = None if layers is None else whole_numbers(layers, "--layers")
+    heads = None if kv_heads is None else whole_numbers(kv_heads, "--kv-heads")
+    wanted = None if length is None else parse_lengths(length)[0]
+    if task is not None:
+        find_task(task)
     content = read_text(text) if text is not None else None
     if new_tokens is None:
         new_tokens = 0 if task is None else steps
     notes = Console(stderr=True)
     with OutputFile(out) as file:
+        directory = or_pocket(model, notes)
         with notes.status("Loading the model"):
             from magicpig import generation
             from magicpig.capture import Capture
             from magicpig.capture.record import record
-            from magicpig.evaluation.matrix import parse_lengths
             from magicpig.evaluation.tasks import generate
 
             generation.silence_transformers()
-            wanted = None if length is None else parse_lengths(length)[0]
-            opened = generation.open_model(model, trust_remote_code=trust_remote_code)
+            opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
             if content is not None:
                 ids = generation.encode(opened, content, most=wanted)
             else:
@@ -123,10 +142,3 @@ def capture(
     table.add_row("heads", f"{each.heads} query heads, {each.kv_heads} key/value heads of {each.keys.shape[2]}")
     table.add_row("file", f"{out}, {len(data) / 1e6:,.1f} MB of {str(each.keys.dtype).removeprefix('torch.')}")
     notes.print(table)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option}: {text!r} is not a list of whole numbers, separated by commas") from None

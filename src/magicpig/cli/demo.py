@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from magicpig.cli.options import or_pocket
+from magicpig.cli.options import MOST_SEED, MOST_TOKENS, or_pocket
 from magicpig.cli.report import prefill_progress
+from magicpig.wording import counted, printable
 
 if TYPE_CHECKING:
     from magicpig.demo import Demo
@@ -26,8 +27,10 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="Directory of a transformers model; the one in this package by default.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of each document, question and answer included.")] = 32768,
-    seed: Annotated[int, typer.Option(min=0, help="Of the documents.")] = 0,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Length of each document, question and answer included.")
+    ] = 32768,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the documents.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")] = False,
 ) -> None:
     """Ask a small model about two long documents, with full attention and with a sample of the keys side by side.
@@ -35,12 +38,13 @@ def demo(
     Shows the answers, right or wrong, the share of keys that was read, and the speed. Takes a minute or two.
     """
     console = Console(stderr=as_json, highlight=False)
+    directory = or_pocket(model)
     with console.status("Writing the documents"):
         from magicpig import demo as demonstration
         from magicpig import generation
 
         generation.silence_transformers()
-        opened = generation.open_model(or_pocket(model))
+        opened = generation.open_model(directory)
     with prefill_progress(console) as progress:
         bar = progress.add_task("Writing the documents", total=None)
         result = demonstration.run(
@@ -61,11 +65,11 @@ def demo(
 
 def _show(result: Demo, console: Console) -> None:
     names = [method.method for method in result.performance]
-    console.print(f"{escape(result.model)}: {result.parameters / 1e6:.1f} M weights, {result.dtype}\n")
+    console.print(f"{escape(printable(result.model))}: {result.parameters / 1e6:.1f} M weights, {result.dtype}\n")
     for number, document in enumerate(result.documents, 1):
         console.print(
-            f"Document {number}: {document.about}; {document.tokens:,} tokens, read in {document.read_s:.1f} s, "
-            f"{document.tokens / document.read_s:,.0f} tokens/s"
+            f"Document {number}: {document.about}; {counted(document.tokens, 'token')}, "
+            f"read in {document.read_s:.1f} s, {document.tokens / document.read_s:,.0f} tokens/s"
         )
         table = Table("question", "right answer", *names, box=box.SIMPLE_HEAD, pad_edge=False)
         for question in document.questions:
@@ -101,7 +105,7 @@ def _show(result: Demo, console: Console) -> None:
 
 
 def _marked(said: str, score: float) -> str:
-    text = " ".join(said.split())
+    text = printable(said)
     text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
     sign = "[green]right[/]" if score == 1 else "[red]wrong[/]" if score == 0 else f"[yellow]{score:.0%} right[/]"
     return f"{sign}: {escape(text)}"

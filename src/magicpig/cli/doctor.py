@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from magicpig.wording import counted
+
 if TYPE_CHECKING:
     from magicpig.doctor import Report
 
@@ -35,10 +37,12 @@ def doctor(
 def _show(report: Report, console: Console) -> None:
     gib = 2**30
     limit = "" if report.memory_limit is None else f", limited to {report.memory_limit / gib:.1f} GiB by the container"
+    cores = "unknown number of cores" if report.physical_cores is None else counted(report.physical_cores, "core")
+    quota = "" if report.cpu_quota is None else f", limited to the time of {report.cpu_quota:g} by the container"
     facts = {
         "kernels": f"{report.isa} (this machine can run {', '.join(report.isa_usable)})",
         "processor": f"{report.cpu} ({', '.join(report.cpu_flags) or 'no special instructions'})",
-        "cores": f"{report.usable_cpus} usable processors, {report.physical_cores or 'unknown number of'} cores",
+        "cores": f"{counted(report.usable_cpus, 'usable processor')}, {cores}{quota}",
         "threads": f"{report.threads} in the {report.pool} pool, {report.torch_threads} in torch",
         "memory": f"{report.memory_available / gib:.1f} of {report.memory_total / gib:.1f} GiB available{limit}",
         "huge pages": report.huge_pages or "not offered by this system",
@@ -63,7 +67,7 @@ def _show(report: Report, console: Console) -> None:
                 f"relative error {check.error:.1e}, allowed {check.tolerance:.0e}",
             )
     if report.healthy:
-        verdict.add_row("[bold green]OK", f"{len(report.checks)} self-checks against torch in float64")
+        verdict.add_row("[bold green]OK", f"{counted(len(report.checks), 'self-check')} against torch in float64")
     console.print()
     console.print(verdict)
 

@@ -14,9 +14,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from magicpig.cli.commands import Command, CommandGroup
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
-from magicpig.cli.options import Dtype, ModelDtype, TrustRemoteCode, parse_layers
+from magicpig.cli.options import (
+    MOST_SAMPLES,
+    MOST_SEED,
+    MOST_TOKENS,
+    Dtype,
+    ModelDtype,
+    ModelOrPocket,
+    TrustRemoteCode,
+    or_pocket,
+    parse_layers,
+)
 from magicpig.cli.report import run_evaluation
 
 if TYPE_CHECKING:
@@ -29,9 +40,10 @@ WHAT = "What is evaluated"
 HOW = "How"
 DATA = "Data"
 
+MOST_JOBS = 1024
 _NAMES = 2  # columns of a results table that name a row
 
-evaluate = typer.Typer(help="Evaluate answers: tasks with known answers, samplers side by side.", no_args_is_help=True)
+evaluate = typer.Typer(cls=CommandGroup, help="Evaluate answers: tasks with known answers, samplers side by side.")
 
 
 class ChatTemplate(str, Enum):
@@ -42,12 +54,10 @@ class ChatTemplate(str, Enum):
     off = "off"
 
 
-@evaluate.command()
+@evaluate.command(cls=Command)
 def ruler(
-    model: Annotated[
-        Path, typer.Option(help="Directory of a transformers model: config.json, safetensors weights, tokenizer.")
-    ],
     out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
+    model: ModelOrPocket = None,
     tasks: Annotated[
         str,
         typer.Option(
@@ -64,7 +74,7 @@ def ruler(
             "is the budget, rows per head and step or a share of the keys; a file is one of `magicpig tune`.",
             rich_help_panel=WHAT,
         ),
-    ] = "full,lsh",
+    ] = "full,sketch",
     protocol: Annotated[
         str,
         typer.Option(
@@ -74,18 +84,22 @@ def ruler(
         ),
     ] = "question-dense",
     samples: Annotated[
-        int, typer.Option(min=1, help="Samples per task and length; a file of fewer goes on.", rich_help_panel=WHAT)
+        int,
+        typer.Option(
+            min=1, max=MOST_SAMPLES, help="Samples per task and length; a file of fewer goes on.", rich_help_panel=WHAT
+        ),
     ] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the tasks.", rich_help_panel=WHAT)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the tasks.", rich_help_panel=WHAT)] = 0,
     dense_layers: Annotated[
         str | None,
         typer.Option(help="Layers that are read in full, as 0,16, or none. [default: 0,16,32,48]", rich_help_panel=HOW),
     ] = None,
     exact_below: Annotated[
-        int, typer.Option(min=0, help="Shorter contexts are read in full.", rich_help_panel=HOW)
+        int, typer.Option(min=0, max=MOST_TOKENS, help="Shorter contexts are read in full.", rich_help_panel=HOW)
     ] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Shorten answers below what the task allows.", rich_help_panel=HOW)
+        int | None,
+        typer.Option(min=1, max=MOST_TOKENS, help="Shorten answers below what the task allows.", rich_help_panel=HOW),
     ] = None,
     chat_template: Annotated[
         ChatTemplate, typer.Option(help="Wrap prompts as a user's message for a chat model.", rich_help_panel=HOW)
@@ -94,9 +108,12 @@ def ruler(
         Dtype,
         typer.Option(help="What the model computes in; auto is what its weights are stored in.", rich_help_panel=HOW),
     ] = Dtype.auto,
-    prefill_chunk: Annotated[int, typer.Option(min=64, help="Tokens read at a time.", rich_help_panel=HOW)] = 1024,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=64, max=MOST_TOKENS, help="Tokens read at a time.", rich_help_panel=HOW)
+    ] = 1024,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Processes that share samples and processors.", rich_help_panel=HOW)
+        int,
+        typer.Option(min=1, max=MOST_JOBS, help="Processes that share samples and processors.", rich_help_panel=HOW),
     ] = 1,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
@@ -113,16 +130,18 @@ def ruler(
     Each text is read once and shared by all samplers. Stop the run whenever you like; the same command goes on.
     """
     notes = Console(stderr=True, highlight=False)
+    from magicpig.evaluation import matrix as matrices
+    from magicpig.evaluation.tasks import Sources
+
+    chosen = matrices.parse_tasks(tasks), matrices.parse_lengths(lengths)
+    methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=parse_layers(dense_layers))
+    protocols = matrices.parse_protocols(protocol)
+    directory = or_pocket(model, notes)
     with notes.status("Looking into the model and the data"):
         from magicpig import generation
-        from magicpig.evaluation import matrix as matrices
-        from magicpig.evaluation.tasks import Sources
 
         generation.silence_transformers()
-        chosen = matrices.parse_tasks(tasks), matrices.parse_lengths(lengths)
-        methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=parse_layers(dense_layers))
-        protocols = matrices.parse_protocols(protocol)
-        opened = generation.open_model(model, trust_remote_code=trust_remote_code)
+        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
         templated = chat_template is ChatTemplate.auto and bool(opened.tokenizer.chat_template)
         matrix = matrices.Matrix(
             *chosen,
@@ -137,7 +156,7 @@ def ruler(
     _show(run_evaluation(opened, matrix, out, notes, dtype=dtype.value, chunk=prefill_chunk, jobs=jobs))
 
 
-@evaluate.command()
+@evaluate.command(cls=Command)
 def show(
     file: Annotated[Path, typer.Argument(help="A results file, finished or not.")],
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
@@ -159,7 +178,7 @@ def show(
         _show(results)
 
 
-@evaluate.command()
+@evaluate.command(cls=Command)
 def tasks(
     model: Annotated[
         Path | None, typer.Option(help="Say how long texts must be at least for this model's tokenizer.")
@@ -186,7 +205,7 @@ def tasks(
         console.print(f"{name}: {', '.join(members)}")
 
 
-@evaluate.command("lm-eval")
+@evaluate.command("lm-eval", cls=Command)
 def lm_eval(
     model: Annotated[Path | None, typer.Option(help="Directory of a transformers model.")] = None,
     tasks: Annotated[
@@ -194,10 +213,16 @@ def lm_eval(
     ] = "generated",
     sampler: Annotated[str, typer.Option(help="One sampler with its settings, as lsh:K=9,L=120.")] = "sketch",
     lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer together, of our tasks.")] = "4K",
-    samples: Annotated[int, typer.Option(min=1, help="Samples per task and length, of our tasks.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of our tasks.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many questions per task.")] = None,
-    fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples in front of each question.")] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, max=MOST_SAMPLES, help="Samples per task and length, of our tasks.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of our tasks.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST_SAMPLES, help="Ask only so many questions per task.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SAMPLES, help="Solved examples in front of each question.")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Wrap prompts as a user's message for a chat model.")] = False,
     dtype: ModelDtype = Dtype.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -263,7 +288,7 @@ def _show(results: Results) -> None:
     if not results.lines:
         console.print("no sample is finished yet")
     for each in tables(summarise(results)):
-        console.print(each.title)
+        console.print(escape(each.title))
         for columns in _columns_that_fit(each, console.width):
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
             for column in columns:

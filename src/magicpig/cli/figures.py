@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,19 @@ from rich.markup import escape
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
-from magicpig.cli.options import Dtype, ModelDtype, ModelOrPocket, TrustRemoteCode, or_pocket, parse_layers
+from magicpig.cli.options import (
+    MOST_SAMPLES,
+    MOST_SEED,
+    MOST_STEPS,
+    Dtype,
+    ModelDtype,
+    ModelOrPocket,
+    TrustRemoteCode,
+    or_pocket,
+    parse_layers,
+)
 from magicpig.cli.report import run_evaluation, work_progress
+from magicpig.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +49,10 @@ def figures(
     tasks: Annotated[
         str, typer.Option(help="Tasks of figures 1 to 3; see `magicpig eval tasks`.")
     ] = "niah_multikey_1,cwe,fwe",
-    seed: Annotated[int, typer.Option(min=0, help="Of the tasks.")] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="Samples per task.", rich_help_panel=ACCURACY)] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the tasks.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=1, max=MOST_SAMPLES, help="Samples per task.", rich_help_panel=ACCURACY)
+    ] = 20,
     samplers: Annotated[
         str | None, typer.Option(help="Samplers to compare in figures 1 and 3, without settings. [default: all]")
     ] = None,
@@ -55,8 +69,8 @@ def figures(
             help="Layers that are read in full, as 0,16, or none. [default: 0,16,32,48]", rich_help_panel=ACCURACY
         ),
     ] = None,
-    texts: Annotated[int, typer.Option(min=1, help="Texts per task.", rich_help_panel=ATTENTION)] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Queries per text.", rich_help_panel=ATTENTION)] = 8,
+    texts: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Texts per task.", rich_help_panel=ATTENTION)] = 2,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Queries per text.", rich_help_panel=ATTENTION)] = 8,
     dtype: ModelDtype = Dtype.auto,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -71,30 +85,35 @@ def figures(
         if name not in NAMES:
             raise InputError(f"--only {name!r}: there is no such figure; allowed: {', '.join(NAMES)}")
     notes = Console(stderr=True, highlight=False)
-    with notes.status("Looking into the model"):
-        from magicpig import generation
-        from magicpig.evaluation import matrix as matrices
-        from magicpig.figures import accuracy
+    from magicpig.evaluation import matrix as matrices
+    from magicpig.figures import accuracy
 
-        generation.silence_transformers()
-        opened = generation.open_model(or_pocket(model), trust_remote_code=trust_remote_code)
-        shared = {"exact_below": 0, "dense_layers": parse_layers(dense_layers)}
-        methods = accuracy.methods(None if samplers is None else samplers.split(","), **shared)
-        common: dict[str, Any] = {
-            "lengths": matrices.parse_lengths(length)[:1],
-            "protocols": matrices.parse_protocols(protocol)[:1],
-            "samples": samples,
-            "seed": seed,
-            "chat": bool(opened.tokenizer.chat_template),
-        }
-        compared = matrices.Matrix(matrices.parse_tasks(tasks), methods=methods, **common)
-        ablation = matrices.Matrix(matrices.parse_tasks(needles), methods=accuracy.centring_methods(**shared), **common)
+    shared = {"exact_below": 0, "dense_layers": parse_layers(dense_layers)}
+    methods = accuracy.methods(None if samplers is None else samplers.split(","), **shared)
+    common: dict[str, Any] = {
+        "lengths": matrices.parse_lengths(length)[:1],
+        "protocols": matrices.parse_protocols(protocol)[:1],
+        "samples": samples,
+        "seed": seed,
+    }
+    compared = matrices.Matrix(matrices.parse_tasks(tasks), methods=methods, **common)
+    ablation = matrices.Matrix(matrices.parse_tasks(needles), methods=accuracy.centring_methods(**shared), **common)
     if all(method.config.sampler == "full" for method in methods):
         raise InputError("--samplers: there is nothing to compare with full attention")
+    directory = or_pocket(model)
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    with OutputFile(out / "figure"):  # can anything be written there?
+        pass
+    with notes.status("Looking into the model"):
+        from magicpig import generation
+
+        generation.silence_transformers()
+        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+        chat = bool(opened.tokenizer.chat_template)
+        compared, ablation = replace(compared, chat=chat), replace(ablation, chat=chat)
     from magicpig.figures import draw
 
     if "1" in wanted:
@@ -106,7 +125,7 @@ def figures(
     if "centring" in wanted:
         results = run_evaluation(opened, ablation, out / "centring-results.jsonl", notes, dtype=dtype.value)
         _write(out, "centring", _origin(results), accuracy.centring_rows(results, ablation), draw.draw_centring)
-    notes.print(f"{len(wanted)} figures in {escape(str(out))}")
+    notes.print(f"{counted(len(wanted), 'figure')} in {escape(str(out))}")
 
 
 def _attention(

@@ -10,6 +10,7 @@ from types import TracebackType
 from magicpig.cli.errors import InputError
 
 STDIO = Path("-")
+SPACE = 1 << 16  # bytes that must be free where a file is to be written
 
 
 def read_text(path: Path) -> str:
@@ -26,10 +27,19 @@ def read_text(path: Path) -> str:
     return text
 
 
+def check_readable(path: Path) -> None:
+    """Raise InputError unless there is a file at ``path`` that may be read."""
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
 class OutputFile:
     """A file that appears whole or not at all.
 
-    Entering creates a file beside it, so a path that cannot be written is refused before any work is done;
+    Entering creates a file beside it, so a path that cannot be written, and a full disk, are refused before any work;
     `write` fills and renames it. Without a path nothing happens. Raises InputError.
     """
 
@@ -45,12 +55,19 @@ class OutputFile:
             raise InputError(f"cannot write {self.path}: not a regular file")
         if self.path.exists() and not os.access(self.path, os.W_OK):
             raise InputError(f"cannot write {self.path}: it is read-only")
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        aside = self.path.with_name(f".{self.path.name[:100]}.{os.getpid()}.part")
         try:
-            aside.touch(exist_ok=False)
+            with aside.open("xb") as file:
+                self._aside = aside
+                file.write(bytes(SPACE))  # a full disk takes names, but no content
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
+            self._remove()
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
-        self._aside = aside
+        except BaseException:
+            self._remove()
+            raise
         return self
 
     def write(self, content: str | bytes) -> None:
@@ -67,5 +84,9 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
         if self._aside is not None:
             self._aside.unlink(missing_ok=True)
+            self._aside = None

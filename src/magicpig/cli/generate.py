@@ -13,15 +13,27 @@ from rich.table import Table
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
-from magicpig.cli.options import Dtype, ModelDtype, PrefillChunk, TrustRemoteCode, checked, config_from
+from magicpig.cli.options import (
+    MOST_TOKENS,
+    Dtype,
+    ModelDtype,
+    ModelOrPocket,
+    PrefillChunk,
+    TrustRemoteCode,
+    checked,
+    config_from,
+    or_pocket,
+)
 from magicpig.cli.report import cache_as_dict, prefill_progress
 from magicpig.config import Config, KVDtype, SamplerName
 from magicpig.machine import versions
+from magicpig.wording import counted, printable
 
 if TYPE_CHECKING:
     from magicpig.generation import Generation
 
 DEFAULTS = Config()
+MOST_TEMPERATURE = 1000.0  # every token is as likely as any other long before
 
 
 PROMPT = "Prompt"
@@ -32,9 +44,7 @@ RESULT = "Output"
 
 def generate(
     context: typer.Context,
-    model: Annotated[
-        Path, typer.Option(help="Directory of a transformers model: config.json, safetensors weights, tokenizer.")
-    ],
+    model: ModelOrPocket = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.", rich_help_panel=PROMPT)] = None,
     prompt_file: Annotated[
         Path | None,
@@ -44,10 +54,11 @@ def generate(
         bool, typer.Option(help="Wrap the prompt as a user's message for a chat model.", rich_help_panel=PROMPT)
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Stop after this many tokens.", rich_help_panel=ANSWER)
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Stop after this many tokens.", rich_help_panel=ANSWER)
     ] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 always takes the likeliest token.", rich_help_panel=ANSWER)
+        float,
+        typer.Option(min=0, max=MOST_TEMPERATURE, help="0 always takes the likeliest token.", rich_help_panel=ANSWER),
     ] = 0.0,
     top_p: Annotated[
         float,
@@ -159,12 +170,13 @@ def generate(
 
     notes = Console(stderr=True)
     with OutputFile(output) as file:
+        directory = or_pocket(model, notes)
         with notes.status("Loading the model"):
             from magicpig import generation
             from magicpig.integrations.transformers import MagicPigCache
 
             generation.silence_transformers()
-            opened = generation.open_model(model, trust_remote_code=trust_remote_code)
+            opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
             checked(MagicPigCache, opened.config, config)  # has the model these layers?
             ids = generation.encode(opened, text, chat=chat, new_tokens=max_new_tokens)
             network = generation.load(opened, dtype=dtype.value)
@@ -178,6 +190,7 @@ def generate(
             if progress.finished:
                 progress.stop()
 
+        overruled: list[str] = []
         with progress, stream:
             result = generation.generate(
                 network,
@@ -190,6 +203,7 @@ def generate(
                 chunk=prefill_chunk,
                 on_prefill=on_prefill,
                 on_text=stream.write,
+                on_note=overruled.append,
             )
         settings = config.model_dump(mode="json") | {
             "dtype": str(network.dtype).removeprefix("torch."),
@@ -203,6 +217,8 @@ def generate(
         if as_json:
             print(answer)
         file.write(answer + "\n" if as_json else result.text)
+    for note in overruled:
+        notes.print(printable(note), markup=False)
     notes.print(_summary(result))
 
 
@@ -253,11 +269,13 @@ def _summary(result: Generation) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row(
         "prompt",
-        f"{result.prompt_tokens:,} tokens in {result.prefill_s:.2f} s, {result.prefill_tokens_per_s:,.1f} tokens/s",
+        f"{counted(result.prompt_tokens, 'token')} in {result.prefill_s:.2f} s, "
+        f"{result.prefill_tokens_per_s:,.1f} tokens/s",
     )
-    answer = f"{len(result.token_ids):,} tokens"
+    indexing = " (builds the index)" if cache.index_bytes else ""
+    answer = counted(len(result.token_ids), "token")
     if result.first_step_s is not None:
-        answer += f", first step {result.first_step_s:.2f} s (builds the index)"
+        answer += f", first step {result.first_step_s:.2f} s{indexing}"
     if result.decode_tokens_per_s is not None:
         answer += f", then {result.decode_tokens_per_s:,.1f} tokens/s"
     table.add_row("answer", answer)
@@ -274,9 +292,8 @@ def _summary(result: Generation) -> Table:
         )
     if cache.predicted_error_unknown:
         table.add_row("", f"not known in {cache.predicted_error_unknown:.1%} of the heads and steps: nothing was drawn")
-    table.add_row(
-        "memory", f"{cache.kv_bytes / mib:,.1f} MiB of keys and values, {cache.index_bytes / mib:,.1f} MiB of index"
-    )
+    index = f", {cache.index_bytes / mib:,.1f} MiB of index" if cache.index_bytes else ""
+    table.add_row("memory", f"{cache.kv_bytes / mib:,.1f} MiB of keys and values{index}")
     table.add_row(
         "read per step",
         f"{cache.read_step_bytes / mib:,.1f} MiB, full attention reads {cache.full_step_bytes / mib:,.1f} MiB",

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from magicpig.cli.errors import InputError
 from magicpig.config import Config
 from magicpig.config_file import load_config
+from magicpig.model_directory import ModelError, check_directory
+from magicpig.wording import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 
@@ -32,8 +37,16 @@ ModelOrPocket = Annotated[
         "[default: the pocket model]"
     ),
 ]
+MOST_TOKENS = 2**40
+MOST_THREADS = 1024
+MOST_STEPS = 65_536
+MOST_SAMPLES = 1_000_000
+MOST_REPEATS = 1_000_000
+MOST_SEED = 2**63 - 1
+
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the tasks.")]
 ModelDtype = Annotated[Dtype, typer.Option(help="What the model computes in; auto is what its weights are stored in.")]
-PrefillChunk = Annotated[int, typer.Option(min=64, help="Read this many tokens at a time.")]
+PrefillChunk = Annotated[int, typer.Option(min=64, max=MOST_TOKENS, help="Read this many tokens at a time.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
 ]
@@ -66,21 +79,37 @@ def _is_typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def or_pocket(model: Path | None) -> Path:
-    """The model directory, by default that of the package. Raises InputError."""
+def or_pocket(model: Path | None, notes: Console | None = None) -> Path:
+    """The model directory, by default that of the package, which ``notes`` are told.
+
+    Raises InputError without that one, ModelError for a directory that cannot be one; before torch is imported.
+    """
     from magicpig import pocket
 
     try:
-        return pocket.path() if model is None else model
-    except FileNotFoundError as error:
+        chosen = pocket.path() if model is None else model
+    except ModelError as error:
         raise InputError(f"{error}, or pass --model") from None
+    check_directory(chosen)
+    if model is None and notes is not None:
+        notes.print("Using the pocket model, which comes with this package; --model takes another.")
+    return chosen
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
     """What --dense-layers says, as `Config` wants it. Raises InputError."""
     if text is None:
         return None
-    try:
-        return () if text == "none" else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--dense-layers {text!r} is neither whole numbers with commas nor none") from None
+    if text == "none":
+        return ()
+    return whole_numbers(text, "--dense-layers", " nor none")
+
+
+def whole_numbers(text: str, option: str, otherwise: str = "") -> tuple[int, ...]:
+    """Whole numbers separated by commas. Raises InputError, which says what else is allowed."""
+    parts = [part.strip() for part in text.split(",")]
+    # Python would take 1_000, Arabic digits and thousands of them.
+    if not all(part.removeprefix("-").isdigit() and part.isascii() and len(part) < 10 for part in parts):
+        no = "neither" if otherwise else "not"
+        raise InputError(f"{option} {shown(text)} is {no} whole numbers with commas{otherwise}")
+    return tuple(int(part) for part in parts)

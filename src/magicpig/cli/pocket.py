@@ -10,14 +10,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from magicpig.cli.commands import Command, CommandGroup
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile
+from magicpig.cli.options import MOST_SEED, MOST_THREADS
 from magicpig.cli.report import work_progress
 
 if TYPE_CHECKING:
     from magicpig.pocket.train import Progress
 
-pocket = typer.Typer(help="Make the small model that ships with the package.", no_args_is_help=True)
+pocket = typer.Typer(cls=CommandGroup, help="Make the small model that ships with the package.")
 
 
 class Preset(str, Enum):
@@ -27,7 +29,7 @@ class Preset(str, Enum):
     gpu = "gpu"
 
 
-@pocket.command()
+@pocket.command(cls=Command)
 def train(
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoint, log and model. A run goes on where it was stopped.")
@@ -35,8 +37,8 @@ def train(
     preset: Annotated[
         Preset, typer.Option(help="cpu: eight minutes on two cores. gpu: more and longer texts.")
     ] = Preset.cpu,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the lessons.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: all]")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the weights and the lessons.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads. [default: all]")] = None,
 ) -> None:
     """Train the pocket model on made-up texts, short ones first. Stop it at will; the same command goes on."""
     notes = Console(stderr=True, highlight=False)
@@ -71,7 +73,7 @@ def train(
     )
 
 
-@pocket.command()
+@pocket.command(cls=Command)
 def card(
     results: Annotated[Path, typer.Argument(help="Results of `magicpig eval ruler` for the model, full attention.")],
     model: Annotated[Path, typer.Option(help="Folder of the model; its README.md is written.")],

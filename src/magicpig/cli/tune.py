@@ -15,6 +15,8 @@ from magicpig.cli.bench_options import methods
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
 from magicpig.cli.options import (
+    MOST_REPEATS,
+    MOST_STEPS,
     Dtype,
     ModelDtype,
     ModelOrPocket,
@@ -24,7 +26,7 @@ from magicpig.cli.options import (
     or_pocket,
 )
 from magicpig.cli.report import work_progress
-from magicpig.config import Config
+from magicpig.config import NATIVE, Config
 
 if TYPE_CHECKING:
     from magicpig.tune import Tuning
@@ -37,10 +39,13 @@ P95 = 2.0  # times the mean, unless the user says
 def tune(
     text: Annotated[Path, typer.Option(help="A UTF-8 text file to read; - is standard input.")],
     epsilon: Annotated[
-        float, typer.Option(help="Relative error of a layer's output that is allowed, mean over heads and steps.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Relative error of a layer's output that is allowed, mean over heads and steps."
+        ),
     ] = 0.05,
     p95: Annotated[
-        float | None, typer.Option(help="The same at the 95th percentile. [default: twice the mean]")
+        float | None, typer.Option(min=0, max=1, help="The same at the 95th percentile. [default: twice the mean]")
     ] = None,
     model: ModelOrPocket = None,
     length: Annotated[
@@ -55,8 +60,10 @@ def tune(
             help="Settings to try, separated by commas, as lsh:K=9,L=120,sketch:256,bits=3. [default: about 25 of both]"
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Decode this many last tokens again with each setting.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Time them this often.")] = 1,
+    steps: Annotated[
+        int, typer.Option(min=2, max=MOST_STEPS, help="Decode this many last tokens again with each setting.")
+    ] = 16,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Time them this often.")] = 1,
     dtype: ModelDtype = Dtype.auto,
     prefill_chunk: PrefillChunk = 1024,
     trust_remote_code: TrustRemoteCode = False,
@@ -69,17 +76,22 @@ def tune(
     The model reads the text exactly. Then every setting decodes the last tokens again in every layer: half of them
     choose, the others check. `attach(model, "tuned.json")` and `magicpig generate --config tuned.json` take the result.
     """
+    from magicpig.evaluation.matrix import parse_lengths
+
+    wanted = None if length is None else parse_lengths(length, "--length")[0]
+    asked = None if samplers is None else [method.config for method in methods(samplers, NATIVE)]
+    if any(config.kv_dtype != "model" for config in asked or ()):
+        raise InputError("--samplers: kv_dtype cannot be tuned, rows are kept in the model's own dtype")
     content = read_text(text)
     plots = {suffix: OutputFile(out.with_suffix(suffix)) for suffix in PLOTS}
     if out.suffix in plots:
         raise InputError(f"--out {out}: the plot will have this name; let the file of settings end in .json")
     notes = Console(stderr=as_json, highlight=False)
     with OutputFile(out) as file, plots[".png"], plots[".svg"]:
+        directory = or_pocket(model)
         with notes.status("Loading the model"):
             from magicpig import generation
-            from magicpig.bench.layer import NATIVE
             from magicpig.config_file import to_text
-            from magicpig.evaluation.matrix import parse_lengths
             from magicpig.evaluation.run import identity
             from magicpig.figures.style import png_and_svg, style
             from magicpig.provenance import provenance
@@ -89,17 +101,10 @@ def tune(
 
             generation.silence_transformers()
             goal = checked(Goal, epsilon, P95 * epsilon if p95 is None else p95)
-            wanted = None if length is None else parse_lengths(length, "--length")[0]
-            opened = generation.open_model(or_pocket(model), trust_remote_code=trust_remote_code)
+            opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
             ids = generation.encode(opened, content, most=wanted)
             _check_tokens(len(ids), wanted, steps)
-            configs = (
-                candidates(epsilon, len(ids))
-                if samplers is None
-                else [method.config for method in methods(samplers, NATIVE)]
-            )
-            if any(config.kv_dtype != "model" for config in configs):
-                raise InputError("--samplers: kv_dtype cannot be tuned, rows are kept in the model's own dtype")
+            configs = candidates(epsilon, len(ids)) if asked is None else asked
             network = generation.load(opened, dtype=dtype.value)
         with work_progress(notes) as progress:
             bar = progress.add_task("Reading the text", total=len(ids))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from magicpig.config import Config
+from magicpig.errors import ArgumentError
 from magicpig.evaluation.matrix import Matrix, MatrixError, parse_tasks
 from magicpig.evaluation.run import check_matrix
 from magicpig.evaluation.tasks import TASKS, Sources, generate, score
@@ -110,7 +111,7 @@ def dataset(
 
     name = tokenizer or pretrained
     if not name:
-        raise ValueError("tokenizer is not given: lengths are counted in its tokens; name it in --metadata")
+        raise ArgumentError("tokenizer is not given: lengths are counted in its tokens; name it in --metadata")
     loaded = AutoTokenizer.from_pretrained(name)
     given = {"filler": filler, "squad": squad, "hotpotqa": hotpotqa}
     sources = Sources(**{option: Path(path) for option, path in given.items() if path})

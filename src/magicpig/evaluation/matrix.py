@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from magicpig.config import SAMPLERS, Config
+from magicpig import strict_json
+from magicpig.config import MOST_TOKENS, SAMPLERS, Config
 from magicpig.config_file import load_config
+from magicpig.errors import ArgumentError
 from magicpig.evaluation.tasks import TASKS, Sources
+from magicpig.wording import shown
 
 PROTOCOLS = ("question-dense", "question-sparse")
 GROUPS = {
@@ -23,8 +25,10 @@ GROUPS = {
 }
 
 
-class MatrixError(ValueError):
+class MatrixError(ArgumentError):
     """Something that cannot be evaluated. One line, naming it and what is allowed."""
+
+    code = "invalid_matrix"
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,12 @@ def parse_lengths(text: str, option: str = "--lengths") -> tuple[int, ...]:
     for part in _names(text, option):
         unit = {"K": 1 << 10, "M": 1 << 20}.get(part[-1:].upper(), 1)
         digits = part if unit == 1 else part[:-1]
-        if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
-            raise MatrixError(f"length {part!r} is not a number of tokens such as 32768 or 32K")
-        lengths.add(int(digits) * unit)
+        if not digits.isascii() or not digits.isdigit() or not digits.strip("0"):
+            raise MatrixError(f"length {shown(part)} is not a number of tokens such as 32768 or 32K")
+        length = int(digits[:20]) * unit
+        if len(digits) > 20 or length > MOST_TOKENS:
+            raise MatrixError(f"length {shown(part)} is beyond what any machine holds")
+        lengths.add(length)
     return tuple(sorted(lengths))
 
 
@@ -138,11 +145,11 @@ def _method(name: str, defaults: dict[str, Any]) -> Method:
         key, value = (key, value) if equals else ("budget", part)
         if key in given or key not in Config.model_fields or key == "sampler":
             allowed = [field for field in Config.model_fields if field not in ("sampler", *given)]
-            raise _unknown("setting", key, allowed, f" of {name!r}")
+            raise _unknown("setting", key, allowed, f" of {shown(name)}")
         try:
-            given[key] = value if key == "kv_dtype" else json.loads(value)
-        except ValueError:
-            raise MatrixError(f"sampler {name!r}: {key}={value!r} is not a number, true or false") from None
+            given[key] = value if key == "kv_dtype" else strict_json.parse(value)
+        except strict_json.JsonError:
+            raise MatrixError(f"sampler {shown(name)}: {key}={shown(value)} is not a number, true or false") from None
     return _with_settings(name, {"sampler": sampler, **defaults, **given})
 
 
@@ -150,13 +157,13 @@ def _with_settings(name: str, settings: dict[str, Any]) -> Method:
     try:
         return Method(name, Config(**settings))
     except ValueError as error:
-        raise MatrixError(f"sampler {name!r}: {error}") from None
+        raise MatrixError(f"sampler {shown(name)}: {error}") from None
 
 
 def _names(text: str, option: str) -> list[str]:
     names = [part.strip() for part in text.split(",")]
     if not all(names):
-        raise MatrixError(f"{option} {text!r} has an empty name")
+        raise MatrixError(f"{option} {shown(text)} has an empty name")
     return names
 
 
@@ -164,4 +171,4 @@ def _unknown(kind: str, name: str, allowed: Iterable[str], where: str = "") -> M
     allowed = list(allowed)
     near = get_close_matches(name, allowed, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
-    return MatrixError(f"unknown {kind} {name!r}{where}; {hint}")
+    return MatrixError(f"unknown {kind} {shown(name)}{where}; {hint}")

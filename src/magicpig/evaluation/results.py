@@ -17,14 +17,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from magicpig import strict_json
+from magicpig.errors import ArgumentError
+from magicpig.wording import printable, shown
+
 FORMAT = "magicpig results 1"
 _START = json.dumps({"format": FORMAT})[:-1].encode()  # of every header
 # Of where results come from, what computes them. A run does not go on with another; anything else may change.
 _COMPUTES = ("isa", "versions.magicpig", "versions.torch", "versions.transformers", "versions.tokenizers")
 
 
-class ResultsError(ValueError):
+class ResultsError(ArgumentError):
     """A results file that cannot be read, written or continued. One line, naming the cause."""
+
+    code = "invalid_results"
 
 
 @dataclass(frozen=True)
@@ -153,12 +159,23 @@ def _records(path: Path, data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
     for number, line in enumerate(data[: data.rindex(b"\n")].split(b"\n"), 1):
         end += len(line) + 1
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise ResultsError(f"{path}: line {number} is damaged")
+            record = strict_json.parse(line)
+            _check_record(record, first=number == 1)
+        except (strict_json.JsonError, _FieldError) as error:
+            raise ResultsError(f"{path}: line {number} is damaged: {error}") from None
         yield record, end
+
+
+class _FieldError(Exception):
+    """A field that is missing or wrong."""
+
+
+def _check_record(record: Any, *, first: bool) -> None:
+    if not isinstance(record, dict):
+        raise _FieldError(f"{shown(record)} is no object")
+    for name in ("settings", "model", "made") if first else {"resumed"}.intersection(record):
+        if not isinstance(record.get(name), dict):
+            raise _FieldError(f"{name}={shown(record.get(name))} must be an object")
 
 
 def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -171,5 +188,4 @@ def _differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str,
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 300 else text[:297] + "..."
+    return printable(json.dumps(value), 300)

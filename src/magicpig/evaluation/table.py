@@ -7,8 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from magicpig.evaluation.results import Results
+from magicpig.evaluation.results import Results, ResultsError
+from magicpig.wording import counted, printable, shown
 
+_TEXTS = ("task", "protocol", "sampler")
+_COUNTS = ("length", "kv_bytes", "index_bytes")
+_SHARES = ("score", "share_mean", "share_max")
+_MOST = 1 << 63
 AVERAGE = "average"  # of all tasks of a length
 _Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
@@ -57,14 +62,36 @@ def wilson(mean: float, samples: int) -> tuple[float, float]:
 
 
 def summarise(results: Results) -> list[Cell]:
-    """Every cell that has samples, in the order of the results, and after each length the average of its tasks."""
+    """Every cell that has samples, in the order of the results, and after each length the average of its tasks.
+
+    Raises ResultsError for answers that lack what a table shows, or have values that no run writes.
+    """
     grouped: dict[tuple[int, str, str, str], list[dict[str, Any]]] = {}
-    for line in results.lines:
+    for number, line in enumerate(results.lines, 1):
+        if (wrong := _wrong_field(line)) is not None:
+            raise ResultsError(f"answer {number} of the results is damaged: {wrong}")
         for task in (line["task"], AVERAGE):
             key = line["length"], task, line["protocol"], line["sampler"]
             grouped.setdefault(key, []).append(line)
     order = sorted(grouped, key=lambda key: (key[0], key[1] == AVERAGE))  # stable
     return [_cell(*key, grouped[key]) for key in order]
+
+
+def _wrong_field(line: dict[str, Any]) -> str | None:
+    for name in _TEXTS:
+        if not isinstance(line.get(name), str):
+            return f"{name}={shown(line.get(name))} must be text"
+    for name in _COUNTS:
+        value = line.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MOST:
+            return f"{name}={shown(value)} must be a whole number from 0"
+    for name in _SHARES:
+        value = line.get(name)
+        if value is None and name != "score" and name in line:
+            continue
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:  # NaN is not
+            return f"{name}={shown(value)} must be a number from 0 to 1"
+    return None
 
 
 def tables(cells: Sequence[Cell]) -> list[Table]:
@@ -105,14 +132,20 @@ def _table(protocol: str, cells: list[Cell]) -> Table:
         rows = {
             task: [_accuracy(here.get((task, name))) for name in samplers] for task in _names(here.values(), "task")
         }
-        averages = [here[AVERAGE, name] for name in samplers]
-        rows["keys read, mean"] = [_share(cell.share_mean) for cell in averages]
-        rows["keys read, most"] = [_share(cell.share_max) for cell in averages]
-        rows["index / keys and values"] = [_share(cell.index_bytes / cell.kv_bytes) for cell in averages]
-        blocks.append([[short_length(length), name, *row] for name, row in rows.items()])
+        averages = [here.get((AVERAGE, name)) for name in samplers]  # a run may have been stopped before some
+        rows["keys read, mean"] = [(cell and _share(cell.share_mean)) or "" for cell in averages]
+        rows["keys read, most"] = [(cell and _share(cell.share_max)) or "" for cell in averages]
+        rows["index / keys and values"] = [
+            _share(cell.index_bytes / cell.kv_bytes) if cell and cell.kv_bytes else "" for cell in averages
+        ]
+        blocks.append([[short_length(length), _cut(name), *row] for name, row in rows.items()])
     samples = max(cell.samples for cell in cells if cell.task != AVERAGE)
-    title = f"{protocol}: accuracy in % (and its 95 % interval), {samples} samples per task and length"
-    return Table(title, ["length", "task", *samplers], blocks)
+    title = f"{_cut(protocol)}: accuracy in % (and its 95 % interval), {counted(samples, 'sample')} per task and length"
+    return Table(title, ["length", "task", *map(_cut, samplers)], blocks)
+
+
+def _cut(name: str) -> str:
+    return printable(name, 100)
 
 
 def short_length(length: int) -> str:

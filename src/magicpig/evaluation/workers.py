@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from magicpig.errors import InsufficientMemoryError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -28,7 +30,7 @@ def in_order(prepare: Callable[[], Callable[[T], R]], items: Iterable[T], jobs: 
     try:
         yield from pool.map(_do, items)
     except BrokenProcessPool:
-        raise MemoryError(f"one of {jobs} processes died, probably for lack of memory; use fewer") from None
+        raise InsufficientMemoryError(f"one of {jobs} processes died, probably for lack of memory; use fewer") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

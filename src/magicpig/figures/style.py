@@ -135,16 +135,23 @@ def percent_ticks(axis: Axis, lowest: float, highest: float) -> None:
 
 
 def legend_below(figure: Figure, axes: list[Axes]) -> None:
-    """One legend for all panels, each entry once, in the order of `LOOKS`, in rows of about the same length."""
+    """One legend for all panels, each entry once, in the order of `LOOKS`.
+
+    In rows of about the same length, so many that they fit the page.
+    """
     found: dict[str, Artist] = {}
     for each in axes:
         handles, labels = each.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     order = [look.label for look in LOOKS.values()]
     labels = sorted(found, key=lambda label: order.index(label) if label in order else len(order))
-    rows = math.ceil(len(labels) / min(4, 2 * len(axes)))
-    columns = math.ceil(len(labels) / rows)
-    figure.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=columns)
+    for most in range(min(4, 2 * len(axes), len(labels)), 0, -1):
+        columns = math.ceil(len(labels) / math.ceil(len(labels) / most))
+        handles = [found[label] for label in labels]
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def png_and_svg(figure: Figure) -> dict[str, bytes]:

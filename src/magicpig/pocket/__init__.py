@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from magicpig.model_directory import ModelError
+
 __all__ = ["path"]
 
 
 def path() -> Path:
     """The folder of the shipped model, for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer`.
 
-    Raises FileNotFoundError when the package was built without it.
+    Raises ModelError when the package was built without it.
     """
     folder = Path(__file__).parent / "weights"
     if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"the pocket model is not in {folder}; make it with 'magicpig pocket train --out DIR'")
+        raise ModelError(f"the pocket model is not in {folder}; make it with 'magicpig pocket train --out DIR'")
     return folder

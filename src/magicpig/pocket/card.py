@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 from magicpig.evaluation import table
-from magicpig.evaluation.results import Results
+from magicpig.evaluation.results import Results, ResultsError
 from magicpig.evaluation.table import Cell
+from magicpig.model_directory import ModelError, read_settings
+from magicpig.wording import shown
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
 
 _CARD = """\
 ---
@@ -61,25 +73,33 @@ two pieces twice. It says nothing about how well sampled attention serves a larg
 
 def write(model: Path, results: Results, *, command: str, machine: str) -> str:
     """The card of the model in a folder, from results of its evaluation with the sampler `full`."""
-    config = json.loads((model / "config.json").read_text())
-    hidden, inter, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    heads, groups, layers = config["num_attention_heads"], config["num_key_value_heads"], config["num_hidden_layers"]
+    config = read_settings(model / "config.json")
+    hidden, inter, head_dim, heads, groups, layers, vocabulary = (_size(model, config, name) for name in SIZES)
     per_layer = 2 * hidden * head_dim * (heads + groups) + 3 * hidden * inter
     cells = [cell for cell in table.summarise(results) if cell.sampler == "full"]
+    if not cells:
+        raise ResultsError("the results have no answers of the sampler full, which the card is about")
     return _CARD.format(
-        parameters=(config["vocab_size"] * hidden + layers * per_layer) / 1e6,
+        parameters=(vocabulary * hidden + layers * per_layer) / 1e6,
         layers=layers,
         hidden=hidden,
         heads=heads,
         groups=groups,
         head_dim=head_dim,
-        base=config["rope_parameters"]["rope_theta"],
+        base=float(_size(model, config.get("rope_parameters") or {}, "rope_theta")),
         command=command,
         machine=machine or "On two cores.",
         samples=min(cell.samples for cell in cells),
-        seed=results.header["settings"]["seed"],
+        seed=results.header["settings"].get("seed"),
         table=_grid(cells),
     )
+
+
+def _size(model: Path, config: Any, name: str) -> int | float:
+    value = config.get(name) if isinstance(config, dict) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        raise ModelError(f"{model / 'config.json'}: {name}={shown(value)} must be a number above 0")
+    return value
 
 
 def _grid(cells: list[Cell]) -> str:

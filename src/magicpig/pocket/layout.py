@@ -29,6 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from magicpig.errors import ArgumentError
 from magicpig.evaluation.tasks import lexicon
 from magicpig.pocket.model import HEAD_DIM, ROPE_BASE
 
@@ -123,7 +124,7 @@ def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
     config = model.config
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     if shape != (3, 6, 3) or config.hidden_size < _Stream.width:
-        raise ValueError(
+        raise ArgumentError(
             f"model has {shape} layers, heads and key/value heads and {config.hidden_size} dimensions; "
             f"laid out can be (3, 6, 3) and at least {_Stream.width}"
         )

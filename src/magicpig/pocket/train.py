@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from magicpig.errors import ArgumentError
 from magicpig.pocket import layout, lessons, model, tokenizer
 from magicpig.pocket.lessons import Lesson, Target
 
@@ -301,7 +302,9 @@ def _restore(out: Path, preset: Preset, seed: int, net: LlamaForCausalLM, optimi
         wanted = _settings(preset, seed, step)
         for name in ("seed", "shape"):
             if found[name] != wanted[name]:
-                raise ValueError(f"{file} was made with {name}={found[name]}, not {wanted[name]}; use another folder")
+                raise ArgumentError(
+                    f"{file} was made with {name}={found[name]}, not {wanted[name]}; use another folder"
+                )
         for name, tensor in _state(net, optimizer):
             tensor.copy_(saved.get_tensor(name))
     return step

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from magicpig.config import BY_LAYER, EXACT, Config
+from magicpig.errors import ArgumentError
 from magicpig.tune.measure import Measured
 
 FASTER = 0.95  # of the time of full attention: what saves less than that is not worth an error
@@ -27,7 +28,9 @@ class Goal:
 
     def __post_init__(self) -> None:
         if not 0 < self.mean <= self.p95 < 1:
-            raise ValueError(f"mean={self.mean} and p95={self.p95} must be between 0 and 1, and the mean not above p95")
+            raise ArgumentError(
+                f"mean={self.mean} and p95={self.p95} must be between 0 and 1, and the mean not above p95"
+            )
 
     def is_met(self, errors: Tensor) -> bool:
         """Whether errors (T, H) are small enough."""

@@ -153,7 +153,7 @@ class Trials:
         times: list[list[float]] = [[] for _ in everyone]
         for measured in layer.timed(calls, repeats):
             for own, new in zip(times, measured.values(), strict=True):
-                own += new
+                own += [timing.ms for timing in new]
             layer.forget(everyone)
         self._times += times[0]
         full, *steps = map(_typical, times)

@@ -15,7 +15,18 @@ from magicpig.evaluation.tasks.needles import Niah
 from magicpig.evaluation.tasks.request import Request, Sources, TaskError
 from magicpig.evaluation.tasks.score import match_all, match_any
 
-__all__ = ["TASKS", "Sample", "Sources", "Task", "TaskError", "check_minimum", "generate", "minimum_length", "score"]
+__all__ = [
+    "TASKS",
+    "Sample",
+    "Sources",
+    "Task",
+    "TaskError",
+    "check_minimum",
+    "find_task",
+    "generate",
+    "minimum_length",
+    "score",
+]
 
 SLACK = 32  # tokens by which a prompt may be too short, where the tokenizer allows no better
 
@@ -102,7 +113,7 @@ def generate(
     Raises TaskError for an unknown task, a length below the task's minimum or beyond its material, and an index, file
     or reserve that cannot be used.
     """
-    chosen = _task(task)
+    chosen = find_task(task)
     for name, value in (("index", index), ("reserve", reserve)):
         if value < 0:
             raise TaskError(f"{name}={value} is negative")
@@ -127,7 +138,7 @@ def generate(
 
 def minimum_length(task: str, tokenizer: Tokenizer, *, sources: Sources = Sources()) -> int:  # noqa: B008
     """The least length of sample 0 of a task. Other samples' can differ by some tokens, of qa tasks by many."""
-    chosen = _task(task)
+    chosen = find_task(task)
     recipe = chosen.recipe(Request(task, length=0, index=0, sources=sources))
     return Meter(tokenizer).exact(recipe.build(recipe.minimum, 0).prompt) + chosen.tokens_to_generate
 
@@ -147,7 +158,7 @@ def check_minimum(
     Takes as long as counting the tokens of that many short prompts; where the first one has half of the length to
     spare, the others are not looked at: they differ from it by some words.
     """
-    chosen, meter = _task(task), Meter(tokenizer)
+    chosen, meter = find_task(task), Meter(tokenizer)
     for index in range(samples):
         recipe = chosen.recipe(Request(task, length, index, seed, sources))
         least = meter.exact(recipe.build(recipe.minimum, 0).prompt) + chosen.tokens_to_generate + reserve
@@ -159,10 +170,11 @@ def check_minimum(
 
 def score(task: str, prediction: str, answers: Sequence[str]) -> float:
     """RULER's score of a prediction, 0 to 1: the share of the answers in it; for qa whether there is one."""
-    return _task(task).score(prediction, answers)
+    return find_task(task).score(prediction, answers)
 
 
-def _task(name: str) -> Task:
+def find_task(name: str) -> Task:
+    """The task of that name. Raises TaskError."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"

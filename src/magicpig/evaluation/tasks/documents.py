@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from magicpig import strict_json
 from magicpig.evaluation.tasks import templates
 from magicpig.evaluation.tasks.fit import Draft, Recipe, padded
 from magicpig.evaluation.tasks.request import Request, TaskError
@@ -84,10 +84,12 @@ def _load(request: Request, option: Literal["squad", "hotpotqa"], read: Callable
 @cache
 def _collect(option: str, path: Path, read: Callable[[Any], list[Question]]) -> Collection:
     try:
-        questions = read(json.loads(path.read_text(encoding="utf-8")))
+        questions = read(strict_json.parse(path.read_bytes(), lenient=True))
+        if not all(isinstance(text, str) for each in questions for text in (each.text, *each.answers, *each.gold)):
+            raise TypeError
     except OSError as error:
         raise TaskError(f"{option}={str(path)!r} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except strict_json.JsonError:
         raise TaskError(f"{option}={str(path)!r} is not JSON") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise TaskError(f"{option}={str(path)!r} is not in the form of {FILES[option]}") from None

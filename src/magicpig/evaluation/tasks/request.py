@@ -6,9 +6,13 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from magicpig.errors import ArgumentError
 
-class TaskError(ValueError):
+
+class TaskError(ArgumentError):
     """A sample that cannot be had. One line, naming the cause."""
+
+    code = "invalid_task"
 
 
 @dataclass(frozen=True)

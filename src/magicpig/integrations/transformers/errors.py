@@ -23,6 +23,8 @@ class UnsupportedModelError(ArgumentError):
 class OpaqueTokensError(UnsupportedModelError, AttributeError):
     """A model asks for what the keys and values of a MagicPigCache have not got."""
 
+    code = "opaque_tokens"
+
 
 class CacheMismatchError(ArgumentError):
     """The cache was filled by another model, or made for one."""
