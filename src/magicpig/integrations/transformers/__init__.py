@@ -3,6 +3,22 @@
 from magicpig.integrations.transformers.attach import attach, detach
 from magicpig.integrations.transformers.attention import NAME
 from magicpig.integrations.transformers.cache import CacheReport, LayerReport, MagicPigCache
-from magicpig.integrations.transformers.errors import UnsupportedModelError
+from magicpig.integrations.transformers.errors import (
+    CacheMismatchError,
+    CacheStateError,
+    GradientError,
+    UnsupportedModelError,
+)
 
-__all__ = ["NAME", "CacheReport", "LayerReport", "MagicPigCache", "UnsupportedModelError", "attach", "detach"]
+__all__ = [
+    "NAME",
+    "CacheMismatchError",
+    "CacheReport",
+    "CacheStateError",
+    "GradientError",
+    "LayerReport",
+    "MagicPigCache",
+    "UnsupportedModelError",
+    "attach",
+    "detach",
+]

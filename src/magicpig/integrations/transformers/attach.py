@@ -155,10 +155,9 @@ def _attached_class(base: Any) -> Any:
         attached = _attachment(self)
         if attached is None:
             return generate(self, *args, **kwargs)
-        arguments = dict(signature.bind(self, *args, **kwargs).arguments)
-        given, more = list(arguments.items())[1:], arguments.pop("kwargs", {})
-        request = {**{name: value for name, value in given if name != "kwargs"}, **more}
-        return generate(self, **_prepared(self, attached, request))
+        given = signature.bind(self, *args, **kwargs).arguments
+        request = {name: value for name, value in given.items() if name not in ("self", "kwargs")}
+        return generate(self, **_prepared(self, attached, {**request, **given.get("kwargs", {})}))
 
     names = {
         "_magicpig_base": base,
