@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-all | test-levels | test-lowest | test-newest | sanitize | lint | format | stub |
+# make demo | test | test-slow | test-all | test-levels | test-lowest | test-newest | clang | sanitize | lint | format | stub |
 #      constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
@@ -18,7 +18,7 @@ PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-slow test-all test-levels test-lowest test-newest sanitize lint format stub constraints \
+.PHONY: setup demo test test-slow test-all test-levels test-lowest test-newest clang sanitize lint format stub constraints \
   wheel clean
 .DEFAULT_GOAL := setup
 
@@ -62,10 +62,17 @@ RUNTIME  := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-fi
 WATCHED  := tests/kernels tests/test_decode.py tests/test_int8.py tests/test_sketch.py tests/test_store.py
 sanitize: setup
 	CXX='$(CXX)' $(BIN)/cmake -S . -B $(CHECKED) -G Ninja -DPython_EXECUTABLE='$(abspath $(BIN)/python)' \
-	  -DMAGICPIG_SANITIZE=ON -DMAGICPIG_EMULATE_BF16=ON
+	  -DMAGICPIG_SANITIZE=ON -DMAGICPIG_EMULATE=ON
 	$(BIN)/cmake --build $(CHECKED)
 	LD_PRELOAD='$(RUNTIME)' ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python .ci/with_native.py $(CHECKED)/_native.abi3.so --no-cov --capture=sys $(WATCHED) $(ARGS)
+
+# The kernels built by another compiler, and their tests on that build.
+clang: setup
+	CXX=clang++ $(BIN)/cmake -S . -B build/clang -G Ninja -DPython_EXECUTABLE='$(abspath $(BIN)/python)' \
+	  -DMAGICPIG_EMULATE=ON
+	$(BIN)/cmake --build build/clang
+	$(BIN)/python .ci/with_native.py build/clang/_native.abi3.so --no-cov -q -m 'not slow' tests/kernels $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check
@@ -110,7 +117,7 @@ $(STAMPS)/build-tools: $(STAMPS)/venv requirements/build.in $(CONSTRAINTS)
 
 $(STAMPS)/install: $(STAMPS)/build-tools pyproject.toml $(NATIVE)
 	$(PIP) install $(PINNED) --no-build-isolation --check-build-dependencies --editable '.[dev]' \
-	  -C build-dir=$(BUILD) -C cmake.define.MAGICPIG_EMULATE_BF16=ON
+	  -C build-dir=$(BUILD) -C cmake.define.MAGICPIG_EMULATE=ON
 	$(if $(CONSTRAINTS),cp $(CONSTRAINTS),: >) $(STAMPS)/constraints.txt
 	touch $@
 

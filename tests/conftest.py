@@ -7,6 +7,34 @@ import torch
 
 from magicpig.kernels import native
 
+# Modules whose results depend on the numbers of the kernels.
+NUMBERS = {
+    "test_decode.py",
+    "test_functional.py",
+    "test_fuzzed_steps.py",
+    "test_int8.py",
+    "test_known_defects.py",
+    "test_native_attend.py",
+    "test_native_hash.py",
+    "test_native_rows.py",
+    "test_native_sketch.py",
+    "test_native_tables.py",
+    "test_predicted_error.py",
+    "test_prefill.py",
+    "test_samplers.py",
+    "test_sampling.py",
+    "test_sketch.py",
+    "test_store.py",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks `numbers`: what `make test-levels` runs on each level. What asks for `isa` runs on all of them anyway."""
+    for item in items:
+        if item.path.name in NUMBERS and "isa" not in getattr(item, "fixturenames", ()):
+            item.add_marker("numbers")
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

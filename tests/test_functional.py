@@ -9,6 +9,7 @@ from torch import Tensor
 
 from magicpig import attend
 from magicpig.collision import log_inclusion
+from magicpig.errors import ArgumentError, ArgumentTypeError, NotFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,13 +158,17 @@ def test_the_same_call_gives_the_same_bits():
     assert not torch.equal(first[1], other[1])
 
 
-def test_gradients_are_neither_computed_nor_in_the_way():
-    query, keys, values = (x.requires_grad_() for x in tensors(300))
-    output, lse, _ = attend(query, keys, values, K=4, L=12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_are_refused_unless_nobody_wants_them(dtype):
+    plain = tensors(300, dtype)
+    wanting = [x.clone().requires_grad_() for x in plain]
+    with pytest.raises(ArgumentError, match=r"^query requires a gradient, .* use query.detach\(\)$"):
+        attend(*wanting, K=4, L=12)
+    with torch.no_grad():
+        output, lse, _ = attend(*wanting, K=4, L=12)
     assert not output.requires_grad
     assert not lse.requires_grad
-    right, _, _ = attend(query.detach(), keys.detach(), values.detach(), K=4, L=12)
-    assert torch.equal(output, right)
+    assert torch.equal(output, attend(*plain, K=4, L=12)[0])
 
 
 def test_inputs_are_not_changed_and_may_be_strided():
@@ -280,6 +285,8 @@ def bad_settings() -> dict[str, tuple[dict[str, object], str]]:
         "sampler": ({"sampler": "top-k"}, r"^sampler='top-k': .*'lsh', 'sketch', 'full', .* or 'uniform-tail'$"),
         "kernels": ({"kernels": "cuda"}, r"^kernels='cuda' is not one of 'native', 'reference'$"),
         "scale": ({"scale": math.nan}, r"^scale=nan must be finite$"),
+        "scale-int": ({"scale": 10**400}, r"^scale=inf must be finite$"),
+        "scale-huge": ({"scale": 1e307}, r"^scale=1e\+307 with queries of up to .* gives logits that are not finite$"),
         "softcap": ({"softcap": 0.0}, r"^softcap=0.0 must be positive and finite$"),
         "softcap-inf": ({"softcap": math.inf}, r"^softcap=inf must be positive and finite$"),
     }
@@ -308,8 +315,14 @@ def bad_tensors() -> dict[str, tuple[tuple[object, ...], str]]:
         "query-3d": ((q[0], k, v), r"^query has shape \(6, 1, 32\); expected four dimensions$"),
         "keys-3d": ((q, k[0], v), r"^keys has shape \(2, 50, 32\); expected four dimensions$"),
         "two-queries": ((q.expand(-1, -1, 2, -1), k, v), r"^query has shape \(2, 6, 2, 32\); expected \(B, H, 1, D\)"),
-        "no-batch": ((q[:0], k[:0], v[:0]), r"^query has shape \(0, 6, 1, 32\); there must be at least one sequence"),
-        "no-query-heads": ((q[:, :0], k, v), r"^query has shape \(2, 0, 1, 32\); there must be at least one sequence"),
+        "no-batch": (
+            (q[:0], k[:0], v[:0]),
+            r"^query has shape \(0, 6, 1, 32\); no sequence, head or dimension",
+        ),
+        "no-query-heads": (
+            (q[:, :0], k, v),
+            r"^query has shape \(2, 0, 1, 32\); no sequence, head or dimension",
+        ),
         "batch": ((q, k[:1], v[:1]), r"^keys has shape \(1, 2, 50, 32\); expected \(2, G, N, 32\) with G dividing"),
         "heads": ((q[:, :5], k, v), r"^keys has shape \(2, 2, 50, 32\); .* G dividing the 5 query heads$"),
         "no-heads": ((q, k[:, :0], v[:, :0]), r"^keys has shape \(2, 0, 50, 32\); expected"),
@@ -319,6 +332,16 @@ def bad_tensors() -> dict[str, tuple[tuple[object, ...], str]]:
         "integers": ((q.int(), k.int(), v.int()), r"^query has dtype torch.int32; allowed: float32, bfloat16, float16"),
         "mixed": ((q, k.half(), v), r"^keys has dtype torch.float16 and query torch.float32; expected the same$"),
         "device": ((q.to("meta"), k, v), r"^query is on meta; attend reads host memory, move it to the cpu$"),
+        "no-dimensions": (
+            (q[..., :0], k[..., :0], v[..., :0]),
+            r"^query has shape \(2, 6, 1, 0\); no sequence, head or",
+        ),
+        "complex": ((q + 0j, k, v), r"^query has dtype torch.complex64; allowed: float32, bfloat16, float16, float64$"),
+        "sparse": ((q.to_sparse(), k, v), r"^query is nested or torch.sparse_coo; expected a dense tensor$"),
+        "fp8": ((q, k.to(torch.float8_e4m3fn), v), r"^keys has dtype torch.float8_e4m3fn; allowed: float32"),
+        "gradient": ((q, k.clone().requires_grad_(), v), r"^keys requires a gradient, .* use keys.detach\(\)$"),
+        "huge-keys": ((q + 1e20, k + 1e20, v), r"^scale=0.17.* gives logits that are not finite$"),
+        "huge-values": ((q, k, v + 3e38), r"^values of up to 3e\+38 have a weighted sum that float32 does not hold$"),
         "nan-value": ((q, k, nan), r"^values has entries that are not finite"),
         "inf-key": ((q, inf, v), r"^keys has entries that are not finite"),
         "nan-query": ((q * math.nan, k, v), r"^query has entries that are not finite"),
@@ -338,6 +361,30 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         attend(*arguments)
     assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, NotFiniteError) == ("not finite" in message or "does not hold" in message)
+
+
+@pytest.mark.parametrize("sampler", ["full", "lsh", "sketch", "topk", "quest", "oracle"])
+def test_a_scale_that_overflows_logits_is_refused_by_every_sampler(sampler):
+    more = {"K": 4, "L": 10} if sampler == "lsh" else {}
+    with pytest.raises(NotFiniteError, match=r"^scale=1e\+38 "):
+        attend(*tensors(100), sampler=sampler, scale=1e38, **more)
+    # Nothing overflows of this one, of which a softmax picks one key.
+    output, lse, _ = attend(*tensors(100), sampler=sampler, scale=1e34, **more)
+    assert output.isfinite().all()
+    assert lse.isfinite().all()
+
+
+def test_a_scale_that_is_no_number_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"^scale='1' must be a number$"):
+        attend(*tensors(100), scale="1")
+
+
+def test_more_threads_than_torch_can_start_are_refused(monkeypatch):
+    # Told to use 100,000, torch ends the process at its first parallel operation.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 100_000)
+    with pytest.raises(ArgumentError, match=r"^torch.get_num_threads\(\) is 100000; allowed: 1 to 1024$"):
+        attend(*tensors(10))
 
 
 def test_float64_is_the_references_alone():

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from magicpig.errors import ArgumentError
+
 _LOG_HALF = -math.log(2.0)
 _LOG_NEGLIGIBLE = math.log(torch.finfo(torch.float64).eps) - 4.0
 
@@ -30,12 +32,12 @@ def log_inclusion(cosine: Tensor, K: int, L: int, min_hits: int) -> Tensor:
     ``cosine`` is that between query and (centred) key, in any shape; the result is float64 of the same shape,
     with a relative error near 1e-13 in u for u -> 0 and in 1 - u for u -> 1. It is -inf only where u is zero:
     for opposite vectors. MagicPIG (arXiv 2410.16179) is the case ``min_hits`` = 2.
-    Raises ValueError unless K >= 1 and 1 <= min_hits <= L.
+    Raises ArgumentError unless K >= 1 and 1 <= min_hits <= L.
     """
     if K < 1:
-        raise ValueError(f"K must be at least 1, got {K}")
+        raise ArgumentError(f"K must be at least 1, got {K}")
     if not 1 <= min_hits <= L:
-        raise ValueError(f"min_hits must be between 1 and L = {L}, got {min_hits}")
+        raise ArgumentError(f"min_hits must be between 1 and L = {L}, got {min_hits}")
     log_hit = K * _log_collision_probability(cosine)
     log_miss = _log_one_minus_exp(log_hit)
 

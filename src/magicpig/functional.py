@@ -10,6 +10,7 @@ from torch import Tensor
 
 from magicpig.config import Config, KVDtype, SamplerName
 from magicpig.decode import attend_stores, step_info
+from magicpig.errors import ArgumentError, ArgumentTypeError, NotFiniteError
 from magicpig.kernels import native, reference
 from magicpig.kernels.attend.reference import attend as attend_rows
 from magicpig.kernels.rows.reference import from_bytes, to_bytes
@@ -53,7 +54,8 @@ def attend(
     and info, whose ids[b][h] are the sampled positions, log_u[b][h] their log inclusion probabilities, and rows (B, G)
     the number of distinct sampled rows per kv head. The first `sinks` and last `recent` tokens are always read and
     are in none of them. predicted_error (B, H) is the relative error of the output that the sample lets expect.
-    Raises ValueError on bad shapes, dtypes, devices, settings, and on keys or values that are not finite.
+    Raises ArgumentError, a ValueError, on bad shapes, dtypes, layouts, devices, settings, and where a gradient is asked
+    for; NotFiniteError, one too, where inputs, logits or sums of values are not finite.
     """
     chosen = {"sampler": sampler, "K": K, "L": L, "min_hits": min_hits}
     config = Config(
@@ -68,18 +70,15 @@ def attend(
         recent=recent,
         exact_below=0,
     )
-    _check(query, keys, values)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite")
+    scale = _check(query, keys, values, scale)
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap} must be positive and finite")
+        raise ArgumentError(f"softcap={softcap} must be positive and finite")
     if kernels is None:
         kernels = "reference" if query.dtype == torch.float64 else "native"
     if kernels == "reference":
         return _attend_reference(query, keys, values, config, scale, softcap)
     if kernels != "native":
-        raise ValueError(f"kernels={kernels!r} is not one of 'native', 'reference'")
+        raise ArgumentError(f"kernels={kernels!r} is not one of 'native', 'reference'")
     stores = []
     for b in range(len(keys)):
         store = KVStore(keys.shape[1], keys.shape[3], keys.dtype, config, sampled=True)
@@ -87,6 +86,10 @@ def attend(
         store.settle()
         stores.append(store)
     state, info = attend_stores(query[:, :, 0], stores, scale=scale, softcap=softcap)
+    # Their sum, before it is divided by that of the weights, may not fit where each of them does.
+    if not bool(state.output.isfinite().all()):
+        largest = float(values.abs().amax())
+        raise NotFiniteError(f"values of up to {largest:.3g} have a weighted sum that float32 does not hold")
     return state.output[:, :, None], state.lse, info
 
 
@@ -167,30 +170,64 @@ def _rounded(keys: Tensor, config: Config) -> Tensor:
     return from_bytes(*to_bytes(keys - mean)) + mean
 
 
-def _check(query: Tensor, keys: Tensor, values: Tensor) -> None:
-    for name, x in (("query", query), ("keys", keys), ("values", values)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected four dimensions")
-        if x.dtype not in (*native.DTYPES, torch.float64):
-            raise ValueError(f"{name} has dtype {x.dtype}; allowed: float32, bfloat16, float16, float64")
-        if x.device.type != "cpu":
-            raise ValueError(f"{name} is on {x.device}; attend reads host memory, move it to the cpu")
-        if x.dtype != query.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype} and query {query.dtype}; expected the same")
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{name} has entries that are not finite (NaN or inf)")
+def _check(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> float:
+    """Refuses what attention cannot be computed of; returns the scale."""
+    native.check_threads()
+    largest = {name: _largest(name, x, query) for name, x in (("query", query), ("keys", keys), ("values", values))}
     B, H, T, D = query.shape
-    if B < 1 or H < 1:
-        raise ValueError(f"query has shape {tuple(query.shape)}; there must be at least one sequence and one head")
+    if B < 1 or H < 1 or D < 1:
+        raise ArgumentError(f"query has shape {tuple(query.shape)}; no sequence, head or dimension may be empty")
     if T != 1:
-        raise ValueError(f"query has shape {tuple(query.shape)}; expected (B, H, 1, D): one step at a time")
+        raise ArgumentError(f"query has shape {tuple(query.shape)}; expected (B, H, 1, D): one step at a time")
     if keys.shape[0] != B or keys.shape[3] != D or keys.shape[1] < 1 or H % keys.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"keys has shape {tuple(keys.shape)}; expected ({B}, G, N, {D}) with G dividing the {H} query heads"
         )
     if values.shape != keys.shape:
-        raise ValueError(f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape)} as the keys")
+        raise ArgumentError(f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape)} as the keys")
     if keys.shape[2] < 1:
-        raise ValueError("keys is empty; at least one token is needed")
+        raise ArgumentError("keys is empty; at least one token is needed")
+    if scale is None:
+        scale = D**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise ArgumentTypeError(f"scale={scale!r} must be a number")
+    if not math.isfinite(scale := _as_float(scale)):
+        raise ArgumentError(f"scale={scale} must be finite")
+    # Keys may be twice as long once they are centred.
+    logit = abs(scale) * 2 * D * largest["query"] * largest["keys"]
+    if not logit < torch.finfo(torch.promote_types(query.dtype, torch.float32)).max:
+        raise NotFiniteError(
+            f"scale={scale} with queries of up to {largest['query']:.3g} and keys of up to {largest['keys']:.3g} "
+            "gives logits that are not finite"
+        )
+    return scale
+
+
+def _as_float(number: float) -> float:
+    """Of an int too large for one, an infinity."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+def _largest(name: str, x: Tensor, query: Tensor) -> float:
+    """The largest magnitude in a checked tensor."""
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        raise ArgumentError(f"{name} is nested or {x.layout}; expected a dense tensor")
+    if x.ndim != 4:
+        raise ArgumentError(f"{name} has shape {tuple(x.shape)}; expected four dimensions")
+    if x.dtype not in (*native.DTYPES, torch.float64):
+        raise ArgumentError(f"{name} has dtype {x.dtype}; allowed: float32, bfloat16, float16, float64")
+    if x.device.type != "cpu":
+        raise ArgumentError(f"{name} is on {x.device}; attend reads host memory, move it to the cpu")
+    if x.dtype != query.dtype:
+        raise ArgumentError(f"{name} has dtype {x.dtype} and query {query.dtype}; expected the same")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(f"{name} requires a gradient, which attend does not pass on; use {name}.detach()")
+    largest = float(x.abs().amax()) if x.numel() else 0.0
+    if not math.isfinite(largest):
+        raise NotFiniteError(f"{name} has entries that are not finite (NaN or inf)")
+    return largest

@@ -143,6 +143,7 @@ class KVStore:
         self.settled = False
         self.centred = False  # whether keys are kept minus `mean`
         self.mean = torch.zeros(kv_heads, head_dim, dtype=torch.float32, device="cpu")
+        native.check_threads()
         native.dtype_code(dtype)
         native.padded(head_dim)
         self.layout = RowLayout(head_dim, dtype, torch.int8 if config.kv_dtype == "int8" else dtype)

@@ -68,19 +68,12 @@ def _line(error: Exception) -> str | None:
         return f"error: {error}"
     if isinstance(error, typer.TyperException):
         return f"error: {error.format_message()}"
-    if _is_environment(error):
-        return f"error: {error}"
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         return f"error: there is not enough memory: {error or 'Python asked for more than it got'}"
     if isinstance(error, OSError):
         where = "standard output or standard error" if error.filename is None else error.filename
         return f"error: cannot use {where}: {error.strerror or error}"
     return None
-
-
-def _is_environment(error: Exception) -> bool:
-    # The native code has no class for it.
-    return isinstance(error, ValueError) and str(error).startswith("MAGICPIG_")
 
 
 def _is_torch_out_of_memory(error: Exception) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from magicpig.collision import log_inclusion
+from magicpig.errors import ArgumentError
 from magicpig.kernels import _native
 from magicpig.kernels._native import LshSampler, SketchSampler, StoreView
 from magicpig.kernels.hash.reference import make_planes
@@ -24,6 +25,7 @@ SEGMENT_ROWS: int = _native.SEGMENT_ROWS
 SKETCH_KEYS: int = _native.SKETCH_KEYS
 MAX_HEAD_DIM: int = _native.MAX_DIM
 MAX_GROUP = 256
+MAX_THREADS: int = _native.MAX_THREADS
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPES = tuple(_CODES)
@@ -38,18 +40,25 @@ threads = _native.threads
 poison_scratch = _native.poison_scratch
 
 
+def check_threads() -> None:
+    """Raises ArgumentError where torch was told to use more threads than it can start: it ends the process then."""
+    wanted = torch.get_num_threads()
+    if wanted > MAX_THREADS:
+        raise ArgumentError(f"torch.get_num_threads() is {wanted}; allowed: 1 to {MAX_THREADS}")
+
+
 def dtype_code(dtype: torch.dtype) -> int:
-    """The kernels' number of a dtype. Raises ValueError for one they do not read."""
+    """The kernels' number of a dtype. Raises ArgumentError for one they do not read."""
     try:
         return _CODES[dtype]
     except KeyError:
-        raise ValueError(f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}") from None
+        raise ArgumentError(f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}") from None
 
 
 def padded(head_dim: int) -> int:
-    """Elements a key or value of `head_dim` takes in a row. Raises ValueError when it is out of range."""
+    """Elements a key or value of `head_dim` takes in a row. Raises ArgumentError when it is out of range."""
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim={head_dim} is out of range; allowed: 1 to {MAX_HEAD_DIM}")
+        raise ArgumentError(f"head_dim={head_dim} is out of range; allowed: 1 to {MAX_HEAD_DIM}")
     return -(-head_dim // int(_native.LANE)) * int(_native.LANE)
 
 
@@ -566,4 +575,4 @@ class RepeatedStep:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ArgumentError(message)

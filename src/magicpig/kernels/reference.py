@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from magicpig.collision import log_inclusion
+from magicpig.errors import ArgumentError
 from magicpig.kernels.attend.reference import attend, merge, predicted_error
 from magicpig.kernels.hash.reference import hash_vectors, make_planes
 from magicpig.kernels.sketch import reference as sketch
@@ -44,7 +45,7 @@ def attend_lsh(
 
     Returns output (H, Dv) with lse (H,), and for every query head its sample: ascending positions among the N
     tokens, and their natural-log inclusion probabilities. With N <= sinks + recent attention is exact and the
-    samples are empty. Raises ValueError if G does not divide H.
+    samples are empty. Raises ArgumentError if G does not divide H.
     """
     kv_heads, tokens, head_dim = keys.shape
     if tokens <= sinks + recent:
@@ -207,5 +208,5 @@ def _unit(vectors: Tensor) -> Tensor:
 
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:
     if len(query) % kv_heads:
-        raise ValueError(f"query must have a multiple of the {kv_heads} key/value heads, got {len(query)}")
+        raise ArgumentError(f"query must have a multiple of the {kv_heads} key/value heads, got {len(query)}")
     return query.reshape(kv_heads, -1, query.shape[-1])

@@ -1,5 +1,5 @@
-// Vectors -> signs of their projections on K*L directions. A register tile of kHashRows vectors against W-wide columns;
-// directions are bfloat16 pairs, so that every level multiplies the same numbers (accumulation is float32).
+// Vectors -> signs of their projections on K*L directions. A register tile of kHashRows vectors against W-wide columns.
+// Directions and vectors are bfloat16 numbers and sums are floats, so that every level multiplies the same numbers.
 #pragma once
 
 namespace {
@@ -7,21 +7,21 @@ namespace {
 constexpr int kHashRows = kRegisters == 32 ? 4 : 3;
 constexpr int kHashColumns = kRegisters / 8;  // vectors of W directions
 
+// How a rounded vector is kept: as the instruction takes it, or as floats.
 #if defined(MAGICPIG_BF16)
-// Two bfloat16 products and their sum in one instruction; the emulation serves to test this code on any AVX-512 machine.
-inline F dot_pair(F acc, U directions, uint32_t x_pair) {
-#if defined(MAGICPIG_EMULATE_BF16)
-  const U x = x_pair - U{};
-  acc = acc + (F)(directions << 16) * (F)(x << 16);
-  return acc + (F)(directions & 0xffff0000u) * (F)(x & 0xffff0000u);
+typedef bf16 Factor;
 #else
-  return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)directions, (__m512bh)_mm512_set1_epi32((int)x_pair));
+typedef float Factor;
 #endif
+inline void round_factor(float x, bf16* to) { narrow_one(x, to); }
+inline void round_factor(float x, float* to) {
+  bf16 rounded;
+  narrow_one(x, &rounded);
+  *to = widen_one(rounded);
 }
-#endif
 
 template <int M>
-inline void hash_tile(const float* x, int64_t stride, int pairs, const uint16_t* tile, uint64_t* bits, int64_t step) {
+inline void hash_tile(const Factor* x, int64_t stride, int pairs, const uint16_t* tile, uint64_t* bits, int64_t step) {
   uint64_t word[M] = {};
   for (int column = 0; column < kTileDirections; column += kHashColumns * W) {
     F acc[M][kHashColumns] = {};
@@ -32,8 +32,11 @@ inline void hash_tile(const float* x, int64_t stride, int pairs, const uint16_t*
 #if defined(MAGICPIG_BF16)
       for (int m = 0; m < M; ++m) {
         uint32_t x_pair;
-        memcpy(&x_pair, (const uint16_t*)(x + m * stride) + 2 * pair, 4);
-        for (int c = 0; c < kHashColumns; ++c) acc[m][c] = dot_pair(acc[m][c], packed[c], x_pair);
+        memcpy(&x_pair, x + m * stride + 2 * pair, 4);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32((int)x_pair);
+        for (int c = 0; c < kHashColumns; ++c) {
+          acc[m][c] = (F)_mm512_dpbf16_ps((__m512)acc[m][c], (__m512bh)packed[c], both);
+        }
       }
 #else
       F even[kHashColumns], odd[kHashColumns];
@@ -58,7 +61,7 @@ inline void hash_tile(const float* x, int64_t stride, int pairs, const uint16_t*
 }
 
 template <int M>
-inline void hash_rest(int64_t left, const float* x, int64_t stride, int pairs, const uint16_t* tile, uint64_t* bits,
+inline void hash_rest(int64_t left, const Factor* x, int64_t stride, int pairs, const uint16_t* tile, uint64_t* bits,
                       int64_t step) {
   if constexpr (M > 0) {
     if (left == M) {
@@ -71,35 +74,23 @@ inline void hash_rest(int64_t left, const float* x, int64_t stride, int pairs, c
 
 void hash(const float* x, int64_t stride, int64_t n, const Directions& directions, int first_tile, int last_tile,
           uint64_t* bits) {
-  const int pairs = (directions.dim + 1) / 2;
-#if defined(MAGICPIG_BF16)
+  const int pairs = (directions.dim + 1) / 2, dim = 2 * pairs;
   // Rounded once per call, in pieces that stay in the first-level cache.
-  constexpr int kPiece = 48;
-  alignas(64) float rounded[kPiece * (kMaxDim / 2)];
+  constexpr int64_t kPiece = 48;
+  alignas(64) Factor rounded[kPiece * kMaxDim];
   for (int64_t start = 0; start < n; start += kPiece) {
     const int64_t rows = n - start < kPiece ? n - start : kPiece;
     for (int64_t i = 0; i < rows; ++i) {
-      bf16* to = (bf16*)(rounded + i * pairs);
-      for (int d = 0; d < 2 * pairs; ++d) narrow_one(x[(start + i) * stride + d], to + d);
+      for (int d = 0; d < dim; ++d) round_factor(x[(start + i) * stride + d], rounded + i * dim + d);
     }
-    const float* from = rounded;
-    const int64_t from_stride = pairs;
-#else
-  constexpr int64_t kPiece = 48;
-  for (int64_t start = 0; start < n; start += kPiece) {
-    const int64_t rows = n - start < kPiece ? n - start : kPiece;
-    const float* from = x + start * stride;
-    const int64_t from_stride = stride;
-#endif
     for (int t = first_tile; t < last_tile; ++t) {
       const uint16_t* tile = directions.packed + (int64_t)t * pairs * kTileDirections * 2;
       uint64_t* out = bits + start * directions.tiles + t;
       int64_t i = 0;
       for (; i + kHashRows <= rows; i += kHashRows) {
-        hash_tile<kHashRows>(from + i * from_stride, from_stride, pairs, tile, out + i * directions.tiles,
-                             directions.tiles);
+        hash_tile<kHashRows>(rounded + i * dim, dim, pairs, tile, out + i * directions.tiles, directions.tiles);
       }
-      hash_rest<kHashRows - 1>(rows - i, from + i * from_stride, from_stride, pairs, tile, out + i * directions.tiles,
+      hash_rest<kHashRows - 1>(rows - i, rounded + i * dim, dim, pairs, tile, out + i * directions.tiles,
                                directions.tiles);
     }
   }

@@ -6,6 +6,8 @@ Knows vectors and planes; does not know which vectors are keys, if they were cen
 import torch
 from torch import Tensor
 
+from magicpig.errors import ArgumentError
+
 
 def make_planes(head_dim: int, K: int, L: int, seed: int) -> Tensor:
     """Draw the normals of ``L * K`` random hyperplanes: float32 of shape (head_dim, L * K).
@@ -23,14 +25,16 @@ def make_planes(head_dim: int, K: int, L: int, seed: int) -> Tensor:
 def hash_vectors(vectors: Tensor, planes: Tensor, K: int) -> Tensor:
     """Hash ``vectors`` (..., n, D) with ``planes`` (D, L * K) to codes (..., n, L), int64 in [0, 2**K).
 
-    Bit ``k`` of a code is set where the vector lies strictly on the positive side of its plane: a zero vector
-    has code 0. Computed in float64 for float64 vectors and in float32 otherwise.
-    Raises ValueError if the planes do not make a whole number of tables.
+    Bit ``k`` of a code is set where the vector, its entries rounded to bfloat16, lies strictly on the positive side of
+    its plane: a zero vector has code 0. Products are exact; sums are in float64 for float64 vectors and in float32
+    otherwise, so where one is within rounding of zero, its order decides the bit.
+    Raises ArgumentError if the planes do not make a whole number of tables.
     """
     if planes.shape[-1] % K:
-        raise ValueError(f"planes must have a multiple of K = {K} columns, got {planes.shape[-1]}")
+        raise ArgumentError(f"planes must have a multiple of K = {K} columns, got {planes.shape[-1]}")
     working = torch.promote_types(vectors.dtype, torch.float32)
-    bits = vectors.to(working) @ planes.to(working) > 0
+    rounded = vectors.to(torch.float32).to(torch.bfloat16).to(working)
+    bits = rounded @ planes.to(working) > 0
     powers = 2 ** torch.arange(K, dtype=torch.int64, device=vectors.device)
     codes: Tensor = (bits.unflatten(-1, (-1, K)) * powers).sum(-1)
     return codes

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "errors.h"
 #include "index.h"
 #include "kernels.h"
 #include "memory.h"
@@ -228,6 +229,23 @@ Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* lsh
   return out;
 }
 
+// Raises an error of magicpig/errors.py.
+void raise(const char* name, const char* message) {
+  PyErr_SetString(nb::module_::import_("magicpig.errors").attr(name).ptr(), message);
+}
+
+void translate(const std::exception_ptr& thrown, void*) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const RangeError& error) {
+    raise("NotFiniteError", error.what());
+  } catch (const EnvironmentError& error) {
+    raise("EnvironmentVariableError", error.what());
+  } catch (const std::invalid_argument& error) {
+    raise("ArgumentError", error.what());
+  }
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -235,6 +253,7 @@ NB_MODULE(_native, m) {
 
   // store.py caches samplers for the life of the process; at exit nanobind would report them as leaks.
   nb::set_leak_warnings(false);
+  nb::register_exception_translator(translate);
 
   m.attr("LANE") = kLane;
   m.attr("MAX_DIM") = kMaxDim;
@@ -243,6 +262,7 @@ NB_MODULE(_native, m) {
   m.attr("LAW_SIZE") = kLawSize;
   m.attr("TILE") = kTileDirections;
   m.attr("SKETCH_KEYS") = kSketchKeys;
+  m.attr("MAX_THREADS") = kMaxThreads;
 
   m.def("isa", [] { return kernels().name; });
   m.def("use_isa", [](const std::string& name) { use_level(name.c_str()); }, "name"_a);

@@ -2,22 +2,31 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
+#include "errors.h"
 #include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace magicpig {
 
-extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAvx512Bf16Emulated;
+extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAvx512Emulated, kAvx512Bf16Emulated;
 
 namespace {
 
 bool always() { return true; }
 
 #if defined(__x86_64__)
+// Clang 14 has no name for it in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
 [[maybe_unused]] bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
 }
 [[maybe_unused]] bool has_avx512() {
@@ -44,25 +53,33 @@ const Level kLevels[] = {
     {&kAvx2, has_avx2},
 #endif
     {&kPortable, always},
-#if defined(MAGICPIG_HAVE_EMULATED_BF16)
-    {&kAvx512Bf16Emulated, has_avx512},  // last: only ever chosen by name
+// Last: only ever chosen by name.
+#if defined(MAGICPIG_HAVE_AVX512_EMULATED)
+    {&kAvx512Emulated, always},
+#endif
+#if defined(MAGICPIG_HAVE_AVX512BF16_EMULATED)
+    {&kAvx512Bf16Emulated, always},
 #endif
 };
 
-const Kernels* find(const char* name) {
-  std::string supported;
+// Null, with the names of those there are, where there is none of that name.
+const Kernels* find(const char* name, std::string& supported) {
   for (const Level& level : kLevels) {
     if (!level.supported()) continue;
     if (std::strcmp(level.kernels->name, name) == 0) return level.kernels;
     supported += (supported.empty() ? "" : ", ") + std::string(level.kernels->name);
   }
-  throw std::invalid_argument("MAGICPIG_ISA=" + std::string(name) + " cannot run here; this machine and build have " +
-                              supported);
+  return nullptr;
 }
 
 const Kernels* choose() {
   const char* name = std::getenv("MAGICPIG_ISA");
-  if (name != nullptr && *name != '\0') return find(name);
+  if (name != nullptr && *name != '\0') {
+    std::string supported;
+    if (const Kernels* table = find(name, supported)) return table;
+    throw EnvironmentError("MAGICPIG_ISA=" + std::string(name) + " cannot run here; this machine and build have " +
+                           supported);
+  }
   for (const Level& level : kLevels) {
     if (level.supported()) return level.kernels;
   }
@@ -87,6 +104,14 @@ const Kernels& kernels() {
   return *table;
 }
 
-void use_level(const char* name) { active.store(find(name), std::memory_order_release); }
+void use_level(const char* name) {
+  std::string supported;
+  const Kernels* table = find(name, supported);
+  if (table == nullptr) {
+    throw std::invalid_argument("level '" + std::string(name) + "' cannot run here; this machine and build have " +
+                                supported);
+  }
+  active.store(table, std::memory_order_release);
+}
 
 }  // namespace magicpig

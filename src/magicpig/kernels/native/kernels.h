@@ -112,8 +112,8 @@ struct ScoreSum {
 struct Kernels {
   const char* name;
 
-  // Signs of n vectors (each `stride` floats apart, zero padded to an even dim) against every direction:
-  // bits[i * tiles + t], bit j set when x_i . direction_(64 t + j) > 0.
+  // Signs of n vectors (each `stride` floats apart, zero padded to an even dim), rounded to bfloat16, against every
+  // direction: bits[i * tiles + t], bit j set when x_i . direction_(64 t + j) > 0.
   void (*hash)(const float* x, int64_t stride, int64_t n, const Directions& directions, int first_tile, int last_tile,
                uint64_t* bits);
 
@@ -167,7 +167,8 @@ struct Level {
 };
 int levels(const Level** out);
 
-// The table in use: the best supported one, or what MAGICPIG_ISA or `use_level` names. Throws std::invalid_argument.
+// The table in use: the best supported one, or what MAGICPIG_ISA or `use_level` names. Throws EnvironmentError, or
+// std::invalid_argument.
 const Kernels& kernels();
 void use_level(const char* name);
 

@@ -1,7 +1,10 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -9,11 +12,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+#include "errors.h"
 
 namespace magicpig {
 namespace {
@@ -61,38 +68,39 @@ const TorchPool& torch_pool() {
 }
 
 int processors() {
+#if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
 int wanted_threads() {
   const char* text = std::getenv("MAGICPIG_THREADS");
-  if (text == nullptr || *text == '\0') return processors();
+  if (text == nullptr || *text == '\0') return std::min(processors(), kMaxThreads);
   char* end = nullptr;
   const long n = std::strtol(text, &end, 10);
-  if (*end != '\0' || n < 1 || n > 4096) {
-    throw std::invalid_argument("MAGICPIG_THREADS=" + std::string(text) + " is not a number from 1 to 4096");
+  if (*end != '\0' || n < 1 || n > kMaxThreads) {
+    throw EnvironmentError("MAGICPIG_THREADS=" + std::string(text) + " is not a number from 1 to " +
+                           std::to_string(kMaxThreads));
   }
   return static_cast<int>(n);
 }
 
-// Workers sleep between loops; the calling thread works too.
+// Workers sleep between loops; the calling thread works too. Never destroyed: a process may end while they sleep, and a
+// forked child has none of its parent's.
 class StdPool {
  public:
-  StdPool() : size_(wanted_threads()) {
-    for (int i = 1; i < size_; ++i) workers_.emplace_back([this] { serve(); });
-  }
-  ~StdPool() {
-    {
-      std::lock_guard lock(mutex_);
-      stop_ = true;
+  StdPool() {
+    const int wanted = wanted_threads();
+    try {
+      while (static_cast<int>(workers_.size()) + 1 < wanted) workers_.emplace_back([this] { serve(); });
+    } catch (const std::system_error&) {
+      // The system allows no more: those that there are do the work.
     }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
   }
-  int size() const { return size_; }
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
 
   void run(Loop& loop) {
     std::lock_guard one_at_a_time(callers_);
@@ -115,8 +123,7 @@ class StdPool {
       Loop* loop;
       {
         std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
-        if (stop_) return;
+        wake_.wait(lock, [&] { return generation_ != seen; });
         seen = generation_;
         loop = loop_;
       }
@@ -126,19 +133,33 @@ class StdPool {
     }
   }
 
-  const int size_;
   std::vector<std::thread> workers_;
   std::mutex callers_, mutex_;
   std::condition_variable wake_, done_;
   Loop* loop_ = nullptr;
   int busy_ = 0;
   uint64_t generation_ = 0;
-  bool stop_ = false;
 };
 
+std::atomic<StdPool*> own_pool{nullptr};
+std::atomic<bool> forked{false};
+
+// Of a forked child: the threads are gone, and whoever held a lock with them. What the pool was stays behind.
+void leave_pool() {
+  own_pool.store(nullptr, std::memory_order_relaxed);
+  forked.store(true, std::memory_order_relaxed);
+}
+
+[[maybe_unused]] const int watching_forks = pthread_atfork(nullptr, nullptr, leave_pool);
+
 StdPool& std_pool() {
-  static StdPool pool;
-  return pool;
+  StdPool* pool = own_pool.load(std::memory_order_acquire);
+  if (pool == nullptr) {
+    auto* made = new StdPool;
+    // Of two that were made at once, one sleeps for ever.
+    if (own_pool.compare_exchange_strong(pool, made, std::memory_order_acq_rel)) pool = made;
+  }
+  return *pool;
 }
 
 Pool first_choice() {
@@ -147,11 +168,26 @@ Pool first_choice() {
   if (std::strcmp(name, "std") == 0) return Pool::std;
   if (std::strcmp(name, "serial") == 0) return Pool::serial;
   if (std::strcmp(name, "torch") == 0 && torch_pool().available()) return Pool::torch;
-  throw std::invalid_argument("MAGICPIG_POOL=" + std::string(name) +
-                              " is not available; allowed: torch (2.10 or newer, imported first), std, serial");
+  throw EnvironmentError("MAGICPIG_POOL=" + std::string(name) +
+                         " is not available; allowed: torch (2.10 or newer, imported first), std, serial");
 }
 
 std::atomic<int> active{-1};
+
+int torch_threads() {
+  uint32_t n = 1;
+  torch_pool().get_num_threads(&n);
+  return static_cast<int>(std::clamp<uint32_t>(n, 1, std::numeric_limits<int>::max()));
+}
+
+// The pool that runs a loop now. torch's threads do not outlive a fork, and OpenMP waits for them for ever; and it ends
+// the process where it is told to start far more threads than there can be.
+Pool working_pool() {
+  const Pool chosen = pool();
+  if (chosen != Pool::torch) return chosen;
+  const int n = torch_threads();
+  return n > 1 && (forked.load(std::memory_order_relaxed) || n > kMaxThreads) ? Pool::std : Pool::torch;
+}
 
 }  // namespace
 
@@ -172,12 +208,9 @@ void use_pool(Pool pool) {
 }
 
 int threads() {
-  switch (pool()) {
-    case Pool::torch: {
-      uint32_t n = 1;
-      torch_pool().get_num_threads(&n);
-      return std::max(1u, n);
-    }
+  switch (working_pool()) {
+    case Pool::torch:
+      return torch_threads();
     case Pool::std:
       return std_pool().size();
     case Pool::serial:
@@ -191,7 +224,7 @@ void parallel_for(int64_t count, Task task, void* context) {
   const int workers = count < 2 ? 1 : static_cast<int>(std::min<int64_t>(threads(), count));
   if (workers == 1) {
     loop.work();
-  } else if (pool() == Pool::torch) {
+  } else if (working_pool() == Pool::torch) {
     const auto work = [](int64_t begin, int64_t end, void* loop) {
       for (int64_t i = begin; i < end; ++i) static_cast<Loop*>(loop)->work();
     };

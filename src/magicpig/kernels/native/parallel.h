@@ -10,9 +10,11 @@ namespace magicpig {
 
 enum class Pool : int { torch, std, serial };
 
+constexpr int kMaxThreads = 1024;
+
 Pool pool();
 void use_pool(Pool pool);  // throws std::runtime_error when torch's pool is asked for and torch is not loaded
-int threads();             // of the pool in use
+int threads();             // that a loop has: those of the pool in use, or of `std` where torch's cannot run
 
 using Task = void (*)(void* context, int64_t index);
 

@@ -5,13 +5,20 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX2__)
+// Which instructions a file has: its own, or those of AVX-512 spelled out (MAGICPIG_EMULATED).
+#if defined(MAGICPIG_EMULATED)
+#include "avx512_emulated.h"
+#define MAGICPIG_AVX512
+#elif defined(__AVX2__)
 #include <immintrin.h>
+#if defined(__AVX512F__)
+#define MAGICPIG_AVX512
+#endif
 #endif
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
 constexpr int W = 16, kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int W = 8, kRegisters = 16;
@@ -40,7 +47,7 @@ inline F load(const float* p) {
 }
 inline void store(float* p, F v) { memcpy(p, &v, sizeof v); }
 inline F splat(float x) { return x - F{}; }
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
 inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 inline F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
@@ -60,7 +67,7 @@ inline auto sum_halves(V v) {
 }
 
 inline float sum(F v) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   return _mm512_reduce_add_ps((__m512)v);
 #else
   return sum_halves(v);
@@ -68,7 +75,7 @@ inline float sum(F v) {
 }
 
 inline uint32_t sum(U v) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   return (uint32_t)_mm512_reduce_add_epi32((__m512i)v);
 #else
   return sum_halves(v);
@@ -78,7 +85,7 @@ inline uint32_t sum(U v) {
 // out[i] = sum(v[i]) for four vectors: a third of the work of four separate sums.
 template <class V, class T>
 inline void sum4(const V* v, T* out) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   const auto pairs = [](V a, V b) {
     return (V)_mm512_unpacklo_ps((__m512)a, (__m512)b) + (V)_mm512_unpackhi_ps((__m512)a, (__m512)b);
   };
@@ -101,7 +108,7 @@ inline void sum4(const V* v, T* out) {
 }
 
 inline float largest(F v) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   return _mm512_reduce_max_ps((__m512)v);
 #else
   float best = v[0];
@@ -111,7 +118,7 @@ inline float largest(F v) {
 }
 
 inline F sqrt(F v) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   return (F)_mm512_sqrt_ps((__m512)v);
 #elif defined(__AVX2__)
   return (F)_mm256_sqrt_ps((__m256)v);
@@ -123,7 +130,7 @@ inline F sqrt(F v) {
 }
 
 inline F gather(const float* table, I at) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   return (F)_mm512_i32gather_ps((__m512i)at, table, 4);
 #elif defined(__AVX2__)
   return (F)_mm256_i32gather_ps(table, (__m256i)at, 4);
@@ -155,7 +162,9 @@ inline void store(int8_t* p, I v) {
 // Keeps sums in the order in which they are written: products that wait to be added need more registers than there are.
 template <class V>
 inline void in_order([[maybe_unused]] V& sum) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_EMULATED)
+  // No register is as wide.
+#elif defined(MAGICPIG_AVX512)
   __asm__("" : "+v"(sum));
 #elif defined(__SSE2__)
   __asm__("" : "+x"(sum));
@@ -165,7 +174,7 @@ inline void in_order([[maybe_unused]] V& sum) {
 }
 
 // Four signed bytes in every lane, the way `add_dot` wants them.
-#if defined(__AVX2__)
+#if defined(MAGICPIG_AVX512) || defined(__AVX2__)
 typedef I Four;
 inline Four four(const int8_t* p) {
   int32_t bytes;
@@ -186,7 +195,7 @@ inline Four four(const int8_t* p) {
 
 // Products of four small unsigned bytes with four signed ones, added up per lane. Without VNNI the sums have 16 bits, which
 // hold kByteDots / (largest unsigned byte) of them before `total` has to be taken.
-#if defined(__AVX512VNNI__)
+#if defined(MAGICPIG_VNNI)
 constexpr int kByteDots = 1 << 20;
 typedef I ByteSum;
 inline ByteSum add_dot(ByteSum sum, U bytes, const Four& other) {
@@ -197,7 +206,7 @@ inline I total(ByteSum sum) { return sum; }
 constexpr int kByteDots = 32767 / (2 * 127);
 typedef S ByteSum;
 inline ByteSum add_dot(ByteSum sum, U bytes, const Four& other) {
-#if defined(__AVX512BW__)
+#if defined(MAGICPIG_AVX512)
   sum += (ByteSum)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)other);
 #elif defined(__AVX2__)
   sum += (ByteSum)_mm256_maddubs_epi16((__m256i)bytes, (__m256i)other);
@@ -210,7 +219,7 @@ inline ByteSum add_dot(ByteSum sum, U bytes, const Four& other) {
   return sum;
 }
 inline I total(ByteSum sum) {
-#if defined(__AVX512BW__)
+#if defined(MAGICPIG_AVX512)
   return (I)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1));
 #elif defined(__AVX2__)
   return (I)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
@@ -229,7 +238,7 @@ inline I nearest(F x) { return (I)(x + kRounding) - 0x4b400000; }
 
 // Bit i of the result: v[i] > 0.
 inline uint64_t positive(F v) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
 #elif defined(__AVX2__)
   return (uint64_t)(unsigned)_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ));
@@ -272,7 +281,7 @@ inline void load_pair(const bf16* p, F& a, F& b) {  // even elements, odd elemen
   b = (F)(bits & 0xffff0000u);
 }
 inline F widen(const f16* p) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
   return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
@@ -292,7 +301,7 @@ inline void load_pair(const f16* p, F& a, F& b) {
 }
 
 inline F widen(const i8* p) {
-#if defined(__AVX512F__)
+#if defined(MAGICPIG_AVX512)
   return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(__AVX2__)
   return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));

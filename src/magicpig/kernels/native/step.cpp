@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
 #include "index.h"
 #include "parallel.h"
 #include "rows.h"
@@ -156,7 +157,7 @@ void check_range(const void* data, const char* name, Dtype dtype, int64_t count,
     bool fits = true;
     for (int64_t j = 0; j < n; ++j) fits &= std::fabs(piece[j]) <= limit;  // false for NaN
     if (!fits) {
-      throw std::invalid_argument(std::string(name) + " has entries that are not finite, or too large for the store");
+      throw RangeError(std::string(name) + " has entries that are not finite, or too large for the store");
     }
   }
 }

@@ -101,7 +101,7 @@ struct Step {
 
 // All stores have the same heads, head_dim and dtype, and are distinct; those that sample use `lsh` or `sketch`, of which
 // one is given at most.
-// Throws std::invalid_argument when a query, key or value is not finite or does not fit (nothing is appended then).
+// Throws RangeError when a query, key or value is not finite or does not fit (nothing is appended then).
 void decode(const std::vector<StoreView*>& stores, const LshSampler* lsh, const SketchSampler* sketch,
             const Step& step);
 

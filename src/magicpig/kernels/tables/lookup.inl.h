@@ -46,7 +46,7 @@ inline void count_hits(const uint16_t* query_codes, int bits, int tables, const 
 
 // Bit i of the result: counts[i] >= min_hits, for 64 counters, which are cleared.
 inline uint64_t take_hits(uint8_t* counts, int min_hits) {
-#if defined(__AVX512BW__)
+#if defined(MAGICPIG_AVX512)
   const __m512i v = _mm512_loadu_si512(counts);
   _mm512_storeu_si512(counts, _mm512_setzero_si512());
   return _mm512_cmpge_epu8_mask(v, _mm512_set1_epi8((char)min_hits));
@@ -77,7 +77,7 @@ inline uint64_t take_hits(uint8_t* counts, int min_hits) {
 
 // Of an empty mask: any number. The empty asm keeps four of these scalar: packed into a vector they take twice as long.
 inline uint32_t lowest_bit(uint64_t mask) {
-#if defined(__BMI__)
+#if defined(__BMI__) && !defined(MAGICPIG_EMULATED)
   uint32_t bit = (uint32_t)_tzcnt_u64(mask);
 #else
   uint32_t bit = (uint32_t)__builtin_ctzll(mask | (uint64_t)1 << 63);

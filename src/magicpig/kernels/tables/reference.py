@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from magicpig.errors import ArgumentError
+
 
 class Tables(NamedTuple):
     """``L`` hash tables over the ids 0 .. n-1.
@@ -24,11 +26,11 @@ class Tables(NamedTuple):
 def build(codes: Tensor, K: int) -> Tables:
     """Sort the ids 0 .. n-1 into buckets by their ``codes`` (n, L), int64 in [0, 2**K).
 
-    Raises ValueError for a code outside that range.
+    Raises ArgumentError for a code outside that range.
     """
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**K:
         bounds = f"{int(codes.min())} .. {int(codes.max())}"
-        raise ValueError(f"codes must lie in 0 .. {2**K - 1} for K = {K}, got {bounds}")
+        raise ArgumentError(f"codes must lie in 0 .. {2**K - 1} for K = {K}, got {bounds}")
     by_table = codes.T
     counts = torch.zeros(len(by_table), 2**K + 1, dtype=torch.int64, device=codes.device)
     counts.scatter_add_(1, by_table + 1, torch.ones_like(by_table))
@@ -73,5 +75,5 @@ def _bucket_of_each(tables: Tables) -> Tensor:
 def _at_least(hits: Tensor, min_hits: int) -> Tensor:
     # min_hits = 0 would sample keys that were never looked at.
     if min_hits < 1:
-        raise ValueError(f"min_hits must be at least 1, got {min_hits}")
+        raise ArgumentError(f"min_hits must be at least 1, got {min_hits}")
     return (hits >= min_hits).nonzero().squeeze(-1)
