@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import magicpig.cli.bench as pinning
-from magicpig import doctor, generation, machine
+from magicpig import doctor, generation, machine, pocket
 from magicpig.bench import layer
 from magicpig.bench.shapes import SHAPES
 from magicpig.capture import load_capture
@@ -121,6 +121,7 @@ def test_version():
 
 
 def test_a_terminal_that_cannot_show_all_text(monkeypatch):
+    monkeypatch.setattr("magicpig.cli.end_in_order", lambda: None)  # pytest has its own ways to end
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     monkeypatch.setattr(sys, "argv", ["magicpig", "--version"])
     with pytest.raises(SystemExit):
@@ -385,6 +386,16 @@ def test_prompt_of_just_the_limit_is_read(broken):
     assert generate(broken).exit_code == 0
 
 
+def test_the_limit_counts_rope_scaling_and_can_be_overruled(broken):
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 200}
+    edit_config(broken, max_position_embeddings=200, rope_parameters=scaled)
+    assert generate(broken).exit_code == 0
+    edit_config(broken, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    assert_refused(generate(broken), "the model's limit is 200 tokens (max_length overrules it)")
+    assert generate(broken, "--max-length", 305).exit_code == 0
+    assert_refused(generate(broken, "--max-length", 304), "limit is 304 tokens")
+
+
 def spoil_nothing(model):
     shutil.rmtree(model)
 
@@ -523,17 +534,28 @@ def test_generation_settings_that_one_answer_cannot_have_are_left_out_with_a_wor
     result = generate(broken, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["token_ids"] == json.loads(expected.stdout)["token_ids"]
-    assert note is None or f"generation_config.json asks for {note}, which is left out here." in result.stderr
+    assert note is None or f"generation_config.json asks for {note}, which is left out here." in " ".join(
+        result.stderr.split()
+    )
     assert note is not None or "generation_config" not in result.stderr
 
 
 def test_generation_settings_that_can_be_heeded_are(broken, model_dir):
     tokens = generate(model_dir, new=20).stdout.split()
-    (broken / "generation_config.json").write_text(json.dumps({"stop_strings": [tokens[3]]}))
-    stopped = generate(broken, new=20)
-    assert stopped.stdout.split() == tokens[: tokens.index(tokens[3]) + 1]
     (broken / "generation_config.json").write_text(json.dumps({"suppress_tokens": [int(tokens[0][1:]) + 2]}))
     assert generate(broken, new=1).stdout.split() != tokens[:1]
+
+
+def test_stop_strings_are_heeded(tmp_path):
+    path = shutil.copytree(pocket.path(), tmp_path / "pocket")
+    texts = {}
+    for stop in (None, "9"):
+        (path / "generation_config.json").write_text(json.dumps({"pad_token_id": 1, "stop_strings": stop and [stop]}))
+        prompt = "A special magic number is hidden within the following text."
+        texts[stop] = json.loads(generate(path, "--json", prompt=prompt, new=12).stdout)["text"]
+    before, stop, after = texts[None].partition("9")
+    assert after
+    assert texts["9"] == before + stop
 
 
 @pytest.mark.parametrize(
@@ -1075,6 +1097,7 @@ def test_bench_pins_each_thread_to_a_core():
 
 
 def test_only_measurements_pin(monkeypatch):
+    monkeypatch.setattr("magicpig.cli.end_in_order", lambda: None)  # pytest has its own ways to end
     pinned = []
     monkeypatch.setattr("magicpig.cli.pin_threads", lambda: pinned.append(sys.argv))
     for arguments in (["--version"], ["tune", "--help"], ["bench", "attention", "--help"]):

@@ -28,6 +28,7 @@ from magicpig.config import Config
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
 from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
 from magicpig.integrations.transformers.compat import cache_argument, cache_of
+from magicpig.integrations.transformers.shapes import token_limit
 from magicpig.model_directory import ModelError, brings_code, check_directory
 from magicpig.wording import printable, shown
 
@@ -69,12 +70,15 @@ class Model:
     config: Any
     tokenizer: Any
     trust_remote_code: bool
+    max_length: int | None = None
 
     @property
     def limit(self) -> int | None:
-        """The most tokens, prompt and answer together, that the model was made for; None if it does not say."""
-        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        """The most tokens, prompt and answer together, that the model takes; None if it does not say.
+
+        What it was made for, rope scaling included, unless ``max_length`` says otherwise.
+        """
+        return token_limit(self.config) if self.max_length is None else self.max_length
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,10 @@ class Generation:
         return self.decode_steps / self.decode_s if self.decode_steps else None
 
 
-def open_model(directory: Path, *, trust_remote_code: bool = False) -> Model:
+def open_model(directory: Path, *, trust_remote_code: bool = False, max_length: int | None = None) -> Model:
     """Read configuration and tokenizer of a local ``directory``; nothing is ever downloaded.
+
+    max_length: the most tokens of prompt and answer, in place of what the configuration says.
 
     Raises ModelError if anything about the directory is wrong.
     """
@@ -113,7 +119,7 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> Model:
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = _read(directory, "configuration", AutoConfig.from_pretrained, **local)
     tokenizer = _read(directory, "tokenizer", AutoTokenizer.from_pretrained, **local)
-    return Model(directory, config, tokenizer, trust_remote_code)
+    return Model(directory, config, tokenizer, trust_remote_code, max_length)
 
 
 def encode(
@@ -153,7 +159,7 @@ def encode(
     if model.limit is not None and len(ids) + new_tokens > model.limit:
         raise ModelError(
             f"the prompt has {len(ids)} tokens and {new_tokens} are to be generated, "
-            f"but the model's limit is {model.limit} tokens"
+            f"but the model's limit is {model.limit} tokens (max_length overrules it)"
         )
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if max(ids) >= vocabulary:
@@ -230,6 +236,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     chunk: int = 1024,
+    max_length: int | None = None,
     on_prefill: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
     on_note: Callable[[str], None] = lambda note: None,
@@ -239,10 +246,10 @@ def generate(
     What the model's generation_config.json says is heeded, but for `OVERRULED`; on_note is called with a sentence if
     that makes a difference. Raises ModelError for settings in it that transformers refuses.
 
-    chunk: the prompt is read this many tokens at a time.
+    chunk: the prompt is read this many tokens at a time. max_length: as in `attach`.
     on_prefill is called with the number of prompt tokens read by each chunk, on_text with every piece of new text.
     """
-    attach(network, config)
+    attach(network, config, max_length=max_length)
     watch = _Watch(tokenizer, on_text)
     torch.manual_seed(config.seed)
     # None switches off what the model's own generation settings may say.

@@ -3,7 +3,7 @@ import pytest
 
 from magicpig.figures import draw
 from magicpig.figures.anatomy import SHARES
-from magicpig.figures.style import LOOKS, RULES, png_and_svg, style
+from magicpig.figures.style import LOOKS, RULES, Point, curve, legend_below, panels, png_and_svg, style
 
 HEADS = [{"task": "cwe", "index": 0, "layer": layer, "head": head} for layer in range(2) for head in range(4)]
 
@@ -137,3 +137,18 @@ def test_bootstrap_is_about_two_standard_errors():
     assert low == pytest.approx(np.median(values) - 1.96 * 0.0627, abs=0.04)
     assert high == pytest.approx(np.median(values) + 1.96 * 0.0627, abs=0.04)
     assert draw.bootstrap([0.5]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_legend_fits_the_page(count):
+    with style():
+        figure, axes = panels(count)
+        for sampler in LOOKS:
+            curve(axes[0], sampler, [Point(0.01, 0.5, 0.4, 0.6), Point(0.1, 0.6, 0.5, 0.7)])
+        legend_below(figure, axes)
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert len(legend.get_texts()) == len(LOOKS)
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width

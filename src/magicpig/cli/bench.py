@@ -12,6 +12,7 @@ from magicpig.cli.bench_certificates import certificates
 from magicpig.cli.bench_decode import decode
 from magicpig.cli.bench_frontier import frontier
 from magicpig.cli.commands import Command, CommandGroup
+from magicpig.cli.options import MOST_THREADS
 from magicpig.machine import cpu_quota, default_threads
 
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
@@ -37,4 +38,4 @@ def follow_cpu_quota() -> None:
     """
     if cpu_quota() is not None and "torch" not in sys.modules:
         for name in ("OMP_NUM_THREADS", "MAGICPIG_THREADS"):
-            os.environ.setdefault(name, str(default_threads()))
+            os.environ.setdefault(name, str(min(default_threads(), MOST_THREADS)))

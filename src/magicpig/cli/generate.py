@@ -56,6 +56,15 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Stop after this many tokens.", rich_help_panel=ANSWER)
     ] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="Tokens of prompt and answer that the model may have. [default: what its configuration says]",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
     temperature: Annotated[
         float,
         typer.Option(min=0, max=MOST_TEMPERATURE, help="0 always takes the likeliest token.", rich_help_panel=ANSWER),
@@ -176,7 +185,7 @@ def generate(
             from magicpig.integrations.transformers import MagicPigCache
 
             generation.silence_transformers()
-            opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+            opened = generation.open_model(directory, trust_remote_code=trust_remote_code, max_length=max_length)
             checked(MagicPigCache, opened.config, config)  # has the model these layers?
             ids = generation.encode(opened, text, chat=chat, new_tokens=max_new_tokens)
             network = generation.load(opened, dtype=dtype.value)
@@ -201,6 +210,7 @@ def generate(
                 temperature=temperature,
                 top_p=top_p,
                 chunk=prefill_chunk,
+                max_length=max_length,
                 on_prefill=on_prefill,
                 on_text=stream.write,
                 on_note=overruled.append,
