@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from magicpig.config import Config
     from magicpig.functional import attend
-    from magicpig.integrations.transformers import MagicPigCache, UnsupportedModelError, attach, detach
+
+    # From their modules: one is named as its function, which the checker takes for the function's first definition.
+    from magicpig.integrations.transformers.attach import attach, detach
+    from magicpig.integrations.transformers.cache import MagicPigCache
+    from magicpig.integrations.transformers.errors import UnsupportedModelError
 
 __version__ = "0.1.0"
 __all__ = ["Config", "MagicPigCache", "UnsupportedModelError", "attach", "attend", "detach"]

@@ -67,7 +67,7 @@ inline uint64_t take_hits(uint8_t* counts, int min_hits) {
   for (int byte = 0; byte < 8; ++byte) {
     uint64_t v;
     memcpy(&v, counts + 8 * byte, sizeof v);
-    const uint64_t enough = ((v & ~kHigh) + missing | v) & kHigh;  // the high bit of each byte that is
+    const uint64_t enough = (((v & ~kHigh) + missing) | v) & kHigh;  // the high bit of each byte that is
     mask |= ((enough >> 7) * 0x0102040810204080u >> 56) << (8 * byte);
   }
   memset(counts, 0, 64);
