@@ -229,6 +229,7 @@ def test_nothing_sampled_and_nothing_static_is_zero(kernels):
 SEEDS = 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("K", "L", "min_hits"), [(3, 5, 1), (4, 12, 2), (5, 24, 3)])
 def test_every_key_is_sampled_as_often_as_the_law_says(K, L, min_hits):
     # Another seed is another draw of all tables: inclusions of one key are independent between seeds, so their number

@@ -154,6 +154,7 @@ def test_inclusion_is_proportional_up_to_one_and_sums_to_the_rows(spread, rows):
         assert (w[~free] * c[0] >= 1 - 1e-12).all()  # the certain ones would be above one with the same c
 
 
+@pytest.mark.slow
 def test_systematic_sampling_includes_with_the_given_probability():
     u = torch.rand(3, 40, dtype=torch.float64) ** 2
     u[:, ::9] = 1.0
@@ -191,6 +192,7 @@ def test_a_uniform_tail_is_the_largest_and_any_others():
     assert torch.equal(log_u[read(log_u) & ~certain], torch.full((21 * H,), math.log(21 / 280)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLING)
 def test_sums_are_unbiased(name):
     n, rows, draws = 200, 30, 3000

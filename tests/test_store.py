@@ -431,7 +431,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert_attends_to_everything(store)
 
 
-TestAnyOrder = StoreMachine.TestCase
+TestAnyOrder = pytest.mark.slow(StoreMachine.TestCase)
 TestAnyOrder.settings = settings(max_examples=30, stateful_step_count=20, deadline=None, derandomize=True)
 
 
@@ -447,6 +447,7 @@ def planned_bytes(length: int, segments: int) -> tuple[int, int]:
     return row * (length + native.BLOCK_ROWS), tables
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_generated_tokens():
     keys, values = torch.randn(1, GENERATED, TINY_D), torch.randn(1, GENERATED, TINY_D)
     # In the prompt, early and late among the generated tokens, on both sides of the 64K keys of a segment, and last.
@@ -529,6 +530,7 @@ def test_more_than_one_segment_samples_what_the_codes_say():
     assert_attends_to_everything(store)
 
 
+@pytest.mark.slow
 def test_generated_keys_are_found_with_the_probability_the_law_says():
     # The tables are fixed once drawn, so the law is about seeds: one store per seed, whose second half was generated.
     seeds, head_dim, planted = 300, 16, {70: 0.5, 80: 0.8, 90: 0.0}

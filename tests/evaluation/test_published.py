@@ -30,6 +30,7 @@ def test_they_have_every_task_length_protocol_and_sampler(published):
     assert len(published.lines) == cells * 5
 
 
+@pytest.mark.slow
 def test_the_same_command_on_fewer_texts_gives_such_results(published, tmp_path):
     samplers = ",".join(published.header["settings"]["samplers"])
     out = tmp_path / "results.jsonl"

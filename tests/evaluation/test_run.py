@@ -159,6 +159,7 @@ assert os.waitpid(start(killed), 0)[1] == 0
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_file_ends_up_the_same(model_dir, tmp_path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     paths = {"FOLDER": Path(__file__).parent, "MODEL": model_dir, "WHOLE": whole, "KILLED": killed}

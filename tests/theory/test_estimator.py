@@ -35,6 +35,7 @@ def log_rms_and_standard_error(squares: torch.Tensor) -> tuple[float, float]:
     return 0.5 * math.log(mean), 0.5 * float(error / mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("K", "L", "min_hits"), [(6, 40, 1), (6, 40, 2), (5, 40, 3)])
 def test_numerator_and_denominator_are_unbiased(K, L, min_hits, draw_samples, numerator_and_denominator):
     query, keys, values = normal(32, seed=0), normal(300, 32, seed=1), normal(300, 7, seed=2) + 1.0
@@ -107,6 +108,7 @@ def test_error_falls_as_the_root_of_the_sample_with_oracle_probabilities():
     assert abs(slope + 0.5) <= STANDARD_ERRORS * error
 
 
+@pytest.mark.slow
 def test_error_falls_as_the_root_of_the_sample_with_hashing(draw_samples, numerator_and_denominator):
     # Keys at right angles to the query and to one another are sampled independently, all with the same u: the
     # variance of the denominator is exactly sum(x**2) * (1 - u) / u, and n * u rows are read on average. Corrected

@@ -42,6 +42,7 @@ def cosines_of_shares(K, L, min_hits):
     return grid[torch.searchsorted(log_inclusion(grid, K, L, min_hits).exp(), levels)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("K", "L", "min_hits"), SETTINGS)
 def test_every_key_is_sampled_as_often_as_the_law_says(K, L, min_hits, draw_samples, keys_at):
     keys = keys_at(COSINES, QUERY)
@@ -54,6 +55,7 @@ def test_every_key_is_sampled_as_often_as_the_law_says(K, L, min_hits, draw_samp
     assert smallest_p_value(included[:, inner], u[inner]) >= LEVEL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("K", "L", "min_hits"), SETTINGS)
 def test_chi_square_over_keys_accepts_the_law(K, L, min_hits, draw_samples, keys_at):
     cosines = cosines_of_shares(K, L, min_hits)
@@ -72,6 +74,7 @@ def test_chi_square_over_keys_accepts_the_law(K, L, min_hits, draw_samples, keys
     assert chi_square_p_value(included, u) >= LEVEL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("K", "L", "min_hits", "shift"),
     [(9, 75, 2, 0.0), (8, 60, 2, 0.0), (8, 75, 1, 0.0), (8, 75, 3, 0.0), (8, 75, 2, 0.05)],

@@ -28,6 +28,7 @@ def test_no_epsilon_is_added_to_tiny_inclusion_probabilities():
     assert state.lse.item() == pytest.approx(-leading, abs=75 * P)
 
 
+@pytest.mark.slow
 def test_rare_keys_are_weighted_without_bias(draw_samples):
     # Seven keys at right angles to the query and to one another are sampled independently with u = 2**-14.
     draws, keys = 400_000, torch.eye(8)[1:]

@@ -22,6 +22,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_numerator_and_denominator_are_unbiased():
     n, D, budget, draws = 300, 32, 40, 2000
     query, keys, values = 2 * normal(2, D, seed=0), normal(n, D, seed=1), normal(n, 7, seed=2) + 1.0
@@ -49,6 +50,7 @@ def test_numerator_and_denominator_are_unbiased():
     assert (bias > STANDARD_ERRORS * error).any()
 
 
+@pytest.mark.slow
 def test_texts_that_repeat_themselves_hide_nothing_from_a_walk():
     n, draws = 8192, 100
     weights = torch.full((n,), 2**30 // n)
@@ -117,6 +119,7 @@ def groups() -> list[Group]:
     return [Group(16_384, 128, seed) for seed in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [256, 512, 2048])
 def test_two_bits_come_near_to_perfect_probabilities(budget, groups):
     sketched, perfect = [], []
