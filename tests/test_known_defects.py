@@ -29,7 +29,7 @@ def store_of(tokens: int, config: Config) -> KVStore:
 
 
 def assert_exact(query: Tensor, store: KVStore, output: Tensor, lse: Tensor, scale: float) -> None:
-    keys = torch.cat([k for k, _ in store.blocks()], 1) + store.mean[:, None]
+    keys = torch.cat([k for k, _ in store.blocks()], 1)
     values = torch.cat([v for _, v in store.blocks()], 1)
     for g in range(G):
         right = attend(query[0, g : g + 1].double(), keys[g].double(), values[g].double(), scale=scale)
@@ -39,7 +39,7 @@ def assert_exact(query: Tensor, store: KVStore, output: Tensor, lse: Tensor, sca
 
 def test_generated_tokens_are_indexed_and_their_buffer_has_no_end():
     # Released: generated tokens go to a buffer of 256, never hashed; the 257th is written past its end.
-    store = store_of(200, Config(K=4, L=20, exact_below=0))
+    store = store_of(200, Config(K=4, L=20, exact_below=0, block=8))
     for i in range(1000):
         query, keys, values = token()
         decode_step(query, keys, values, [store], scale=0.125)
@@ -72,7 +72,7 @@ def test_generation_that_grows_long_begins_to_sample():
 @pytest.mark.parametrize("tokens", [*range(1, 8), 63, 64, 65, 66, 67, 68, 69, 70])
 def test_prompts_no_longer_than_the_static_set_are_exact_and_never_nan(tokens):
     # Released: the mean over an empty body of a prompt of up to 68 tokens is 0 / 0.
-    store = store_of(tokens, Config(K=1, L=1024, min_hits=1, exact_below=0))
+    store = store_of(tokens, Config(K=1, L=1024, min_hits=1, exact_below=0, block=8))
     store.settle()
     for _ in range(10):
         query, keys, values = token()
@@ -85,21 +85,19 @@ def test_prompts_no_longer_than_the_static_set_are_exact_and_never_nan(tokens):
 
 def test_a_query_that_meets_no_key_reads_the_static_tokens():
     # Released: undefined behaviour, a softmax over nothing.
-    store = store_of(500, Config(K=16, L=2, exact_below=0))
+    store = store_of(500, Config(K=16, L=2, exact_below=0, block=8))
     store.settle()
     query = torch.randn(1, G, D)
     state, info = attend_stores(query, [store], scale=0.125)
     assert info.rows.eq(0).all()
-    static = [*range(4), *range(500 - 64, 500)]
+    static = [*range(4), *range(432, 500)]
     keys, values = next(store.blocks())
     for g in range(G):
-        offset = 0.125 * query[0, g].double() @ store.mean[g].double()
         right = attend(
             query[0, g : g + 1].double(),
             keys[g, static].double(),
             values[g, static].double(),
             scale=0.125,
-            offset=offset,
         )
         torch.testing.assert_close(state.output[0, g].double(), right.output[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(state.lse[0, g].double(), right.lse[0], rtol=1e-5, atol=1e-5)
@@ -107,13 +105,13 @@ def test_a_query_that_meets_no_key_reads_the_static_tokens():
 
 def test_keys_along_the_query_are_certain_and_not_nan(isa):
     # Released: arccos of a cosine that rounding has made larger than one.
-    config = Config(K=8, L=20, sinks=0, recent=0, exact_below=0)
-    store = store_of(300, config)
+    config = Config(K=8, L=20, sinks=0, recent=0, exact_below=0, block=8)
+    store = store_of(304, config)
     store.settle()
     keys = next(store.blocks())[0]
     for position in range(0, 300, 3):
         # Any length: the cosine is one up to a rounding either way.
-        query = keys[:, position][None] * (1 + position / 7)
+        query = (keys[:, position] - store.segments[0].centre)[None] * (1 + position / 7)
         state, info = attend_stores(query, [store], scale=0.01)
         assert state.output.isfinite().all()
         for ids, log_u in zip(info.ids[0], info.log_u[0], strict=True):
@@ -169,7 +167,7 @@ def test_consecutive_rows_of_more_than_two_gigabytes_are_read_to_the_end():
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 17])
 def test_any_number_of_threads_gives_the_same_result(threads):
     # Released: 64 threads in a header line, and a schedule for batch * heads == 32.
-    stores = [store_of(700, Config(K=4, L=20, exact_below=0)) for _ in range(3)]
+    stores = [store_of(700, Config(K=4, L=20, exact_below=0, block=8)) for _ in range(3)]
     for store in stores:
         store.settle()
     query = torch.randn(3, G, D)
@@ -191,9 +189,9 @@ def test_no_instruction_set_beyond_the_compilers_is_needed():
 
 def test_the_index_of_a_key_takes_two_bytes_per_table():
     # Released: 600 bytes per key and kv head for (10, 150), more than bfloat16 keys and values of 128 dimensions.
-    config = Config(sampler="lsh", exact_below=0)
+    config = Config(sampler="lsh", exact_below=0, block=8)
     sizes = []
-    for tokens in [2068, 4068]:
+    for tokens in [2064, 4064]:
         store = store_of(tokens, config)
         store.settle()
         sizes.append(store.nbytes().index)

@@ -15,6 +15,8 @@ from magicpig.config import Config
 from magicpig.decode import attend_stores, decode_step
 from magicpig.kernels import native
 from magicpig.kernels.attend.reference import attend
+from magicpig.kernels.hash.reference import segment_centre
+from magicpig.kernels.reference import index_end
 from magicpig.kernels.tables.reference import lookup_brute_force
 from magicpig.store import KVStore
 
@@ -51,12 +53,22 @@ def rows_of(store: KVStore) -> tuple[Tensor, Tensor]:
     return torch.cat([k for k, _ in pieces], 1), torch.cat([v for _, v in pieces], 1)
 
 
-def hashed(keys: Tensor, config: Config) -> Tensor:
-    """Codes (G, L, n) of keys (G, n, D), by a call of their own."""
-    heads, n, head_dim = keys.shape
-    rows = torch.zeros(heads, n, native.padded(head_dim), dtype=keys.dtype)
-    rows[:, :, :head_dim] = keys
-    return native.hash_rows([rows], native.make_sampler(head_dim, config.K, config.L, 1, config.seed), config.L)
+def hashed(keys: Tensor, config: Config, centre: Tensor | None = None) -> Tensor:
+    """Codes (G, L, n) of keys (G, n, D), less a centre (G, D), by a call of their own."""
+    sampler = native.make_sampler(keys.shape[2], config.K, config.L, config.seed)
+    return native.hash_rows([native.interleave_heads(keys)], sampler, [] if centre is None else [centre])
+
+
+def body_end(length: int, config: Config) -> int:
+    """Where the index of so many tokens ends."""
+    end = index_end(length, recent=config.recent, stride=config.block) if length >= config.exact_below else 0
+    return end if end > config.sinks else 0
+
+
+def centres(keys: Tensor, store: KVStore) -> list[Tensor]:
+    """What the indexed keys (G, n, D) were hashed minus, (G, D) for each 65536 of them."""
+    ranges = keys[:, : store.indexed_to].float().split(native.SEGMENT_ROWS, 1) if store.settled else []
+    return [torch.stack([segment_centre(own, store.config.block) for own in each]) for each in ranges]
 
 
 def step(stores: list[KVStore], keys: Tensor, values: Tensor) -> None:
@@ -72,24 +84,32 @@ def assert_holds(store: KVStore, keys: Tensor, values: Tensor) -> None:
     assert store.length == keys.shape[1]
     stored_keys, stored_values = rows_of(store)
     assert torch.equal(stored_values, values)
-    centred = (keys.float() - store.mean[:, None]).to(store.dtype) if store.settled else keys
-    assert torch.equal(stored_keys, centred)
+    assert torch.equal(stored_keys, keys)
 
-    at = config.sinks
+    at, each = 0, centres(keys, store)
     for segment in store.segments:
         assert segment.first == at
         assert 0 < segment.count <= native.SEGMENT_ROWS
+        assert at // native.SEGMENT_ROWS == (at + segment.count - 1) // native.SEGMENT_ROWS
+        centre = segment.centre
+        # The sum of up to 4096 float32 numbers, in some order.
+        torch.testing.assert_close(centre, each[at // native.SEGMENT_ROWS], rtol=0, atol=1e-4)
         at += segment.count
-        codes = hashed(stored_keys[:, segment.first : at], config)
+        codes = hashed(stored_keys[:, segment.first : at], config, centre)
         built = native.build(codes, config.K, segment.first)
         assert torch.equal(segment.offsets.to(torch.int64), built.offsets.to(torch.int64))
         assert torch.equal(segment.ids.to(torch.int64), built.ids.to(torch.int64))
     assert at == store.indexed_to
-    if store.settled:
-        # The recent window is whole whenever there are tokens for it.
-        assert store.length - store.indexed_to >= min(config.recent, store.length - config.sinks)
-    else:
-        assert store.segments == ()
+    if store.sampled and store.length < store.due:
+        assert store.indexed_to == body_end(store.length, config)
+
+
+def assert_same_index(store: KVStore, other: KVStore) -> None:
+    """Bit for bit the same tables, however they are cut into segments."""
+    assert store.indexed_to == other.indexed_to
+    for a, b in itertools.product(store.segments, other.segments):
+        if a.first // native.SEGMENT_ROWS == b.first // native.SEGMENT_ROWS:
+            assert torch.equal(a.centre, b.centre)
 
 
 def assert_attends_to_everything(store: KVStore) -> None:
@@ -106,16 +126,18 @@ def assert_attends_to_everything(store: KVStore) -> None:
         ids = info.ids[0][g]
         if store.settled:
             query_codes = hashed(q.expand(1, 1, -1), config)[0, :, 0].to(torch.int64)
-            key_codes = hashed(keys[g : g + 1, body], config)[0].to(torch.int64).T
-            assert torch.equal(ids, config.sinks + lookup_brute_force(query_codes, key_codes, config.min_hits))
+            found = []
+            for segment in store.segments:
+                at = slice(segment.first, segment.first + segment.count)
+                codes = hashed(keys[g : g + 1, at], config, segment.centre[g : g + 1])[0].to(torch.int64).T
+                found.append(segment.first + lookup_brute_force(query_codes, codes, config.min_hits))
+            right = torch.cat(found)
+            assert torch.equal(ids, right[right >= config.sinks])
         else:
             assert len(ids) == 0
         read = torch.cat([exact.nonzero()[:, 0], ids])
         log_u = torch.cat([torch.zeros(int(exact.sum())), info.log_u[0][g]]).double()
-        offset = 0.2 * q.double() @ store.mean[g].double()
-        right = attend(
-            q[None].double(), keys[g, read].double(), values[g, read].double(), scale=0.2, log_u=log_u, offset=offset
-        )
+        right = attend(q[None].double(), keys[g, read].double(), values[g, read].double(), scale=0.2, log_u=log_u)
         # float32 sums; the output is then rounded to the dtype.
         rounding = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[store.dtype]
         torch.testing.assert_close(state.output[0, g].double(), right.output[0], rtol=rounding, atol=2e-5)
@@ -132,7 +154,7 @@ def test_append_in_any_chunks_makes_the_same_store(chunks, dtype):
     store.settle()
     whole = store_of(keys, values)
     whole.settle()
-    assert torch.equal(store.mean, whole.mean)
+    assert_same_index(store, whole)
     assert_holds(store, keys, values)
     assert_attends_to_everything(store)
 
@@ -145,42 +167,58 @@ def test_blocks_give_back_what_was_appended(n, dtype):
     assert [k.shape[1] for k, _ in store.blocks()] == [min(4096, n - i) for i in range(0, n, 4096)]
 
 
-def test_settling_subtracts_the_mean_of_the_body(dtype):
+def test_settling_leaves_rows_as_they_came(dtype):
     keys, values = tokens(500, dtype)
     store = store_of(keys, values)
-    assert store.mean.eq(0).all()
+    before = [block.clone() for g in range(G) for block in store.rows(g)]
     store.settle()
-    body = slice(SMALL.sinks, 500 - SMALL.recent)
-    # A float64 mean rounded to float32.
-    torch.testing.assert_close(store.mean, keys[:, body].double().mean(1).float(), rtol=2e-7, atol=1e-7)
-    centred = rows_of(store)[0].float()
-    # What is left is the rounding of the centred rows, which averages out at least to its largest size.
-    assert centred[:, body].mean(1).abs().max() <= torch.finfo(dtype).eps * centred.abs().max()
-    # Plus the mean it is the key again, up to that rounding.
-    error = (centred + store.mean[:, None] - keys.float()).abs()
-    assert error.max() <= torch.finfo(dtype).eps * centred.abs().max()
-    assert (store.settled, store.indexed_to, store.length) == (True, 490, 500)
+    for block, same in zip((block for g in range(G) for block in store.rows(g)), before, strict=True):
+        assert torch.equal(block, same)
+    assert (store.settled, store.indexed_to, store.length) == (True, 480, 500)
 
 
 def test_settling_twice_changes_nothing():
     keys, values = tokens(500)
     store = store_of(keys, values)
     store.settle()
-    mean, segments = store.mean.clone(), store.segments
+    segments = store.segments
     store.settle()
-    assert torch.equal(store.mean, mean)
     assert store.segments == segments
     assert_holds(store, keys, values)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 37, 700])
+def test_a_centre_depends_on_how_many_tokens_there_are_and_not_on_when_they_came(chunk, dtype):
+    # Of 1, 2, 4, 8 and 16 strides; the keys drift, so that another centre would show.
+    keys, values = tokens(700, dtype)
+    keys = keys + torch.linspace(0, 3, 700)[None, :, None].to(dtype)
+    grown = KVStore(G, D, dtype, SMALL, sampled=True)
+    for k, v in zip(keys.split(chunk, 1), values.split(chunk, 1), strict=True):
+        grown.append(k, v)
+        grown.index_due()
+        if grown.length % 5 == 0:
+            right = store_of(keys[:, : grown.length], values[:, : grown.length])
+            right.settle()
+            assert_same_index(grown, right)
+    assert_holds(grown, keys, values)
+    while grown.length > 30:
+        grown.crop(grown.length - 53)
+        right = store_of(keys[:, : grown.length], values[:, : grown.length])
+        right.settle()
+        assert_same_index(grown, right)
+        assert_holds(grown, keys[:, : grown.length], values[:, : grown.length])
 
 
 @pytest.mark.parametrize(
     ("n", "settings", "settles"),
     [
-        (13, {"exact_below": 0}, False),  # sinks and window are everything
-        (14, {"exact_below": 0}, True),
+        (25, {"exact_below": 0}, False),  # no whole stride before the window
+        (26, {"exact_below": 0}, True),
+        (26, {"exact_below": 0, "sinks": 16}, False),  # the only one is of sinks
+        (42, {"exact_below": 0, "sinks": 16}, True),
         (39, {}, False),
         (40, {}, True),
-        (1, {"exact_below": 0, "sinks": 0, "recent": 0}, True),
+        (16, {"exact_below": 0, "sinks": 0, "recent": 0}, True),
         (0, {"exact_below": 0, "sinks": 0, "recent": 0}, False),
         (500, {"sampler": "full"}, False),
     ],
@@ -208,7 +246,7 @@ def test_dense_layers_never_settle():
 
 
 @pytest.mark.parametrize("how", ["append", "decode"])
-def test_tokens_after_settling_are_centred_and_indexed_in_blocks(how, dtype):
+def test_tokens_after_settling_are_indexed_in_strides(how, dtype):
     keys, values = tokens(200, dtype)
     store = store_of(keys[:, :60], values[:, :60])
     store.index_due()
@@ -223,7 +261,7 @@ def test_tokens_after_settling_are_centred_and_indexed_in_blocks(how, dtype):
         window = store.length - store.indexed_to
         assert SMALL.recent <= window <= SMALL.recent + SMALL.block
         boundaries.append(store.indexed_to)
-    assert sorted(set(boundaries)) == list(range(50, 190, SMALL.block))
+    assert sorted(set(boundaries)) == list(range(48, 190, SMALL.block))
     assert_holds(store, keys, values)
     assert_attends_to_everything(store)
 
@@ -233,10 +271,10 @@ def test_a_long_append_is_indexed_with_the_next_step():
     store = store_of(keys[:, :100], values[:, :100])
     store.settle()
     store.append(keys[:, 100:999], values[:, 100:999])
-    assert store.indexed_to == 90  # exact until then
+    assert store.indexed_to == 80  # exact until then
     assert_attends_to_everything(store)
     step([store], keys[:, 999], values[:, 999])
-    assert store.indexed_to == 999 - SMALL.recent
+    assert store.indexed_to == body_end(999, SMALL)
     assert_holds(store, keys, values)
     assert_attends_to_everything(store)
 
@@ -302,7 +340,7 @@ def test_settling_one_side_of_a_fork_leaves_the_other_plain():
     assert_holds(store, keys, values)
     assert_holds(fork, keys, values)
     store.settle()
-    assert torch.equal(store.mean, fork.mean)
+    assert_same_index(store, fork)
     assert_holds(store, keys, values)
     assert_attends_to_everything(store)
     assert_attends_to_everything(fork)
@@ -344,7 +382,7 @@ def test_a_cropped_store_is_as_if_built_from_what_is_left(settled, length, dtype
     k, v = tokens(1, dtype)
     step([store], k[:, 0], v[:, 0])
     assert store.settled
-    assert store.indexed_to == length + 4231 - SMALL.recent
+    assert store.indexed_to == body_end(length + 4231, SMALL)
     assert_holds(store, torch.cat([keys, k], 1), torch.cat([values, v], 1))
     assert_attends_to_everything(store)
 
@@ -465,7 +503,7 @@ def test_a_hundred_thousand_generated_tokens():
             # Segments of 4096 keys and more are merged while they fit together: of two neighbours one is at least half
             # full. One young one may follow.
             assert len(store.segments) <= 2 * math.ceil(store.length / native.SEGMENT_ROWS) + 1
-            assert 64 <= store.length - store.indexed_to <= 64 + 256
+            assert store.indexed_to == body_end(store.length - 1, TINY)  # before the step appended
     assert store.stats.steps == GENERATED - 300
     # No token was lost or changed, and each is found where the index says.
     assert_holds(store, keys, values)
@@ -482,7 +520,8 @@ def test_a_hundred_thousand_generated_tokens():
             assert log_u[at].abs().item() < 1e-4
         else:
             assert position not in ids.tolist()
-        cosine = torch.nn.functional.cosine_similarity(stored[ids], stored[position][None], dim=-1)
+        centre = torch.stack([each[0] for each in centres(keys, store)])[ids // native.SEGMENT_ROWS]
+        cosine = torch.nn.functional.cosine_similarity(stored[ids] - centre, stored[position][None], dim=-1)
         right = log_inclusion(cosine, TINY.K, TINY.L, TINY.min_hits)
         # 1e-4 of the table; a float32 cosine errs by 3e-7 at most, the slope of log u is below 100 above -0.9.
         seen = cosine > -0.9
@@ -492,7 +531,7 @@ def test_a_hundred_thousand_generated_tokens():
 
 
 def test_segments_stay_few_and_small_whatever_is_appended():
-    config = Config(K=3, L=2, sinks=0, recent=5, block=7, exact_below=0)
+    config = Config(K=3, L=2, sinks=0, recent=5, block=8, exact_below=0)
     store = KVStore(1, 8, torch.bfloat16, config, sampled=True)
     generator = torch.Generator().manual_seed(0)
     most = 0
@@ -507,14 +546,15 @@ def test_segments_stay_few_and_small_whatever_is_appended():
         counts = [segment.count for segment in store.segments]
         assert max(counts) <= native.SEGMENT_ROWS
         assert sum(counts) == store.indexed_to
-        # Of neighbours that are both beyond youth, more than one segment's worth together.
-        assert all(a + b > native.SEGMENT_ROWS or b < 4096 for a, b in itertools.pairwise(counts))
+        # Of neighbours in one range of positions, the second is young.
+        for a, b in itertools.pairwise(store.segments):
+            assert a.first // native.SEGMENT_ROWS < b.first // native.SEGMENT_ROWS or b.count < 4096
         most = max(most, len(counts))
     assert most <= 2 * math.ceil(store.length / native.SEGMENT_ROWS) + 1
 
 
 def test_more_than_one_segment_samples_what_the_codes_say():
-    config = Config(K=9, L=6, sinks=2, recent=3, exact_below=0, min_hits=2)
+    config = Config(K=9, L=6, sinks=2, recent=3, exact_below=0, min_hits=2, block=256)
     keys, values = torch.randn(1, 140_000, 16).bfloat16(), torch.randn(1, 140_000, 16).bfloat16()
     store = store_of(keys, values, config)
     store.settle()
@@ -538,19 +578,20 @@ def test_generated_keys_are_found_with_the_probability_the_law_says():
     across = torch.randn(head_dim)
     across = torch.nn.functional.normalize(across - (across @ query) * query, dim=0)
     keys, values = torch.randn(1, 120, head_dim), torch.randn(1, 120, head_dim)
-    mean = keys[:, 1:56].double().mean(1).float()
+    # Of 112 indexed keys, 14 strides of 8, the first 8 make the centre.
+    mean = keys[:, :64].double().mean(1).float()
     for position, cosine in planted.items():
         keys[:, position] = cosine * query + (1 - cosine**2) ** 0.5 * across + mean
     found = dict.fromkeys(planted, 0)
     for seed in range(seeds):
-        config = Config(K=5, L=12, seed=seed, sinks=1, recent=4, block=20, exact_below=0)
+        config = Config(K=5, L=12, seed=seed, sinks=1, recent=4, block=8, exact_below=0)
         store = store_of(keys[:, :60], values[:, :60], config)
         store.settle()
-        torch.testing.assert_close(store.mean, mean)
         for new_keys, new_values in zip(keys[:, 60:].split(20, 1), values[:, 60:].split(20, 1), strict=True):
             store.append(new_keys, new_values)
             store.index_due()
-        assert store.indexed_to == 116
+        assert store.indexed_to == 112
+        torch.testing.assert_close(store.segments[0].centre, mean, rtol=0, atol=1e-6)
         _, info = attend_stores(query[None, None], [store], scale=1.0)
         for position in planted:
             found[position] += position in info.ids[0][0].tolist()
@@ -561,41 +602,14 @@ def test_generated_keys_are_found_with_the_probability_the_law_says():
         assert abs(found[position] - seeds * u) <= 5 * (seeds * u * (1 - u)) ** 0.5
 
 
-def drifted(shift: Tensor | float) -> KVStore:
+def test_keys_that_drift_do_not_change_what_exact_rows_and_samples_add_up_to():
     keys, values = tokens(400, torch.float32)
-    keys[:, 200:] += shift
+    keys[:, 200:] += 5.0
     store = store_of(keys[:, :200], values[:, :200])
     store.settle()
-    assert store.drift == 0.0
     store.append(keys[:, 200:], values[:, 200:])
     store.index_due()
-    return store
-
-
-def test_drift_is_small_while_keys_stay_where_they_were():
-    # Means of about 190 keys of length 1 (in units of their spread) each: 0.1 apart, give or take.
-    assert 0 < drifted(0.0).drift < 0.3
-
-
-def test_drift_measures_how_far_later_keys_have_moved():
-    # Keys spread by sqrt(D); a shift of s in every coordinate of one head moves them by s sqrt(D).
-    shift = torch.zeros(G, 1, D)
-    shift[1] = 3.0
-    assert drifted(shift).drift == pytest.approx(3.0, rel=0.1)
-
-
-def test_a_fork_goes_on_measuring_drift():
-    store = drifted(1.0)
-    fork = store.fork()
-    assert fork.drift == store.drift
-    keys, values = tokens(300, torch.float32)
-    fork.append(keys + 9, values)
-    fork.index_due()
-    assert fork.drift > store.drift
-
-
-def test_drift_does_not_change_what_exact_rows_and_samples_add_up_to():
-    assert_attends_to_everything(drifted(5.0))
+    assert_attends_to_everything(store)
 
 
 def test_bytes_are_those_of_rows_and_tables():
@@ -605,7 +619,7 @@ def test_bytes_are_those_of_rows_and_tables():
     assert store.nbytes().rows == G * row * 2 * 4096  # appended at once: the second block is as large as the first
     assert store.nbytes().index == 0
     store.settle()
-    assert store.nbytes().index == G * SMALL.L * (2 * (5000 - 13) + 4 * (2**SMALL.K + 1))
+    assert store.nbytes().index == G * SMALL.L * (2 * body_end(5000, SMALL) + 4 * (2**SMALL.K + 1))
     assert store.nbytes().total == store.nbytes().rows + store.nbytes().index
 
 

@@ -63,7 +63,12 @@ class Config(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampling; the only randomness there is")
     sinks: int = Field(4, ge=0, le=MOST_TOKENS, description="first tokens, always attended exactly")
     recent: int = Field(64, ge=0, le=MOST_TOKENS, description="newest tokens, always attended exactly")
-    block: int = Field(256, ge=1, le=65536, description="tokens indexed at once as they leave the recent window")
+    block: int = Field(
+        256,
+        ge=8,
+        le=4096,
+        description="tokens indexed at once as they leave the recent window: a power of two",
+    )
     exact_below: int = Field(
         2048, ge=0, le=MOST_TOKENS, description="contexts shorter than this stay exact: there full attention is cheaper"
     )
@@ -96,6 +101,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.block & (self.block - 1):
+            raise ValueError(f"block={self.block} is not a power of two")
         if self.min_hits > self.L:
             raise ValueError(f"min_hits={self.min_hits} is larger than L={self.L}: no key could ever be sampled")
         if self.kv_dtype == "int8" and self.sampler not in QUANTISED:

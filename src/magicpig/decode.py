@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from magicpig.config import Config
+from magicpig.errors import NotFiniteError
 from magicpig.kernels import native
-from magicpig.kernels._native import LshSampler, SketchSampler
 from magicpig.kernels.attend.reference import merge, with_sink_logits
 from magicpig.samplers import NAMES, draw
 from magicpig.store import KVStore
@@ -35,9 +34,10 @@ def decode_step(
 
     query: (B, H, D); keys, values: (B, G, D), all of one dtype (float32, bfloat16 or float16), on the CPU.
     softcap: logits s become softcap * tanh(s / softcap). sink_logits: (H,) join the denominator with value zero.
+    Samplers, budgets, seeds and dtypes are each store's own.
     Returns output (B, H, D) in the query's dtype and lse (B, H) float32, natural log.
-    Raises ValueError on shapes or dtypes that do not fit, and on keys or values that are not finite; then nothing
-    has been appended.
+    Raises ValueError on shapes or dtypes that do not fit; then nothing has been appended. Raises NotFiniteError where
+    the numbers of a sequence are not finite or do not fit: its store is as it was, the others have been served.
     """
     _check_query(query, stores, scale)
     _check_new(query, keys, values, stores)
@@ -56,7 +56,6 @@ class LayerDecoder:
         """Raises ValueError as `decode_step`."""
         first, B = stores[0], len(stores)
         _check_query(torch.empty(B, query_heads, first.head_dim, dtype=first.dtype, device="cpu"), stores, scale)
-        _sampler(stores)
         self.scale, self.softcap = scale, softcap
         self._stores, self._views, self._dtype = stores, [store.view for store in stores], first.dtype
         self._choosing = any(store.config.sampler in NAMES for store in stores)
@@ -85,13 +84,13 @@ class LayerDecoder:
     def step(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Appends one token to each store and attends over them: query (B, H, 1, D), keys and values (B, G, 1, D).
 
-        All as `takes` asks for. Returns (B, 1, H, D). Raises ValueError on keys or values that are not finite; then
-        nothing has been appended.
+        All as `takes` asks for. Returns (B, 1, H, D). Raises NotFiniteError as `decode_step`.
         """
-        stores = self._stores
-        make_ready(stores)
-        sampler = stores[0].sampler if len(stores) == 1 else _sampler(stores)
-        return self._step(self._views, sampler, query, keys, values)
+        make_ready(self._stores)
+        output, faults = self._step(self._views, query, keys, values)
+        if faults:
+            raise _not_finite(faults)
+        return output
 
 
 def make_ready(stores: Sequence[KVStore]) -> None:
@@ -156,7 +155,6 @@ def _step(
         keys, values = (None if x is None else x.float() for x in (keys, values))
     result = native.decode_step(
         [store.view for store in stores],
-        _sampler(stores),
         query.contiguous(),
         None if keys is None else keys.contiguous(),
         None if values is None else values.contiguous(),
@@ -165,6 +163,8 @@ def _step(
         sink_logits=None if choosing else sink_logits,
         capture=capture,
     )
+    if result.faults:
+        raise _not_finite(result.faults)
     state = AttentionState(result.output, result.lse)
     samples = [[Sample(*result.samples[b * H + h]) for h in range(H)] for b in range(B)] if capture else []
     if not choosing:
@@ -210,21 +210,13 @@ def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) 
     return state, samples
 
 
-def _sampler(stores: Sequence[KVStore]) -> LshSampler | SketchSampler | None:
-    """What the stores that sample do it by; they must all have the same."""
-    settled = [store for store in stores if store.settled]
-    if not settled:
-        return None
-    if len(settled) > 1 and len({_setting(store.config) for store in settled}) > 1:
-        raise ValueError(f"stores differ in {', '.join(_SETTING)} or seed; one step takes stores of one setting")
-    return settled[0].sampler
-
-
-_SETTING = ("sampler", "K", "L", "min_hits", "bits", "budget", "epsilon")
-
-
-def _setting(config: Config) -> tuple[object, ...]:
-    return tuple(getattr(config, name) for name in (*_SETTING, "seed"))
+def _not_finite(faults: list[int]) -> NotFiniteError:
+    """What kept sequences out of a step, from the native faults of all of them."""
+    found = [(b, native.FAULTS[fault]) for b, fault in enumerate(faults) if fault]
+    message = f"{found[0][1]} has entries that are not finite, or too large for the store"
+    if len(faults) == 1:
+        return NotFiniteError(message)
+    return NotFiniteError(f"{message}, in sequence {', '.join(str(b) for b, _ in found)} of {len(faults)}")
 
 
 def _check_query(query: Tensor, stores: Sequence[KVStore], scale: float) -> None:
@@ -233,10 +225,8 @@ def _check_query(query: Tensor, stores: Sequence[KVStore], scale: float) -> None
     first = stores[0]
     G, D = first.kv_heads, first.head_dim
     if len(stores) > 1:
-        if any((store.kv_heads, store.layout) != (G, first.layout) for store in stores):
-            raise ValueError(
-                "stores differ in kv_heads, head_dim, dtype or kv_dtype; one step takes stores of one layer"
-            )
+        if any((store.kv_heads, store.head_dim) != (G, D) for store in stores):
+            raise ValueError("stores differ in kv_heads or head_dim; one step takes stores of one layer")
         if len({id(store) for store in stores}) < len(stores):
             raise ValueError("stores has the same store twice; fork it")
     shape = query.shape

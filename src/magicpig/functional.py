@@ -36,6 +36,7 @@ def attend(
     seed: int = 0,
     sinks: int = 4,
     recent: int = 64,
+    block: int = 256,
     scale: float | None = None,
     softcap: float | None = None,
     kernels: Literal["native", "reference"] | None = None,
@@ -52,8 +53,9 @@ def attend(
 
     Returns output (B, H, 1, D) in the query's dtype; lse (B, H), natural log of the (estimated) softmax denominator;
     and info, whose ids[b][h] are the sampled positions, log_u[b][h] their log inclusion probabilities, and rows (B, G)
-    the number of distinct sampled rows per kv head. The first `sinks` and last `recent` tokens are always read and
-    are in none of them. predicted_error (B, H) is the relative error of the output that the sample lets expect.
+    the number of distinct sampled rows per kv head. The first `sinks` and last `recent` tokens are always read, as are
+    those before them that do not fill a `block`, a power of two: they are in none of them. predicted_error (B, H) is
+    the relative error of the output that the sample lets expect.
     Raises ArgumentError, a ValueError, on bad shapes, dtypes, layouts, devices, settings, and where a gradient is asked
     for; NotFiniteError, one too, where inputs, logits or sums of values are not finite.
     """
@@ -68,6 +70,7 @@ def attend(
         seed=seed,
         sinks=sinks,
         recent=recent,
+        block=block,
         exact_below=0,
     )
     scale = _check(query, keys, values, scale)
@@ -98,11 +101,12 @@ def _attend_reference(
 ) -> tuple[Tensor, Tensor, StepInfo]:
     states, samples, errors = [], [], []
     shared: dict[str, Any] = config.model_dump(include={"seed", "centre", "sinks", "recent"})
-    shared |= {"scale": scale, "softcap": softcap}
-    short = keys.shape[2] <= config.sinks + config.recent
+    shared |= {"scale": scale, "softcap": softcap, "stride": config.block}
+    end = reference.index_end(keys.shape[2], recent=config.recent, stride=config.block)
+    short = end <= config.sinks
     for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
         if config.kv_dtype == "int8":
-            k, v = _rounded(k, config), from_bytes(*to_bytes(v))
+            k, v = _rounded(k, v, config)
         if config.sampler == "full" or short:
             state = reference.attend_full(q, k, v, scale=scale, softcap=softcap)
             drawn = [reference.no_sample()] * len(q)
@@ -112,12 +116,12 @@ def _attend_reference(
                 k,
                 v,
                 bits=config.sketch_bits(keys.shape[3]),
-                budget=config.rows(keys.shape[2] - config.sinks - config.recent),
+                budget=config.rows(end - config.sinks),
                 epsilon=config.epsilon,
                 **shared,
             )
         elif config.sampler != "lsh":
-            state, drawn = _attend_chosen(q, k, v, config, scale, softcap)
+            state, drawn = _attend_chosen(q, k, v, config, end, scale, softcap)
         else:
             state, drawn = reference.attend_lsh(
                 q,
@@ -141,18 +145,18 @@ def _attend_reference(
 
 
 def _attend_chosen(
-    query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
+    query: Tensor, keys: Tensor, values: Tensor, config: Config, end: int, scale: float, softcap: float | None
 ) -> tuple[AttentionState, list[Sample]]:
-    """Attention of one sequence, (H, D) over (G, N, D), with rows of the body chosen as in samplers.py."""
+    """Attention of one sequence, (H, D) over (G, N, D), with rows of the body, up to `end`, as samplers.py says."""
     N, first = keys.shape[1], config.sinks
     working = torch.promote_types(query.dtype, torch.float32)
     samples = [reference.no_sample()] * len(query)
     if config.sampler in NAMES:
-        body = [keys[:, first : N - config.recent]]
+        body = [keys[:, first:end]]
         chosen = draw(config, query.to(working), body, position=N, scale=scale, softcap=softcap)
         samples = [Sample(first + sample.ids, sample.log_u) for sample in chosen]
     position = torch.arange(N, dtype=torch.int64, device="cpu")
-    exact = position[(position < first) | (position >= N - config.recent)]
+    exact = position[(position < first) | (position >= end)]
     states, group = [], len(query) // len(keys)
     for h, sample in enumerate(samples):
         rows = torch.cat([exact, sample.ids])
@@ -162,12 +166,16 @@ def _attend_chosen(
     return AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states])), samples
 
 
-def _rounded(keys: Tensor, config: Config) -> Tensor:
-    """Keys (G, N, D) after a store has taken their mean off and rounded them to whole numbers."""
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    body = keys[:, config.sinks : max(config.sinks, keys.shape[1] - config.recent)]
-    mean = body.mean(1, keepdim=True) if config.centre and body.shape[1] > 0 else torch.zeros_like(keys[:, :1])
-    return from_bytes(*to_bytes(keys - mean)) + mean
+def _rounded(keys: Tensor, values: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Keys and values (G, N, D) after a store has rounded its whole strides to whole numbers, the keys off a centre."""
+    keys, values = (x.to(torch.promote_types(x.dtype, torch.float32)).clone() for x in (keys, values))
+    whole = keys.shape[1] // config.block * config.block
+    values[:, :whole] = from_bytes(*to_bytes(values[:, :whole]))
+    for block in keys[:, :whole].split(native.BLOCK_ROWS, 1):
+        first = block[:, : config.block]
+        mean = first.mean(1, keepdim=True) if config.centre else torch.zeros_like(first[:, :1])
+        block.copy_(from_bytes(*to_bytes(block - mean)) + mean)
+    return keys, values
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> float:

@@ -14,8 +14,9 @@ from magicpig.config import Config
 from magicpig.errors import InsufficientMemoryError
 from magicpig.kernels import native
 from magicpig.kernels.pages import PAGE_ROWS
+from magicpig.kernels.reference import index_end
 from magicpig.machine import free_memory
-from magicpig.store import YOUNG, block_capacity
+from magicpig.store import block_capacity
 from magicpig.types import MemoryUse
 
 # Bytes for each query head and key while rows are chosen by logits (samplers.py), at the peak; measured, rounded up.
@@ -93,6 +94,8 @@ def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) ->
     capacity = (full + (rest > 0)) * native.BLOCK_ROWS if full else block_capacity(rest)
     stored = torch.int8 if config.kv_dtype == "int8" else dtype
     rows = layer.kv_heads * capacity * native.row_width(layer.head_dim, stored) * stored.itemsize
+    if stored == torch.int8:  # until they fill a block, rows are kept as they came
+        rows += layer.kv_heads * config.block * native.row_width(layer.head_dim, dtype) * dtype.itemsize
     body = _body(layer, config, tokens)
     if body == 0:
         return MemoryUse(rows, 0)
@@ -103,8 +106,8 @@ def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) ->
         return MemoryUse(rows, layer.kv_heads * _sketch_bytes(layer, config, body))
     if config.sampler != "lsh":
         return MemoryUse(rows, 0)
-    # A segment is closed once another of YOUNG keys no longer fits; one more may be growing.
-    segments = -(-body // (native.SEGMENT_ROWS - YOUNG)) + 1
+    # One for each SEGMENT_ROWS keys, and one more may be growing.
+    segments = -(-body // native.SEGMENT_ROWS) + 1
     tables = layer.kv_heads * config.L
     return MemoryUse(rows, tables * (2 * body + segments * 4 * (2**config.K + 1)))
 
@@ -126,18 +129,20 @@ def _transient(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtyp
 
 
 def _sketch_bytes(layer: LayerShape, config: Config, keys: int) -> int:
-    """Of one kv head: words and scales of whole blocks. Segments are as many as for tables, one of them growing."""
+    """Of one kv head: words, scales and centres of whole blocks. Segments are as many as for tables."""
     bits = config.sketch_bits(layer.head_dim)
     planes = (2, 1) if bits == 3 else (bits,)
     words = sum(-(-layer.head_dim * width // 32) for width in planes)
-    segments = -(-keys // (native.SEGMENT_ROWS - YOUNG)) + 1
-    return (keys + segments * native.SKETCH_KEYS) * (4 * words + 2) + 4 * segments
+    segments = -(-keys // native.SEGMENT_ROWS) + 1
+    centres = -(-keys // config.block) + segments * max(1, native.SKETCH_KEYS // config.block)
+    return (keys + segments * native.SKETCH_KEYS) * (4 * words + 2) + centres * 2 * native.padded(layer.head_dim)
 
 
 def _body(layer: LayerShape, config: Config, tokens: int) -> int:
     if not layer.sampled or tokens < config.exact_below:
         return 0
-    return max(0, tokens - config.sinks - config.recent)
+    end = index_end(tokens, recent=config.recent, stride=config.block)
+    return end if end > config.sinks else 0
 
 
 def _gib(size: int) -> str:

@@ -59,15 +59,13 @@ def attend_store(
 
     query: (H, T, D) on the CPU, of any float dtype the store keeps.
     softcap: logits s become softcap * tanh(s / softcap). sink_logits: (H,) join the denominator with value zero.
-    Returns output (H, T, D) in the query's dtype and lse (H, T) float32, natural log, of the uncentred logits.
+    Returns output (H, T, D) in the query's dtype and lse (H, T) float32, natural log.
     Raises ValueError if the shapes do not fit the store.
     """
     _check(query, store.kv_heads, store.length, store.head_dim)
-    # A centred store keeps its keys minus their mean, so each of its logits lacks the same q.mean.
-    offset = scale * _dot_mean(query, store.mean) if store.centred else None
     new_from = store.length - query.shape[1]
     past, new = _stored(store, 0, new_from), _stored(store, new_from, store.length)
-    return _attend_blocks(query, past, new, _Rule(scale, softcap, sink_logits), offset)
+    return _attend_blocks(query, past, new, _Rule(scale, softcap, sink_logits))
 
 
 def causal_attention(
@@ -105,12 +103,13 @@ def causal_attention(
             (keys[:, new_from:], values[:, new_from:]),
         )
     )
-    return _attend_blocks(query, past, new, rule, None)
+    return _attend_blocks(query, past, new, rule)
 
 
 def _stored(store: KVStore, begin: int, end: int) -> list[_Block]:
     """The blocks of [begin, end): those of int8 are turned into floats only while they are attended to."""
-    cuts = [begin, *range((begin // KEYS_AT_ONCE + 1) * KEYS_AT_ONCE, end, KEYS_AT_ONCE), end]
+    inner = {*range((begin // KEYS_AT_ONCE + 1) * KEYS_AT_ONCE, end, KEYS_AT_ONCE), *store.cuts}
+    cuts = [begin, *sorted(cut for cut in inner if begin < cut < end), end]
     return [partial(_read, store, *ends) for ends in pairwise(cuts) if ends[0] < ends[1]]
 
 
@@ -127,17 +126,16 @@ def _attend_blocks(
     past: list[_Block],
     new: list[_Block],
     rule: _Rule,
-    offset: Tensor | None,
 ) -> AttentionState:
     """Queries cut as the new keys are: each piece sees the blocks before its own fully and its own causally."""
     pieces, first = [], 0
     for i, block in enumerate(new):
         keys, values = block()
         at = slice(first, first + keys.shape[1])
-        q, o = query[:, at], None if offset is None else offset[:, at]
-        state = _attend(q, keys, values, rule, o, causal=True)
+        q = query[:, at]
+        state = _attend(q, keys, values, rule, causal=True)
         for before in past + new[:i]:
-            state = merge([state, _attend(q, *before(), rule, o)])
+            state = merge([state, _attend(q, *before(), rule)])
         pieces.append(rule.finish(state, query.dtype))
         first = at.stop
     return _join(pieces)
@@ -162,7 +160,7 @@ def _attend_window(
         seen = slice(oldest, N - T + last)
         mask = (positions[seen] <= at) & (positions[seen] > at - window)
         q, k, v = query[:, first:last], keys[:, seen], values[:, seen]
-        pieces.append(rule.finish(_attend(q, k, v, rule, None, mask=mask), query.dtype))
+        pieces.append(rule.finish(_attend(q, k, v, rule, mask=mask), query.dtype))
     return _join(pieces)
 
 
@@ -171,20 +169,18 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     rule: _Rule,
-    offset: Tensor | None,
     *,
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> AttentionState:
     """Attention of (H, T, D) over (G, n, D), without sinks; every query must see a key.
 
-    mask: (T, n), True where visible. offset: (H, T), added to the logits of each query.
+    mask: (T, n), True where visible.
     The state is in float32, or float64 for float64 queries.
     """
     if rule.softcap is None and _flash_op is not None and _suits_flash(query, keys, values):
-        state = _flash(query, keys, values, rule.scale, causal, mask)
-        return state if offset is None else AttentionState(state.output, state.lse + offset)
-    return _plain(query, keys, values, rule, offset, causal, mask)
+        return _flash(query, keys, values, rule.scale, causal, mask)
+    return _plain(query, keys, values, rule, causal, mask)
 
 
 def _suits_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -212,7 +208,6 @@ def _plain(
     keys: Tensor,
     values: Tensor,
     rule: _Rule,
-    offset: Tensor | None,
     causal: bool,
     mask: Tensor | None,
 ) -> AttentionState:
@@ -228,8 +223,6 @@ def _plain(
         q = query[:, at].to(working)
         t = q.shape[1]
         logits = (rule.scale * (q.reshape(G, -1, D) @ keys.mT)).view(H, t, n)
-        if offset is not None:
-            logits = logits + offset[:, at, None]
         if rule.softcap is not None:
             logits = rule.softcap * torch.tanh(logits / rule.softcap)
         if mask is not None:
@@ -244,12 +237,6 @@ def _join(pieces: list[AttentionState]) -> AttentionState:
     if len(pieces) == 1:
         return pieces[0]
     return AttentionState(torch.cat([p.output for p in pieces], 1), torch.cat([p.lse for p in pieces], 1))
-
-
-def _dot_mean(query: Tensor, mean: Tensor) -> Tensor:
-    """(H, T): each query's product with its head's mean key, (G, D) float32."""
-    (H, T, D), G = query.shape, mean.shape[0]
-    return (query.float().reshape(G, -1, D) @ mean[:, :, None]).view(H, T)
 
 
 def _span(positions: Tensor | None, N: int) -> int:

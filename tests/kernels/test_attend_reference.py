@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from magicpig.kernels.attend.reference import attend, merge, with_sink_logits
-from magicpig.kernels.hash.reference import make_planes
-from magicpig.kernels.reference import attend_full, attend_lsh, cosine
+from magicpig.kernels.hash.reference import centre_strides, make_planes, segment_centre
+from magicpig.kernels.reference import attend_full, attend_lsh, cosine, index_end
 from magicpig.types import AttentionState
 
 # Sums of up to 1000 float64 terms of size one err by about 1000 * 2**-53 = 1e-13.
@@ -227,7 +227,7 @@ def test_full_attention_reads_the_kv_head_of_each_query_head(G, R, softcap):
 def test_lsh_attention_is_attention_over_static_tokens_and_reweighted_samples(G, R, sinks, recent, softcap):
     query, keys, values = cache(G, R, 333)
     state, samples = attend_lsh(
-        query, keys, values, K=3, L=9, min_hits=2, sinks=sinks, recent=recent, scale=0.3, softcap=softcap
+        query, keys, values, K=3, L=9, min_hits=2, sinks=sinks, recent=recent, stride=1, scale=0.3, softcap=softcap
     )
     static = [*range(sinks), *range(333 - recent, 333)]
     for h, sample in enumerate(samples):
@@ -252,7 +252,7 @@ def test_lsh_attention_is_attention_over_static_tokens_and_reweighted_samples(G,
 def test_lsh_attention_is_exact_once_everything_is_sampled():
     # K = 1, L = 1024, min_hits = 1: a key at a right angle is missed with probability 2**-1024.
     query, keys, values = cache(2, 2, 200)
-    state, samples = attend_lsh(query, keys, values, K=1, L=1024, min_hits=1, sinks=2, recent=5, scale=0.25)
+    state, samples = attend_lsh(query, keys, values, K=1, L=1024, min_hits=1, sinks=2, recent=5, stride=1, scale=0.25)
     assert all(sample.ids.tolist() == list(range(2, 195)) for sample in samples)
     # The largest 1 - u left, for the key most opposite to a query, bounds the change of any weight.
     slack = max(float(-torch.expm1(sample.log_u).min()) for sample in samples)
@@ -262,7 +262,7 @@ def test_lsh_attention_is_exact_once_everything_is_sampled():
 
 def test_seed_means_the_planes_drawn_from_it():
     query, keys, values = cache(1, 2, 100)
-    settings = {"K": 4, "L": 11, "min_hits": 2, "sinks": 1, "recent": 2, "scale": 0.25}
+    settings = {"K": 4, "L": 11, "min_hits": 2, "sinks": 1, "recent": 2, "stride": 8, "scale": 0.25}
     seeded, samples = attend_lsh(query, keys, values, **settings, seed=5)
     given, _ = attend_lsh(query, keys, values, **settings, planes=make_planes(HEAD_DIM, 4, 11, seed=5))
     assert torch.equal(seeded.output, given.output)
@@ -272,7 +272,7 @@ def test_seed_means_the_planes_drawn_from_it():
 
 def test_sampling_does_not_depend_on_where_the_keys_are_centred():
     query, keys, values = cache(1, 2, 300)
-    settings = {"K": 5, "L": 40, "min_hits": 2, "sinks": 4, "recent": 8, "scale": 0.25}
+    settings = {"K": 5, "L": 40, "min_hits": 2, "sinks": 4, "recent": 8, "stride": 4, "scale": 0.25}
     _, samples = attend_lsh(query, keys, values, **settings)
     _, moved = attend_lsh(query, keys - 7.0, values, **settings)
     for here, there in zip(samples, moved, strict=True):
@@ -282,7 +282,7 @@ def test_sampling_does_not_depend_on_where_the_keys_are_centred():
 
 def test_bfloat16_input_is_attended_at_its_exact_values():
     query, keys, values = cache(2, 2, 300, dtype=torch.bfloat16)
-    settings = {"K": 1, "L": 1024, "min_hits": 1, "sinks": 4, "recent": 8, "scale": 0.25}
+    settings = {"K": 1, "L": 1024, "min_hits": 1, "sinks": 4, "recent": 8, "stride": 4, "scale": 0.25}
     state, _ = attend_lsh(query, keys, values, **settings)
     assert state.output.dtype == torch.float32
     exact = attend_full(query.double(), keys.double(), values.double(), scale=0.25)
@@ -290,13 +290,37 @@ def test_bfloat16_input_is_attended_at_its_exact_values():
     torch.testing.assert_close(state.output.double(), exact.output, rtol=0, atol=300 * 2**-23)
 
 
-@pytest.mark.parametrize("sinks", [0, 1])
-def test_a_body_of_one_token_has_a_centred_key_of_zero_at_a_right_angle(sinks):
-    query, keys, values = cache(1, 3, sinks + 3)
-    _, samples = attend_lsh(query, keys, values, K=1, L=64, min_hits=1, sinks=sinks, recent=2, scale=0.25)
+def test_an_index_of_one_token_has_a_centred_key_of_zero_at_a_right_angle():
+    query, keys, values = cache(1, 3, 3)
+    _, samples = attend_lsh(query, keys, values, K=1, L=64, min_hits=1, sinks=0, recent=2, stride=1, scale=0.25)
     for sample in samples:
-        assert sample.ids.tolist() == [sinks]
+        assert sample.ids.tolist() == [0]
         assert sample.log_u.item() == pytest.approx(math.log1p(-(2.0**-64)), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "end"), [(1, 0), (68, 0), (75, 0), (76, 8), (83, 8), (84, 16), (1000, 928), (1003, 936), (1004, 936)]
+)
+def test_only_whole_strides_before_the_recent_tokens_are_indexed(tokens, end):
+    recent = 68 if tokens < 1000 else 67
+    assert index_end(tokens, recent=recent, stride=8) == end
+    query, keys, values = cache(1, 2, tokens)
+    settings = {"K": 1, "L": 1024, "min_hits": 1, "sinks": 3, "recent": recent, "stride": 8, "scale": 0.25}
+    state, samples = attend_lsh(query, keys, values, **settings)
+    assert all(sample.ids.tolist() == list(range(3, end)) for sample in samples)
+    assert_states_equal(state, attend_full(query, keys, values, scale=0.25))
+
+
+@pytest.mark.parametrize(
+    ("n", "strides"), [(8, 1), (23, 2), (24, 2), (32, 4), (64, 8), (120, 8), (128, 16), (2000, 16)]
+)
+def test_a_segments_centre_is_the_mean_of_a_power_of_two_of_its_first_strides(n, strides):
+    keys = normal(n, 12, seed=0)
+    torch.testing.assert_close(segment_centre(keys, 8), keys[: 8 * strides].mean(0), **EXACT)
+
+
+def test_no_centre_is_of_more_than_one_block_of_keys():
+    assert [centre_strides(100, stride) for stride in (8, 256, 512, 1024, 4096)] == [16, 16, 8, 4, 1]
 
 
 @pytest.mark.parametrize("query_is_zero", [True, False], ids=["zero query", "zero keys"])

@@ -187,13 +187,65 @@ def test_a_sample_across_block_boundaries_reads_the_right_rows(dtype, isa):
 def test_log_u_is_subtracted_after_the_softcap(softcap, offset, stored, isa):
     query, keys, values = draw(1, 200, 96, stored)
     ids, log_u = torch.arange(200), -20 * torch.rand(200)
+    offsets = torch.tensor([offset])
     state = native.attend(
-        query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.1, offset=offset, softcap=softcap or 0.0
+        query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.1, offsets=offsets, softcap=softcap or 0.0
     )
     right = expected(
         query, keys, values, scale=0.1, log_u=log_u.double(), offset=torch.tensor([offset]), softcap=softcap
     )
     assert_states_close(state, AttentionState(right.output[0], right.lse[0]))
+
+
+@pytest.mark.parametrize("n", [1, 31, 33, 4097])
+def test_rows_of_a_sample_have_the_offset_of_their_block(n, stored, isa):
+    query, keys, values = draw(1, 10_000, 40, stored)
+    ids, log_u, offsets = torch.randperm(10_000)[:n].sort().values, -5 * torch.rand(n), torch.tensor([3.0, -20.0, 1.0])
+    state = native.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.15, offsets=offsets)
+    logits = 0.15 * keys[ids].double() @ query[0].double() + offsets[ids // 4096].double() - log_u.double()
+    assert_states_close(state, AttentionState(logits.softmax(0) @ values[ids].double(), logits.logsumexp(0)))
+
+
+@pytest.mark.parametrize(
+    ("D", "n", "softcap"), [(64, n, None) for n in (0, 1, 15, 33, 4097)] + [(D, 333, 3.0) for D in HEAD_DIMS]
+)
+def test_a_hashed_sample_sees_rows_less_their_centres(D, n, softcap, stored, isa):
+    # Centres far longer than what is left of a key: products with the keys themselves would lose its digits.
+    query, keys, values = draw(1, 9000, D, torch.float32)
+    centres = 30 * torch.nn.functional.normalize(torch.randn(3, D), dim=1)
+    keys, values = rounded(keys + centres.repeat_interleave(4096, 0)[:9000], stored), rounded(values, stored)
+    offsets, law = torch.tensor([2.0, 0.0, -1.0]), native.make_law(6, 40, 2)
+    away = keys.double() - centres.double().repeat_interleave(4096, 0)[:9000]
+    cosines = torch.nn.functional.cosine_similarity(away, query.double(), dim=-1)
+    # At a cosine of -1, all there is besides 1 in one dimension, nothing is ever drawn.
+    ids = (torch.rand(9000) + (cosines < -0.9)).argsort()[:n].sort().values
+    state, log_u = native.attend_hashed(
+        query[0], blocks_of(keys, values, stored), ids, law,
+        scale=0.2, centres=centres, offsets=offsets, keys_of_a_centre=4096, softcap=softcap or 0.0,
+    )  # fmt: skip
+    away, cosine = away[ids], cosines[ids]
+    seen = cosine > -0.9
+    # As for rows without a centre, and the rounding of a difference of numbers near 30.
+    allowed = 1.5e-4 + 102 * 60 * EPS
+    assert n == 0 or float((log_u - log_inclusion(cosine, 6, 40, 2))[seen].abs().max()) <= allowed
+    logits = 0.2 * away @ query[0].double() + offsets[ids // 4096].double()
+    logits = (logits if softcap is None else softcap * (logits / softcap).tanh()) - log_u.double()
+    right = AttentionState(logits.softmax(0) @ values[ids].double(), logits.logsumexp(0))
+    if n == 0:
+        assert state.output.eq(0).all()
+        assert state.lse.item() == -math.inf
+    else:
+        assert_states_close(state, right, 3e-5)
+
+
+def test_a_hashed_sample_without_centres_is_of_the_rows_as_they_are(stored, isa):
+    query, keys, values = draw(1, 500, 64, stored)
+    ids, law, blocks = torch.arange(0, 500, 3), native.make_law(6, 40, 2), blocks_of(keys, values, stored)
+    plain, log_u = native.attend_hashed(query[0], blocks, ids, law, scale=0.2)
+    zero, same = native.attend_hashed(query[0], blocks, ids, law, scale=0.2, centres=torch.zeros(1, 64))
+    # Sums of another order
+    torch.testing.assert_close(log_u, same, rtol=0, atol=1e-4)
+    assert_states_close(plain, AttentionState(zero.output.double(), zero.lse.double()), 1e-4)
 
 
 def test_inclusion_probabilities_far_below_the_range_of_floats(stored, isa):
@@ -279,7 +331,7 @@ def test_the_table_of_the_inclusion_law_interpolates_well(K, L):
 
 def cone_store(K: int, L: int, min_hits: int, dtype: torch.dtype, tokens: int, D: int = 64) -> tuple[KVStore, Tensor]:
     """A settled store without sinks and window, and queries that point along, across and against its centred keys."""
-    config = Config(K=K, L=L, min_hits=min_hits, sinks=0, recent=0, exact_below=0)
+    config = Config(K=K, L=L, min_hits=min_hits, sinks=0, recent=0, exact_below=0, block=16)
     store = KVStore(1, D, dtype, config, sampled=True)
     direction = torch.randn(D)
     # Cosines with `direction` all over [-1, 1].
@@ -292,7 +344,7 @@ def cone_store(K: int, L: int, min_hits: int, dtype: torch.dtype, tokens: int, D
 @pytest.mark.parametrize(("K", "L", "min_hits"), [(10, 150, 2), (8, 75, 2), (1, 40, 2), (4, 100, 3)])
 def test_captured_inclusion_probabilities_obey_the_law(K, L, min_hits, dtype, isa):
     store, queries = cone_store(K, L, min_hits, dtype, tokens=2000)
-    stored = torch.cat([keys for keys, _ in store.blocks()], dim=1)[0].double()
+    stored = torch.cat([keys for keys, _ in store.blocks()], dim=1)[0].double() - store.segments[0].centre[0].double()
     _, info = attend_stores(queries[None], [store], scale=1.0)
     cosines = []
     for h, query in enumerate(queries.double()):
@@ -311,19 +363,17 @@ def test_captured_inclusion_probabilities_obey_the_law(K, L, min_hits, dtype, is
 
 def test_a_key_of_length_zero_counts_as_one_at_a_right_angle(isa):
     # Hashed to code 0 it collides now and then, and must bring neither NaN nor a weight of its own invention.
-    config = Config(K=1, L=60, min_hits=2, sinks=0, recent=0, exact_below=0)
+    config = Config(K=1, L=60, min_hits=2, sinks=0, recent=0, exact_below=0, block=8)
     store = KVStore(1, 64, torch.float32, config, sampled=True)
-    keys = torch.randn(1, 101, 64)
-    keys[0, 100] = keys[0, :100].mean(0)
-    keys[0, 50:100] = 2 * keys[0, 100] - keys[0, :50]  # the mean of all keys is the last one
-    store.append(keys, torch.randn(1, 101, 64))
+    keys = torch.randn(1, 104, 64)
+    # Of 13 strides the first eight make the centre: numbers whose sum has no rounding, and their mean as a later key.
+    keys[0, :64] = keys[0, :64].mul(16).round() / 16
+    keys[0, 100] = keys[0, :64].mean(0)
+    store.append(keys, torch.randn(1, 104, 64))
     store.settle()
-    (_, blocks_values) = next(store.blocks())
-    stored = next(store.blocks())[0]
-    stored[0, 100] = 0  # exactly zero, whatever rounding left of it
+    assert torch.equal(store.segments[0].centre[0], keys[0, 100])
     state, info = attend_stores(torch.randn(1, 3, 64), [store], scale=1.0)
     assert state.output.isfinite().all()
-    assert blocks_values.isfinite().all()
     found = [(ids == 100).nonzero() for ids in info.ids[0]]
     assert any(len(at) for at in found)
     for h, at in enumerate(found):

@@ -37,8 +37,8 @@ def padded_rows(keys: Tensor, width: int | None = None) -> Tensor:
 
 def native_codes(keys: Tensor, K: int, L: int, seed: int = 0, width: int | None = None) -> Tensor:
     """(G, n, L) int64."""
-    sampler = native.make_sampler(keys.shape[2], K, L, 1, seed)
-    return native.hash_rows([padded_rows(keys, width)], sampler, L).to(torch.int64).mT
+    sampler = native.make_sampler(keys.shape[2], K, L, seed)
+    return native.hash_rows([padded_rows(keys, width)], sampler).to(torch.int64).mT
 
 
 def bits_of(codes: Tensor, K: int) -> Tensor:
@@ -117,11 +117,11 @@ def test_what_follows_a_key_in_its_row_is_not_hashed(D, isa, dtype):
 def test_codes_do_not_depend_on_how_keys_are_cut_into_pieces(isa):
     K, L = 10, 7
     rows = padded_rows(random_keys(2, 500, 96, torch.bfloat16))
-    sampler = native.make_sampler(96, K, L, 1, 0)
-    whole = native.hash_rows([rows], sampler, L).to(torch.int64)
+    sampler = native.make_sampler(96, K, L, 0)
+    whole = native.hash_rows([rows], sampler).to(torch.int64)
     for cuts in [[1, 499], [47, 48, 49, 356], [499, 1], [192, 193, 115]]:
         # Pieces of a larger block are strided views, as those of a store are.
-        assert torch.equal(native.hash_rows(rows.split(cuts, dim=1), sampler, L).to(torch.int64), whole)
+        assert torch.equal(native.hash_rows(rows.split(cuts, dim=1), sampler).to(torch.int64), whole)
 
 
 def test_every_pool_computes_the_same_codes(pool):
@@ -129,6 +129,13 @@ def test_every_pool_computes_the_same_codes(pool):
     codes = native_codes(keys, 10, 20)
     native.use_pool("serial")
     assert torch.equal(codes, native_codes(keys, 10, 20))
+
+
+@pytest.mark.parametrize("D", [1, 64, 80])
+def test_keys_are_hashed_minus_a_centre(D, isa, dtype):
+    keys, centre, sampler = random_keys(2, 50, D, dtype), torch.randn(2, D), native.make_sampler(D, 10, 13, 0)
+    codes = native.hash_rows([padded_rows(keys)], sampler, [centre]).to(torch.int64).mT
+    assert torch.equal(codes, native_codes(keys.float() - centre[:, None], 10, 13))
 
 
 def test_seeds_draw_different_directions():
@@ -141,15 +148,15 @@ def test_seeds_draw_different_directions():
 
 @pytest.mark.parametrize("D", [1, 64, 80, 192])
 def test_queries_are_hashed_as_keys_are(D, isa, dtype):
-    # A query equal to a stored (centred) key agrees with it in all 127 tables, which min_hits asks for. One bit that
-    # came out differently would lose the key; other keys have no chance of 127 agreements unless they are the same.
-    config = Config(K=16, L=127, min_hits=127, sinks=2, recent=3, exact_below=0)
+    # A query equal to a stored key less the centre agrees with it in all 127 tables, which min_hits asks for. One bit
+    # that came out differently would lose the key; others have no chance of 127 agreements unless they are the same.
+    config = Config(K=16, L=127, min_hits=127, sinks=2, recent=3, exact_below=0, block=8)
     store = KVStore(1, D, dtype, config, sampled=True)
     store.append(random_keys(1, 105, D, dtype), random_keys(1, 105, D, dtype))
     store.settle()
     assert store.settled
-    stored = torch.cat([keys for keys, _ in store.blocks()], dim=1)[0]
-    for position in [2, 50, 101]:
+    stored = torch.cat([keys for keys, _ in store.blocks()], dim=1)[0].float() - store.segments[0].centre[0]
+    for position in [2, 50, 95]:
         _, info = attend_stores(stored[None, position : position + 1], [store], scale=1.0)
         found = info.ids[0][0]
         assert position in found.tolist()
@@ -161,5 +168,5 @@ def test_queries_are_hashed_as_keys_are(D, isa, dtype):
 
 
 def test_one_sampler_serves_every_store_of_a_setting():
-    assert shared_sampler(64, 10, 20, 2, 0) is shared_sampler(64, 10, 20, 2, 0)
-    assert shared_sampler(64, 10, 20, 2, 0) is not shared_sampler(64, 10, 20, 2, 1)
+    assert shared_sampler(64, 10, 20, 0) is shared_sampler(64, 10, 20, 0)
+    assert shared_sampler(64, 10, 20, 0) is not shared_sampler(64, 10, 20, 1)

@@ -89,10 +89,38 @@ def test_a_softcap_acts_on_scores():
     keys, rotation = normal(100, 32), sketch.make_rotation(32, 0).double()
     codes = sketch.quantise(keys, rotation, 2)
     query = sketch.quantise_query(20 * normal(2, 32, seed=1), rotation)
-    offset = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    offset = normal(2, 100, seed=2)
     plain = sketch.score(*query, codes, scale=0.2)
+    torch.testing.assert_close(
+        sketch.score(*query, codes, scale=0.2, offset=offset), plain + offset / math.log(2), rtol=1e-12, atol=1e-12
+    )
     capped = sketch.score(*query, codes, scale=0.2, offset=offset, softcap=5.0)
-    torch.testing.assert_close(capped, 5 * torch.tanh((plain * math.log(2) + offset[:, None]) / 5) / math.log(2))
+    torch.testing.assert_close(capped, 5 * torch.tanh((plain * math.log(2) + offset) / 5) / math.log(2))
+
+
+def test_a_centre_of_each_stride_leaves_less_to_sketch():
+    # Strides that lie about centres as long as their spread: half of the squares are in the centres.
+    strides, keys = normal(20, 1, 64, seed=1), normal(20, 32, 64)
+    keys = (keys + strides).flatten(0, 1)
+    centres = sketch.stride_centres(keys, 32)
+    assert centres.shape == (20, 64)
+    assert torch.equal(centres, centres.to(torch.bfloat16).double())
+    mean = keys.unflatten(0, (20, 32)).mean(1)
+    assert float(((centres - mean).abs() / mean.abs()).max()) <= 2**-8
+    rotation, query = sketch.make_rotation(64, 0).double(), normal(3, 64, seed=3)
+    whole, unit = sketch.quantise_query(query, rotation)
+    around = sketch.quantise(keys - centres.repeat_interleave(32, 0), rotation, 2)
+    offset = sketch.centre_offsets(query, centres, 32, scale=0.2)
+    torch.testing.assert_close(offset[:, 31], 0.2 * query @ centres[0])
+    right = 0.2 * query @ keys.T / math.log(2)
+    error = (sketch.score(whole, unit, around, scale=0.2, offset=offset) - right).square().mean()
+    alone = (sketch.score(whole, unit, sketch.quantise(keys, rotation, 2), scale=0.2) - right).square().mean()
+    # A key's error is of the size of what is sketched of it, at a right angle: half of the squares.
+    assert float(error / alone) == pytest.approx(0.5, rel=0.1)
+
+
+def test_centres_of_the_largest_keys_are_finite():
+    assert sketch.stride_centres(torch.full((8, 4), 3.4e38, dtype=torch.float64), 8).float().isfinite().all()
 
 
 def test_powers_of_two_lie_on_the_lines_between_them():
@@ -102,6 +130,16 @@ def test_powers_of_two_lie_on_the_lines_between_them():
     assert ((powers >= exact * (1 - 1e-12)) & (powers <= 1.0615 * exact)).all()
     assert (powers.diff() > 0).all()
     assert sketch.power_of_two(torch.tensor([-1e9, 1e9, 5.0]), most=3).tolist() == [2.0**-30, 8.0, 8.0]
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 8191, 8192, 16_384, 100_000, 131_072, 300_001])
+def test_a_pilot_has_no_sinks_and_is_otherwise_as_if_they_were_not_there(n):
+    for sinks in {1, 4, 63, 64, 65, n // 2, n - 1} - {n}:
+        if sinks < n:
+            before = sinks // 64 * 64
+            expected = sketch.pilot(n - before) + before
+            assert torch.equal(sketch.pilot(n, sinks), expected[expected >= sinks])
+            assert len(sketch.pilot(n, sinks)) > 0
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 8191, 8192, 16_384, 100_000, 131_072, 300_001])
@@ -147,6 +185,22 @@ def test_weights_of_many_keys_are_shares_but_for_a_factor_of_each_head():
     totals = torch.tensor([float((own - floor).double().sum()) for own in each]) / (0.95 * 2**30)
     assert 0.3 < float(totals[0]) < 1.8
     assert 0.92 < float(totals[1]) < 1.08
+
+
+def test_sinks_weigh_nothing_and_change_nothing_for_the_others():
+    scores = torch.stack([3 * normal(1000), normal(1000, seed=1)])
+    scores[:, :5] += 100.0
+    weights, alone = sketch.weigh(scores, sinks=5), sketch.weigh(scores[:, 5:])
+    assert not weights[:5].any()
+    assert torch.equal(weights[5:], alone)
+    step = sketch.step_for(weights, 50)
+    assert step == sketch.step_for(alone, 50)
+    assert sketch.step_for(weights, 995) == 1
+    for start in range(0, step, step // 37):
+        assert int(sketch.pick(weights, step, start)[0].min()) >= 5
+    everything, log_u = sketch.pick(weights, 1, 0)
+    assert everything.tolist() == list(range(5, 1000))
+    assert not log_u.any()
 
 
 def test_every_key_has_a_weight_however_many_there_are():
@@ -203,7 +257,7 @@ def test_a_walk_keeps_neighbours_together():
 def test_halving_the_step_extends_a_sample():
     weights = integers(5000, high=10**3) ** 2
     step = sketch.step_for(weights, 100)
-    start = sketch.start_for(0, 0, 0, step)
+    start = sketch.start_for(0, 0, 0, 0, step)
     before = set()
     for doublings in range(6):
         ids = set(sketch.pick(weights, step, start, doublings)[0].tolist())
@@ -220,27 +274,31 @@ def test_halving_the_step_extends_a_sample():
 def test_starts_are_spread_and_reproducible():
     step = 1000
     starts = [
-        sketch.start_for(seed, head, position, step) for seed in range(4) for head in range(8) for position in range(50)
+        sketch.start_for(seed, layer, head, position, step)
+        for seed in range(2)
+        for layer in range(4)
+        for head in range(8)
+        for position in range(25)
     ]
     assert all(0 <= start < step for start in starts)
     # 1600 uniform numbers from 0 to 999: their mean has a standard error of 7.2
     assert abs(sum(starts) / len(starts) - 499.5) < 5 * 7.2
     assert len(set(starts)) > 700
     # Written down, so that another program, or another year, draws the same
-    assert [sketch.start_for(*key, 2**30) for key in [(0, 0, 0), (1, 2, 3), (2**63 - 1, 7, 10**6)]] == [
-        148938095,
-        874303956,
-        411445831,
+    assert [sketch.start_for(*key, 2**30) for key in [(0, 0, 0, 0), (1, 2, 3, 4), (2**63 - 1, 79, 7, 10**6)]] == [
+        139205922,
+        894907218,
+        248319739,
     ]
 
 
 def test_a_budget_of_all_keys_is_exact_attention():
     query, keys, values = normal(6, 20), normal(2, 90, 20, seed=1), normal(2, 90, 9, seed=2)
-    state, samples = attend_sketch(query, keys, values, bits=2, budget=80, sinks=3, recent=7, scale=0.2)
+    state, samples = attend_sketch(query, keys, values, bits=2, budget=80, sinks=3, recent=7, stride=4, scale=0.2)
     exact = attend_full(query, keys, values, scale=0.2)
     torch.testing.assert_close(state.output, exact.output, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(state.lse, exact.lse, rtol=1e-12, atol=1e-12)
-    assert samples[0].ids.tolist() == list(range(3, 83))
+    assert samples[0].ids.tolist() == list(range(3, 80))
     assert not samples[0].log_u.any()
     assert not predicted_errors(state, samples, query, keys, values, scale=0.2).any()
 
@@ -256,7 +314,7 @@ def test_short_contexts_are_exact():
 
 def test_heads_of_a_group_share_rows_and_groups_do_not():
     query, keys, values = normal(4, 20), normal(2, 900, 20, seed=1), normal(2, 900, 9, seed=2)
-    state, samples = attend_sketch(query, keys, values, bits=2, budget=50, sinks=3, recent=7, scale=0.2)
+    state, samples = attend_sketch(query, keys, values, bits=2, budget=50, sinks=3, recent=7, stride=8, scale=0.2)
     assert samples[0] is samples[1]
     assert not torch.equal(samples[0].ids, samples[2].ids)
     assert 49 <= len(samples[0].ids) <= 51

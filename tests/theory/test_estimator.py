@@ -75,6 +75,8 @@ def test_sums_over_draws_are_those_of_weighted_attention(draw_samples, numerator
             min_hits=min_hits,
             sinks=0,
             recent=0,
+            stride=1,
+            centre=False,
             scale=0.25,
             planes=family,
         )

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest, chi2
 
 from magicpig.collision import log_inclusion
-from magicpig.kernels.hash.reference import make_planes
+from magicpig.kernels.hash.reference import make_planes, segment_centre
 from magicpig.kernels.reference import attend_lsh, cosine
 
 LEVEL = 1e-3
@@ -94,8 +94,8 @@ def test_many_draws_at_once_are_the_algorithm_repeated(draw_samples):
     K, L, min_hits, draws, sinks, recent = 5, 30, 2, 40, 3, 9
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (1, 200))
-    body = key[sinks : 200 - recent]
-    centred = body - body.mean(0)
+    indexed = key[: 200 - recent]
+    centred = (indexed - segment_centre(indexed, 1))[sinks:]
     included = draw_samples(query[0], centred, K=K, L=L, min_hits=min_hits, draws=draws, seed=4)
 
     planes = make_planes(16, K, L * draws, seed=4)
@@ -109,6 +109,7 @@ def test_many_draws_at_once_are_the_algorithm_repeated(draw_samples):
             min_hits=min_hits,
             sinks=sinks,
             recent=recent,
+            stride=1,
             scale=0.25,
             planes=family,
         )

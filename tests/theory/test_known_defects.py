@@ -70,7 +70,7 @@ def test_a_key_along_the_query_is_certain_and_not_nan():
 
 def test_nothing_that_collides_leaves_exact_attention_over_the_static_tokens():
     query, keys, values = normal(4, 16, seed=0), normal(2, 300, 16, seed=1), normal(2, 300, 16, seed=2)
-    state, samples = attend_lsh(query, keys, values, K=16, L=2, min_hits=2, sinks=4, recent=64, scale=0.25)
+    state, samples = attend_lsh(query, keys, values, K=16, L=2, min_hits=2, sinks=4, recent=64, stride=1, scale=0.25)
     assert [sample.ids.tolist() for sample in samples] == [[], [], [], []]
     static = [*range(4), *range(300 - 64, 300)]
     expected = attend_full(query, keys[:, static], values[:, static], scale=0.25)
@@ -80,7 +80,7 @@ def test_nothing_that_collides_leaves_exact_attention_over_the_static_tokens():
 
 def test_nothing_that_collides_and_no_static_tokens_give_zero():
     query, keys, values = normal(2, 16, seed=0), normal(1, 300, 16, seed=1), normal(1, 300, 16, seed=2)
-    state, _ = attend_lsh(query, keys, values, K=16, L=2, min_hits=2, sinks=0, recent=0, scale=0.25)
+    state, _ = attend_lsh(query, keys, values, K=16, L=2, min_hits=2, sinks=0, recent=0, stride=1, scale=0.25)
     assert state.output.eq(0).all()
     assert state.lse.eq(-math.inf).all()
 
@@ -92,7 +92,7 @@ def test_prompts_no_longer_than_the_static_set_are_exact_and_never_nan(tokens):
         normal(2, tokens, 16, seed=1),
         normal(2, tokens, 16, seed=2),
     )
-    state, samples = attend_lsh(query, keys, values, K=2, L=200, min_hits=2, sinks=4, recent=64, scale=0.25)
+    state, samples = attend_lsh(query, keys, values, K=2, L=200, min_hits=2, sinks=4, recent=64, stride=1, scale=0.25)
     assert state.output.isfinite().all()
     assert state.lse.isfinite().all()
     if tokens <= 68:

@@ -36,7 +36,7 @@ def test_numerator_and_denominator_are_unbiased():
     def bias_and_error(bend):
         sums = []
         for draw in range(draws):
-            ids, log_u = sketch.pick(weights, step, sketch.start_for(0, 0, draw, step))
+            ids, log_u = sketch.pick(weights, step, sketch.start_for(0, 0, 0, draw, step))
             x = terms[:, ids] / bend(log_u).exp()
             sums.append(torch.cat([x @ values[ids], x.sum(1, keepdim=True)], dim=1))
         drawn = torch.stack(sums)
@@ -64,7 +64,7 @@ def test_texts_that_repeat_themselves_hide_nothing_from_a_walk():
         found = []
         for budget in (82, 128, 256, 410, 512, 1024, 1500):
             step = sketch.step_for(weights, budget)
-            samples = [drawn(step, sketch.start_for(0, 0, draw, step)) for draw in range(draws)]
+            samples = [drawn(step, sketch.start_for(0, 0, 0, draw, step)) for draw in range(draws)]
             errors = torch.stack([values[ids].mean(0) for ids in samples]) - values.mean(0)
             found.append((budget * errors.square().mean(0).view(2, -1).sum(0)).sqrt().max())
         return float(max(found))
@@ -98,7 +98,7 @@ class Group:
     def errors(self, weights: torch.Tensor, budget: int, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The true and the predicted relative error of each of the R heads."""
         step = sketch.step_for(weights, budget)
-        ids, log_u = sketch.pick(weights, step, sketch.start_for(0, 0, draw, step))
+        ids, log_u = sketch.pick(weights, step, sketch.start_for(0, 0, 0, draw, step))
         rows = self.keys[ids], self.values[ids]
         settings = {"scale": self.scale, "offset": self.offset}
         state = merge([self.certain, attend(self.query, *rows, log_u=log_u, **settings)])

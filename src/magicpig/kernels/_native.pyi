@@ -19,6 +19,7 @@ TILE: int = 64
 SKETCH_KEYS: int = 64
 
 MAX_THREADS: int = 1024
+LEAST_STRIDE: int = 8
 
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...
@@ -36,9 +37,13 @@ def hash(
     rows: Sequence[int],
     count: int,
     row_bytes: int,
+    centres: int,
     sampler: LshSampler,
     codes: int,
     code_stride: int,
+) -> None: ...
+def mean_keys(
+    dtype: int, rows: Sequence[int], head_dim: int, count: int, row_bytes: int, row_centres: int, means: int
 ) -> None: ...
 def build(codes: int, tables: int, count: int, K: int, offsets: int, ids: int) -> None: ...
 def extend(
@@ -67,9 +72,27 @@ def attend(
     count: int,
     log_u: int,
     query: int,
-    offset: float,
+    offsets: int,
     scale: float,
     softcap: float,
+    output: int,
+    lse: int,
+) -> None: ...
+def attend_hashed(
+    dtype: int,
+    dim: int,
+    blocks: Sequence[int],
+    ids: int,
+    count: int,
+    query: int,
+    centres: int,
+    centre_count: int,
+    shift: int,
+    offsets: int,
+    law: HitLaw,
+    scale: float,
+    softcap: float,
+    log_u: int,
     output: int,
     lse: int,
 ) -> None: ...
@@ -91,8 +114,6 @@ def write_bytes(source: int, count: int, head_dim: int, rows: Sequence[int], row
 def convert(from_dtype: int, source: int, count: int, to_dtype: int, to: int) -> None: ...
 def decode_step(
     stores: Sequence[StoreView],
-    lsh: LshSampler | None,
-    sketch: SketchSampler | None,
     dtype: int,
     query_heads: int,
     query: int,
@@ -105,19 +126,21 @@ def decode_step(
     lse: int,
     predicted_error: int,
     capture: bool,
-) -> list[
-    tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None,))], Annotated[NDArray[numpy.uint8], dict(shape=(None,))]]
-]: ...
+) -> tuple: ...
 def sketch(
     dtype: int,
     rows: Sequence[int],
     count: int,
     row_bytes: int,
+    row_centres: int,
     sampler: SketchSampler,
     first: int,
     blocks: int,
+    stride_shift: int,
+    centred: bool,
     words: int,
     scales: int,
+    centres: int,
 ) -> None: ...
 def copy_sketch(
     words: int,
@@ -135,39 +158,47 @@ def weigh(
     sampler: SketchSampler,
     queries: int,
     heads: int,
-    offsets: int,
     scale: float,
     softcap: float,
     words: int,
     scales: int,
+    centres: int,
     count: int,
+    sinks: int,
+    stride_shift: int,
     weights: int,
     whole: int,
+    offsets: int,
 ) -> list[float]: ...
 def draw(
-    weights: int, count: int, budget: int, seed: int, head: int, position: int, doublings: int
+    weights: int, count: int, sinks: int, budget: int, seed: int, layer: int, head: int, position: int, doublings: int
 ) -> tuple[int, int, list[int], list[float]]: ...
 
 class LshSampler:
-    def __init__(self, head_dim: int, K: int, L: int, min_hits: int, directions: int, log_u: int) -> None: ...
+    def __init__(self, head_dim: int, K: int, L: int, directions: int) -> None: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def K(self) -> int: ...
+    @property
+    def L(self) -> int: ...
+
+class HitLaw:
+    def __init__(self, min_hits: int, log_u: int) -> None: ...
 
 class SketchSampler:
-    def __init__(
-        self,
-        head_dim: int,
-        bits: int,
-        seed: int,
-        budget: float,
-        epsilon: float,
-        limit: float,
-        distance: float,
-        rotation: int,
-    ) -> None: ...
+    def __init__(self, head_dim: int, bits: int, distance: float, rotation: int) -> None: ...
     @property
     def words(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 class StoreView:
-    def __init__(self, dtype: int, heads: int, head_dim: int, sinks: int) -> None: ...
+    def __init__(
+        self, dtype: int, heads: int, head_dim: int, sinks: int, stride_shift: int, layer: int, first_head: int
+    ) -> None: ...
     @property
     def length(self) -> int: ...
     @length.setter
@@ -196,15 +227,24 @@ class StoreView:
     def max_share(self, arg: float, /) -> None: ...
     @property
     def predicted(self) -> tuple[int, int, float, float, list[int]]: ...
-    def set_mean(self, mean: int) -> None: ...
+    def set_sampler(self, lsh: LshSampler | None, sketch: SketchSampler | None) -> None: ...
+    def set_policy(self, budget: float, epsilon: float, limit: float, seed: int, law: HitLaw | None) -> None: ...
     def set_blocks(self, rows: Sequence[int], head_strides: Sequence[int]) -> None: ...
+    def set_row_centres(self, centres: Sequence[int]) -> None: ...
+    def set_tail(self, dtype: int, rows: int, head_stride: int, first: int) -> None: ...
     def set_segments(
-        self, offsets: Sequence[int], ids: Sequence[int], firsts: Sequence[int], counts: Sequence[int]
+        self,
+        offsets: Sequence[int],
+        ids: Sequence[int],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        centres: Sequence[int],
     ) -> None: ...
     def set_sketches(
         self,
         words: Sequence[int],
         scales: Sequence[int],
+        centres: Sequence[int],
         firsts: Sequence[int],
         counts: Sequence[int],
         blocks: Sequence[int],

@@ -15,7 +15,7 @@ from torch import Tensor
 from magicpig.collision import log_inclusion
 from magicpig.errors import ArgumentError
 from magicpig.kernels import _native
-from magicpig.kernels._native import LshSampler, SketchSampler, StoreView
+from magicpig.kernels._native import HitLaw, LshSampler, SketchSampler, StoreView
 from magicpig.kernels.hash.reference import make_planes
 from magicpig.kernels.sketch.reference import EXACT_SHARE, LEVEL_DISTANCE, make_rotation
 from magicpig.types import AttentionState
@@ -23,6 +23,7 @@ from magicpig.types import AttentionState
 BLOCK_ROWS: int = _native.BLOCK_ROWS
 SEGMENT_ROWS: int = _native.SEGMENT_ROWS
 SKETCH_KEYS: int = _native.SKETCH_KEYS
+LEAST_STRIDE: int = _native.LEAST_STRIDE
 MAX_HEAD_DIM: int = _native.MAX_DIM
 MAX_GROUP = 256
 MAX_THREADS: int = _native.MAX_THREADS
@@ -86,11 +87,89 @@ def stream_read(memory: Tensor) -> None:
     _native.stream_read(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
-def make_sampler(head_dim: int, K: int, L: int, min_hits: int, seed: int) -> LshSampler:
-    """The packed hash directions of a setting and the table of its inclusion law (collision.py)."""
+def make_sampler(head_dim: int, K: int, L: int, seed: int) -> LshSampler:
+    """The packed hash directions of a setting."""
     directions = make_planes(head_dim, K, L, seed)
+    return LshSampler(head_dim, K, L, directions.data_ptr())
+
+
+def make_law(K: int, L: int, min_hits: int) -> HitLaw:
+    """In how many tables a key must collide, and the table of its inclusion law (collision.py)."""
     law = inclusion_law(K, L, min_hits)
-    return LshSampler(head_dim, K, L, min_hits, directions.data_ptr(), law.data_ptr())
+    return HitLaw(min_hits, law.data_ptr())
+
+
+def stride_shift(stride: int) -> int:
+    """The logarithm of a stride. Raises ArgumentError for one that the kernels do not know."""
+    if not LEAST_STRIDE <= stride <= BLOCK_ROWS or stride & (stride - 1):
+        raise ArgumentError(f"stride={stride} is not allowed; allowed: powers of two from {LEAST_STRIDE} to {BLOCK_ROWS}")
+    return stride.bit_length() - 1
+
+
+def make_view(
+    dtype: torch.dtype, heads: int, head_dim: int, sinks: int, stride: int, *, layer: int = 0, first_head: int = 0
+) -> StoreView:
+    """An empty view of a store whose rows are kept in `dtype`.
+
+    stride: tokens that are indexed at once. layer, and first_head, the place of kv head 0 among those of the model:
+    with the seed and the position they say what is drawn.
+    """
+    return StoreView(row_code(dtype), heads, head_dim, sinks, stride_shift(stride), layer, first_head)
+
+
+def set_sampler(view: StoreView, sampler: LshSampler | SketchSampler | None) -> None:
+    """What a view's index was made by, or None: then all of its rows are attended exactly."""
+    view.set_sampler(
+        sampler if isinstance(sampler, LshSampler) else None,
+        sampler if isinstance(sampler, SketchSampler) else None,
+    )
+
+
+def set_policy(
+    view: StoreView,
+    *,
+    budget: float = 512,
+    epsilon: float = 0.0,
+    limit: float = EXACT_SHARE,
+    seed: int = 0,
+    law: HitLaw | None = None,
+) -> None:
+    """How much a view's next steps draw, and by which luck.
+
+    budget: rows of a kv head and step, of a sketch; below 1 a share of the body. epsilon: predicted error that is small
+    enough, or 0 to draw once. limit: share of the body; where epsilon would take more, all of it is read. law: of
+    hashing, which needs one.
+    """
+    view.set_policy(budget, epsilon, limit, seed, law)
+
+
+def mean_keys(rows: Tensor, head_dim: int, row_centres: Tensor | None = None) -> Tensor:
+    """The means (G, D) float32 of the keys in rows (G, n, width), n a power of two. The same bits on every machine.
+
+    row_centres: (G, D) float32, what the rows are kept minus.
+    """
+    heads, n, _ = rows.shape
+    _require(rows.stride(2) == 1, "rows must be contiguous in the last dimension")
+    _require(n & (n - 1) == 0 and n > 0, f"n={n} is not a power of two")
+    means = _zeros(heads, head_dim)
+    _native.mean_keys(
+        row_code(rows.dtype),
+        [rows[g].data_ptr() for g in range(heads)],
+        head_dim,
+        n,
+        rows.stride(1) * rows.element_size(),
+        _address(row_centres),
+        means.data_ptr(),
+    )
+    return means
+
+
+def _address(floats: Tensor | None) -> int:
+    """Of contiguous float32 numbers that somebody keeps, or 0."""
+    if floats is None:
+        return 0
+    _require(floats.dtype == torch.float32 and floats.is_contiguous(), "centres must be contiguous float32")
+    return floats.data_ptr()
 
 
 def inclusion_law(K: int, L: int, min_hits: int) -> Tensor:
@@ -101,24 +180,26 @@ def inclusion_law(K: int, L: int, min_hits: int) -> Tensor:
     return log_inclusion(cosine, K, L, min_hits).to(torch.float32)
 
 
-def hash_rows(pieces: Sequence[Tensor], sampler: LshSampler, L: int) -> Tensor:
+def hash_rows(pieces: Sequence[Tensor], sampler: LshSampler, centres: Sequence[Tensor] = ()) -> Tensor:
     """Codes of consecutive keys.
 
-    pieces: tensors (G, n_i, >= Dp) whose last dimension starts with the zero-padded key and is contiguous.
+    pieces: tensors (G, n_i, >= Dp) whose last dimension starts with the zero-padded key and is contiguous. centres: for
+    each piece (G, D) float32, which is taken off its keys as they are kept; or none.
     Returns (G, L, sum n_i) uint16 codes.
     """
     heads, total = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces)
-    codes = empty((heads, L, total), torch.uint16)
+    codes = empty((heads, sampler.L, total), torch.uint16)
     first = 0
-    for piece in pieces:
+    for i, piece in enumerate(pieces):
         _require(piece.stride(2) == 1, "rows must be contiguous in the last dimension")
         rows = [piece[g].data_ptr() for g in range(heads)]
         _native.hash(
             row_code(piece.dtype),
-            min(piece.shape[2], piece.stride(1)),
+            padded(sampler.head_dim),
             rows,
             piece.shape[1],
             piece.stride(1) * piece.element_size(),
+            _address(centres[i]) if centres else 0,
             sampler,
             codes.data_ptr() + 2 * first,
             total,
@@ -132,11 +213,13 @@ class Segment:
     """The bucket tables of `count` consecutive keys from position `first` on. Never changed once built.
 
     offsets: (G, L, 2^K + 1) uint32 bucket starts; ids: (G, L, count) uint16 relative positions, bucket by bucket.
+    centre: (G, D) float32, what the keys were hashed minus; None for as they are.
     """
 
     offsets: Tensor
     ids: Tensor
     first: int
+    centre: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -151,22 +234,22 @@ class Segment:
         return self.offsets.nbytes + self.ids.nbytes
 
 
-def build(codes: Tensor, K: int, first: int) -> Segment:
+def build(codes: Tensor, K: int, first: int, centre: Tensor | None = None) -> Segment:
     """Sorts the codes (G, L, n <= 65536) uint16 of keys `first` .. into buckets."""
     G, L, n = codes.shape
     _require(codes.dtype == torch.uint16 and codes.is_contiguous(), "codes must be contiguous uint16")
     _require(n <= SEGMENT_ROWS, f"a segment holds at most {SEGMENT_ROWS} keys, got {n}")
-    segment = _empty_segment(G, L, K, n, first)
+    segment = _empty_segment(G, L, K, n, first, centre)
     _native.build(codes.data_ptr(), G * L, n, K, segment.offsets.data_ptr(), segment.ids.data_ptr())
     return segment
 
 
 def extend(a: Segment, b: Segment) -> Segment:
-    """The tables of a's keys followed by b's, equal to building them together."""
+    """The tables of a's keys followed by b's, of the same centre, equal to building them together."""
     _require(b.first == a.first + a.count, "b must begin where a ends")
     _require(a.count + b.count <= SEGMENT_ROWS, f"a segment holds at most {SEGMENT_ROWS} keys")
     G, L, _ = a.ids.shape
-    out = _empty_segment(G, L, a.K, a.count + b.count, a.first)
+    out = _empty_segment(G, L, a.K, a.count + b.count, a.first, a.centre)
     _native.extend(*_parts(a), *_parts(b), G * L, a.K, out.offsets.data_ptr(), out.ids.data_ptr())
     return out
 
@@ -175,7 +258,7 @@ def shorten(a: Segment, count: int) -> Segment:
     """The tables of the first `count` keys of a."""
     _require(0 <= count <= a.count, f"count={count} is out of range; allowed: 0 to {a.count}")
     G, L, _ = a.ids.shape
-    out = _empty_segment(G, L, a.K, count, a.first)
+    out = _empty_segment(G, L, a.K, count, a.first, a.centre)
     _native.shorten(*_parts(a), count, G * L, a.K, out.offsets.data_ptr(), out.ids.data_ptr())
     return out
 
@@ -205,33 +288,40 @@ def _parts(segment: Segment) -> tuple[int, int, int]:
     return segment.offsets.data_ptr(), segment.ids.data_ptr(), segment.count
 
 
-def _empty_segment(G: int, L: int, K: int, n: int, first: int) -> Segment:
-    return Segment(empty((G, L, 2**K + 1), torch.uint32), empty((G, L, n), torch.uint16), first)
+def _empty_segment(G: int, L: int, K: int, n: int, first: int, centre: Tensor | None) -> Segment:
+    return Segment(empty((G, L, 2**K + 1), torch.uint32), empty((G, L, n), torch.uint16), first, centre)
 
 
-def make_sketcher(
-    head_dim: int, bits: int, seed: int, *, budget: float = 512, epsilon: float = 0.0, limit: float = EXACT_SHARE
-) -> SketchSampler:
-    """The rotation of a setting, and how much is drawn.
+def set_segments(view: StoreView, segments: Sequence[Segment]) -> None:
+    """The tables of a view's keys from position 0 on. Those between two multiples of 65536 have one centre."""
+    centres = [segment.centre for segment in segments if segment.centre is not None]
+    _require(len(centres) in (0, len(segments)), "either all segments have a centre or none")
+    view.set_segments(
+        [segment.offsets.data_ptr() for segment in segments],
+        [segment.ids.data_ptr() for segment in segments],
+        [segment.first for segment in segments],
+        [segment.count for segment in segments],
+        [_address(centre) for centre in centres],
+    )
 
-    budget: rows of a kv head and step; below 1 a share of the body. epsilon: predicted error that is small enough, or 0
-    to draw once. limit: share of the body; where epsilon would take more, all of it is read.
-    """
+
+def make_sketcher(head_dim: int, bits: int, seed: int) -> SketchSampler:
+    """The rotation of a setting."""
     rotation = make_rotation(head_dim, seed).contiguous()
-    distance = LEVEL_DISTANCE[bits] / head_dim**0.5
-    return SketchSampler(head_dim, bits, seed, budget, epsilon, limit, distance, rotation.data_ptr())
+    return SketchSampler(head_dim, bits, LEVEL_DISTANCE[bits] / head_dim**0.5, rotation.data_ptr())
 
 
 @dataclass(frozen=True)
 class SketchSegment:
     """The sketch of `count` consecutive keys from position `first` on, in blocks of 64. Never changed once made.
 
-    words: (G, blocks, words, 64) int32, the codes; scales: (G, blocks * 64) float16. There may be more in them than
-    `count` keys.
+    words: (G, blocks, words, 64) int32, the codes; scales: (G, blocks * 64) float16; centres: (G, strides, Dp)
+    bfloat16, of as many strides as have room in the blocks. There may be more in them than `count` keys.
     """
 
     words: Tensor
     scales: Tensor
+    centres: Tensor
     first: int
     count: int
 
@@ -241,70 +331,105 @@ class SketchSegment:
 
     @property
     def nbytes(self) -> int:
-        return self.words.nbytes + self.scales.nbytes
+        return self.words.nbytes + self.scales.nbytes + self.centres.nbytes
 
 
-def sketch(pieces: Sequence[Tensor], sampler: SketchSampler, first: int) -> SketchSegment:
-    """The sketch of consecutive keys, at least one; pieces as for `hash_rows`."""
-    heads, total = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces)
-    words, scales = _empty_sketch(heads, total, sampler)
+def sketch(
+    pieces: Sequence[Tensor],
+    sampler: SketchSampler,
+    first: int,
+    *,
+    stride: int,
+    centred: bool = True,
+    row_centres: Sequence[Tensor] = (),
+) -> SketchSegment:
+    """The sketch of consecutive keys, at least one stride; pieces of whole strides, otherwise as for `hash_rows`.
+
+    row_centres: for each piece (G, D) float32, what its rows are kept minus; or none. centred: False sketches the keys
+    as they come.
+    """
+    heads, total, shift = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces), stride_shift(stride)
+    segment = _empty_sketch(heads, total, sampler.words, padded(sampler.head_dim), first, stride)
     done = 0
-    for piece in pieces:
+    for i, piece in enumerate(pieces):
         _require(piece.stride(2) == 1, "rows must be contiguous in the last dimension")
+        _require(piece.shape[1] % stride == 0, f"a piece of {piece.shape[1]} keys is not of strides of {stride}")
         _native.sketch(
             row_code(piece.dtype),
             [piece[g].data_ptr() for g in range(heads)],
             piece.shape[1],
             piece.stride(1) * piece.element_size(),
+            _address(row_centres[i]) if row_centres else 0,
             sampler,
             done,
-            words.shape[1],
-            words.data_ptr(),
-            scales.data_ptr(),
+            segment.blocks,
+            shift,
+            centred,
+            segment.words.data_ptr(),
+            segment.scales.data_ptr(),
+            segment.centres.data_ptr(),
         )
         done += piece.shape[1]
-    return SketchSegment(words, scales, first, total)
+    return segment
 
 
-def join(a: SketchSegment, b: SketchSegment) -> SketchSegment:
+def join(a: SketchSegment, b: SketchSegment, *, stride: int) -> SketchSegment:
     """The sketch of a's keys followed by b's."""
     _require(b.first == a.first + a.count, "b must begin where a ends")
-    G, total = len(a.words), a.count + b.count
-    blocks = -(-total // SKETCH_KEYS)
-    words = empty((G, blocks, a.words.shape[2], SKETCH_KEYS), torch.int32)
-    scales = empty((G, blocks * SKETCH_KEYS), torch.float16)
+    out = _empty_sketch(len(a.words), a.count + b.count, a.words.shape[2], a.centres.shape[2], a.first, stride)
     for part, at in ((a, 0), (b, a.count)):
         _native.copy_sketch(
             part.words.data_ptr(),
             part.scales.data_ptr(),
             part.count,
             part.blocks,
-            G,
-            words.shape[2],
-            words.data_ptr(),
-            scales.data_ptr(),
+            len(out.words),
+            out.words.shape[2],
+            out.words.data_ptr(),
+            out.scales.data_ptr(),
             at,
-            blocks,
+            out.blocks,
         )
-    return SketchSegment(words, scales, a.first, total)
+        strides = part.count // stride
+        out.centres[:, at // stride : at // stride + strides] = part.centres[:, :strides]
+    return out
 
 
-def _empty_sketch(heads: int, keys: int, sampler: SketchSampler) -> tuple[Tensor, Tensor]:
+def set_sketches(view: StoreView, segments: Sequence[SketchSegment]) -> None:
+    """The sketch of a view's keys from position 0 on; all segments but the last are of whole blocks of 64."""
+    view.set_sketches(
+        [segment.words.data_ptr() for segment in segments],
+        [segment.scales.data_ptr() for segment in segments],
+        [segment.centres.data_ptr() for segment in segments],
+        [segment.first for segment in segments],
+        [segment.count for segment in segments],
+        [segment.blocks for segment in segments],
+    )
+
+
+def _empty_sketch(heads: int, keys: int, words: int, width: int, first: int, stride: int) -> SketchSegment:
     blocks = -(-keys // SKETCH_KEYS)
-    words = empty((heads, blocks, sampler.words, SKETCH_KEYS), torch.int32)
-    return words, empty((heads, blocks * SKETCH_KEYS), torch.float16)
+    return SketchSegment(
+        empty((heads, blocks, words, SKETCH_KEYS), torch.int32),
+        empty((heads, blocks * SKETCH_KEYS), torch.float16),
+        empty((heads, -(-blocks * SKETCH_KEYS // stride), width), torch.bfloat16),
+        first,
+        keys,
+    )
 
 
 @dataclass(frozen=True)
 class SketchWeights:
     """What a sketch says of n keys to the R heads of a group: weights (n,) int64.
 
-    query: (R, D) int8, the whole numbers of the rotated queries; ones: (R,) float64, the score in octaves to which each
-    head gives a weight of one.
+    query: (R, D) int8, the whole numbers of the rotated queries; offsets: (R, strides), what centres add to scores, in
+    octaves, or to logits where there is a softcap; ones: (R,) float64, the score in octaves to which each head gives a
+    weight of one.
     """
 
     weights: Tensor
     query: Tensor
+    offsets: Tensor
     ones: Tensor
 
 
@@ -314,32 +439,36 @@ def weigh(
     head: int,
     sampler: SketchSampler,
     *,
+    stride: int,
     scale: float,
-    offset: Tensor | None = None,
     softcap: float = 0.0,
+    sinks: int = 0,
 ) -> SketchWeights:
-    """Weights of one kv head's keys for the queries (R, D) float32 of its group."""
+    """Weights of one kv head's keys for the queries (R, D) float32 of its group; the first `sinks` have none."""
     (R, D), n = query.shape, segment.count
     width, blocks = padded(D), -(-n // SKETCH_KEYS)
     lanes, whole = _zeros(R, width), torch.empty(R, width, dtype=torch.int8, device="cpu")
     lanes[:, :D] = query
-    offset = _zeros(R) if offset is None else offset.to(torch.float32).contiguous()
-    weights = torch.empty(blocks * SKETCH_KEYS, dtype=torch.int32, device="cpu")
+    weights, offsets = torch.empty(blocks * SKETCH_KEYS, dtype=torch.int32, device="cpu"), _zeros(R, -(-n // stride))
     ones = _native.weigh(
         sampler,
         lanes.data_ptr(),
         R,
-        offset.data_ptr(),
         scale,
         softcap,
         segment.words[head].data_ptr(),
         segment.scales[head].data_ptr(),
+        segment.centres[head].data_ptr(),
         n,
+        sinks,
+        stride_shift(stride),
         weights.data_ptr(),
         whole.data_ptr(),
+        offsets.data_ptr(),
     )
+    unit = 1.0 if softcap > 0 else 2.0**23
     one_each = torch.tensor(ones, dtype=torch.float64, device="cpu")
-    return SketchWeights(weights[:n].to(torch.int64), whole[:, :D], one_each)
+    return SketchWeights(weights[:n].to(torch.int64), whole[:, :D], offsets / unit, one_each)
 
 
 @dataclass(frozen=True)
@@ -352,10 +481,22 @@ class Draw:
     log_u: Tensor
 
 
-def draw(weights: Tensor, budget: int, *, seed: int, head: int, position: int, doublings: int = 0) -> Draw:
+def draw(
+    weights: Tensor,
+    budget: int,
+    *,
+    seed: int,
+    layer: int = 0,
+    head: int,
+    position: int,
+    doublings: int = 0,
+    sinks: int = 0,
+) -> Draw:
     """The sample of one kv head by the weights (n,) of its keys, as a decode step draws it."""
     narrow = weights.to(torch.int32)
-    step, start, ids, log_u = _native.draw(narrow.data_ptr(), len(narrow), budget, seed, head, position, doublings)
+    step, start, ids, log_u = _native.draw(
+        narrow.data_ptr(), len(narrow), sinks, budget, seed, layer, head, position, doublings
+    )
     positions = torch.tensor(ids, dtype=torch.int64, device="cpu")
     return Draw(step, start, positions, torch.tensor(log_u, dtype=torch.float32, device="cpu"))
 
@@ -390,6 +531,13 @@ def interleave(keys: Tensor, values: Tensor, dtype: torch.dtype | None = None) -
     return rows
 
 
+def interleave_heads(keys: Tensor) -> Tensor:
+    """Keys (G, n, D) as `mean_keys` and the index read them: zero padded, (G, n, Dp)."""
+    rows = torch.zeros(*keys.shape[:2], padded(keys.shape[2]), dtype=keys.dtype, device="cpu")
+    rows[:, :, : keys.shape[2]] = keys
+    return rows
+
+
 def attend_rows(
     query: Tensor, rows: Tensor, *, scale: float, offset: Tensor | None = None, softcap: float = 0.0
 ) -> AttentionState:
@@ -420,16 +568,18 @@ def attend(
     log_u: Tensor,
     *,
     scale: float,
-    offset: float = 0.0,
+    offsets: Tensor | None = None,
     softcap: float = 0.0,
 ) -> AttentionState:
     """Attention of one query (D,) over sampled rows, each weighted by 1 / u.
 
-    blocks: row blocks (4096, width) of which the last may be shorter; ids: (S,) positions; log_u: (S,).
+    blocks: row blocks (4096, width) of which the last may be shorter; ids: (S,) positions; log_u: (S,). offsets:
+    (blocks,), what joins the logits of the rows of each block.
     """
     lanes = _padded_queries(query[None], blocks[0])
     output, lse = torch.empty_like(lanes), _zeros(1)
     ids, log_u = ids.to(torch.uint32).contiguous(), log_u.to(torch.float32).contiguous()
+    offsets = None if offsets is None else offsets.to(torch.float32).contiguous()
     _native.attend(
         row_code(blocks[0].dtype),
         lanes.shape[1],
@@ -438,13 +588,58 @@ def attend(
         len(ids),
         log_u.data_ptr(),
         lanes.data_ptr(),
-        offset,
+        _address(offsets),
         scale,
         softcap,
         output.data_ptr(),
         lse.data_ptr(),
     )
     return AttentionState(output[0, : len(query)], lse[0])
+
+
+def attend_hashed(
+    query: Tensor,
+    blocks: Sequence[Tensor],
+    ids: Tensor,
+    law: HitLaw,
+    *,
+    scale: float,
+    centres: Tensor | None = None,
+    offsets: Tensor | None = None,
+    keys_of_a_centre: int = SEGMENT_ROWS,
+    softcap: float = 0.0,
+) -> tuple[AttentionState, Tensor]:
+    """The same where log u (S,) follows from the law by the cosines of the query and the rows less their centres.
+
+    centres: (n, D) float32, of each `keys_of_a_centre` rows, a power of two; offsets: (n,), what joins the logits of
+    rows less a centre. Returns the state and log u.
+    """
+    lanes = _padded_queries(query[None], blocks[0])
+    output, lse, log_u = torch.empty_like(lanes), _zeros(1), _zeros(len(ids))
+    ids = ids.to(torch.uint32).contiguous()
+    wide = _zeros(0 if centres is None else len(centres), lanes.shape[1])
+    if centres is not None:
+        wide[:, : centres.shape[1]] = centres
+    offsets = _zeros(len(wide)) if offsets is None else offsets.to(torch.float32).contiguous()
+    _native.attend_hashed(
+        row_code(blocks[0].dtype),
+        lanes.shape[1],
+        [block.data_ptr() for block in blocks],
+        ids.data_ptr(),
+        len(ids),
+        lanes.data_ptr(),
+        wide.data_ptr(),
+        len(wide),
+        keys_of_a_centre.bit_length() - 1,
+        offsets.data_ptr(),
+        law,
+        scale,
+        softcap,
+        log_u.data_ptr(),
+        output.data_ptr(),
+        lse.data_ptr(),
+    )
+    return AttentionState(output[0, : len(query)], lse[0]), log_u
 
 
 def merge(states: Sequence[AttentionState]) -> AttentionState:
@@ -481,22 +676,26 @@ def _padded_queries(query: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
+FAULTS = ("", "query", "keys", "values")
+"""By number, which of its tensors kept a sequence out of a step; it has entries that are not finite, or do not fit."""
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """output (B, H, D) in the query's dtype; lse and predicted_error (B, H) float32.
+    """output (B, H, D) in the query's dtype; lse and predicted_error (B, H) float32; NaN for a sequence with a fault.
 
-    samples[b * H + h] = (ids, log_u) when asked for.
+    faults[b]: a number of `FAULTS`; empty when there are none. samples[b * H + h] = (ids, log_u) when asked for.
     """
 
     output: Tensor
     lse: Tensor
     predicted_error: Tensor
+    faults: list[int]
     samples: list[tuple[Tensor, Tensor]]
 
 
 def decode_step(
     views: list[StoreView],
-    sampler: LshSampler | SketchSampler | None,
     query: Tensor,
     keys: Tensor | None,
     values: Tensor | None,
@@ -506,15 +705,16 @@ def decode_step(
     sink_logits: Tensor | None = None,
     capture: bool = False,
 ) -> StepResult:
-    """One step of one layer: append, sample, attend, merge. As decode.decode_step, which checks; contiguous."""
+    """One step of one layer: append, sample, attend, merge. As decode.decode_step, which checks; contiguous.
+
+    A sequence whose numbers are not finite is left as it was, and the others are served.
+    """
     B, H, D = query.shape
     output = torch.empty(B, H, D, dtype=query.dtype, device="cpu")
     lse = torch.empty(B, H, dtype=torch.float32, device="cpu")
     predicted_error = torch.empty(B, H, dtype=torch.float32, device="cpu")
-    samples = _native.decode_step(
+    faults, samples = _native.decode_step(
         views,
-        sampler if isinstance(sampler, LshSampler) else None,
-        sampler if isinstance(sampler, SketchSampler) else None,
         _CODES[query.dtype],
         H,
         query.data_ptr(),
@@ -532,11 +732,11 @@ def decode_step(
         (torch.from_numpy(ids).view(torch.int32).to(torch.int64), torch.from_numpy(log_u).view(torch.float32))
         for ids, log_u in samples
     ]
-    return StepResult(output, lse, predicted_error, pairs)
+    return StepResult(output, lse, predicted_error, faults, pairs)
 
 
 class RepeatedStep:
-    """`decode_step` again and again for the same shapes and rule; only the output is kept."""
+    """`decode_step` again and again for the same shapes and rule; only the output and the faults are kept."""
 
     def __init__(self, B: int, H: int, D: int, scale: float, softcap: float) -> None:
         self._shape, self._heads, self._scale, self._softcap = (B, 1, H, D), H, scale, softcap
@@ -546,18 +746,15 @@ class RepeatedStep:
     def __call__(
         self,
         views: list[StoreView],
-        sampler: LshSampler | SketchSampler | None,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-    ) -> Tensor:
-        """query (B, H, 1, D), keys and values (B, G, 1, D), contiguous and of one dtype; returns (B, 1, H, D)."""
+    ) -> tuple[Tensor, list[int]]:
+        """query (B, H, 1, D), keys and values (B, G, 1, D), contiguous, of one dtype; returns (B, 1, H, D), faults."""
         dtype = query.dtype
         output = torch.empty(self._shape, dtype=dtype, device="cpu")
-        _native.decode_step(
+        faults, _ = _native.decode_step(
             views,
-            sampler if isinstance(sampler, LshSampler) else None,
-            sampler if isinstance(sampler, SketchSampler) else None,
             _CODES[dtype],
             self._heads,
             query.data_ptr(),
@@ -570,7 +767,7 @@ class RepeatedStep:
             *self._unread,
             False,
         )
-        return output
+        return output, faults
 
 
 def _require(condition: bool, message: str) -> None:

@@ -13,10 +13,17 @@ from torch import Tensor
 from magicpig.collision import log_inclusion
 from magicpig.errors import ArgumentError
 from magicpig.kernels.attend.reference import attend, merge, predicted_error
-from magicpig.kernels.hash.reference import hash_vectors, make_planes
+from magicpig.kernels.hash.reference import hash_vectors, make_planes, segment_centre
 from magicpig.kernels.sketch import reference as sketch
 from magicpig.kernels.tables.reference import build, lookup
 from magicpig.types import AttentionState, Sample
+
+SEGMENT_KEYS = 65536  # of one index segment, each of which has a centre of its own
+
+
+def index_end(tokens: int, *, recent: int, stride: int) -> int:
+    """How many of the first ``tokens`` keys are indexed: whole strides, so that ``recent`` tokens are left at least."""
+    return max(0, tokens - recent) // stride * stride
 
 
 def attend_lsh(
@@ -32,23 +39,26 @@ def attend_lsh(
     scale: float,
     softcap: float | None = None,
     seed: int = 0,
+    stride: int = 256,
     centre: bool = True,
     planes: Tensor | None = None,
 ) -> tuple[AttentionState, list[Sample]]:
-    """Estimate attention from the keys that hashing samples and the first ``sinks`` and last ``recent`` ones.
+    """Estimate attention from the keys that hashing samples, the first ``sinks``, and those that are not indexed yet.
 
     query   (H, D), the H = G * R query heads of one token; head h reads key/value head h // R
     keys    (G, N, D)
     values  (G, N, Dv)
+    stride  keys that are indexed at once; `index_end` says how many are
     planes  (D, L * K) as from `make_planes`, which is otherwise called with ``seed``
     centre  False hashes the keys as they are, to see what centring is for
 
     Returns output (H, Dv) with lse (H,), and for every query head its sample: ascending positions among the N
-    tokens, and their natural-log inclusion probabilities. With N <= sinks + recent attention is exact and the
-    samples are empty. Raises ArgumentError if G does not divide H.
+    tokens, and their natural-log inclusion probabilities. Where no more than the sinks are indexed, attention is exact
+    and the samples are empty. Raises ArgumentError if G does not divide H.
     """
     kv_heads, tokens, head_dim = keys.shape
-    if tokens <= sinks + recent:
+    end = index_end(tokens, recent=recent, stride=stride)
+    if end <= sinks:
         return attend_full(query, keys, values, scale=scale, softcap=softcap), [no_sample()] * len(query)
     working = torch.promote_types(query.dtype, torch.float32)
     query, keys, values = query.to(working), keys.to(working), values.to(working)
@@ -57,18 +67,19 @@ def attend_lsh(
 
     states, samples = [], []
     position = torch.arange(tokens, dtype=torch.int64, device=keys.device)
-    static = (position < sinks) | (position >= tokens - recent)
+    static = (position < sinks) | (position >= end)
     for group, key, value in zip(_grouped(query, kv_heads), keys, values, strict=True):
         # Keys live in a narrow cone opposite to the queries and would hardly ever collide with them.
         # Softmax does not notice when all keys move together; hashing does.
-        body = key[~static]
-        centred = body - body.mean(0) if centre else body
+        segments = key[:end].split(SEGMENT_KEYS)
+        centred = torch.cat([own - segment_centre(own, stride) if centre else own for own in segments])
         tables = build(hash_vectors(centred, planes, K), K)
 
         for head in group.unsqueeze(1):
             found = lookup(hash_vectors(head, planes, K)[0], *tables, min_hits)
+            found = found[found >= sinks]
             log_u = log_inclusion(cosine(head, centred[found]), K, L, min_hits)
-            sample = Sample(ids=sinks + found, log_u=log_u)
+            sample = Sample(ids=found, log_u=log_u)
 
             exact = attend(head, key[static], value[static], scale=scale, softcap=softcap)
             sampled = attend(head, key[sample.ids], value[sample.ids], scale=scale, log_u=sample.log_u, softcap=softcap)
@@ -93,16 +104,21 @@ def attend_sketch(
     epsilon: float | None = None,
     softcap: float | None = None,
     seed: int = 0,
+    layer: int = 0,
+    first_head: int = 0,
+    stride: int = 256,
     centre: bool = True,
 ) -> tuple[AttentionState, list[Sample]]:
     """Estimate attention from ``budget`` keys per key/value head, drawn by what a sketch says of their logits.
 
-    Shapes, ``sinks``, ``recent`` and what is returned as in `attend_lsh`; bits of a code are 1 to 4. The heads of a
-    group share one sample. With ``epsilon`` the sample is extended until it predicts a smaller relative error for all
-    of them, or would have more than a quarter of the keys: then all are read.
+    Shapes, ``sinks``, ``recent``, ``stride`` and what is returned as in `attend_lsh`; bits of a code are 1 to 4. The
+    heads of a group share one sample. With ``epsilon`` the sample is extended until it predicts a smaller relative
+    error for all of them, or would have more than a quarter of the keys: then all are read. ``layer`` and
+    ``first_head``, the place of key/value head 0 among those of the model, say with ``seed`` and N what is drawn.
     """
     kv_heads, tokens, head_dim = keys.shape
-    if tokens <= sinks + recent:
+    end = index_end(tokens, recent=recent, stride=stride)
+    if end <= sinks:
         return attend_full(query, keys, values, scale=scale, softcap=softcap), [no_sample()] * len(query)
     working = torch.promote_types(query.dtype, torch.float32)
     query, keys, values = query.to(working), keys.to(working), values.to(working)
@@ -110,28 +126,28 @@ def attend_sketch(
 
     states, samples = [], []
     position = torch.arange(tokens, dtype=torch.int64, device=keys.device)
-    static = (position < sinks) | (position >= tokens - recent)
+    static = (position < sinks) | (position >= end)
     for g, (group, key, value) in enumerate(zip(_grouped(query, kv_heads), keys, values, strict=True)):
-        body = key[~static]
-        mean = body.mean(0) if centre else torch.zeros_like(body[0])
-        codes = sketch.quantise(body - mean, rotation, bits)
-        offset = scale * group @ mean
+        body = key[:end]
+        centres = sketch.stride_centres(body, stride) if centre else torch.zeros_like(body[::stride])
+        codes = sketch.quantise(body - centres.repeat_interleave(stride, 0), rotation, bits)
+        offset = sketch.centre_offsets(group, centres, stride, scale=scale)
         scores = sketch.score(
             *sketch.quantise_query(group, rotation), codes, scale=scale, offset=offset, softcap=softcap
         )
-        weights = sketch.weigh(scores)
+        weights = sketch.weigh(scores, sinks)
         step = sketch.step_for(weights, budget)
-        start = sketch.start_for(seed, g, tokens, step)
+        start = sketch.start_for(seed, layer, first_head + g, tokens, step)
         exact = attend(group, key[static], value[static], scale=scale, softcap=softcap)
         doublings = 0
         while True:
-            everything = doublings > 0 and budget << doublings > sketch.EXACT_SHARE * len(body)
+            everything = doublings > 0 and budget << doublings > sketch.EXACT_SHARE * (end - sinks)
             if not everything:
                 found, log_u = sketch.pick(weights, step, start, doublings)
             else:
-                found = torch.arange(len(body), dtype=torch.int64, device="cpu")
-                log_u = torch.zeros(len(body), dtype=torch.float64, device="cpu")
-            sample = Sample(ids=sinks + found, log_u=log_u)
+                found = torch.arange(sinks, end, dtype=torch.int64, device="cpu")
+                log_u = torch.zeros(end - sinks, dtype=torch.float64, device="cpu")
+            sample = Sample(ids=found, log_u=log_u)
             rows = key[sample.ids], value[sample.ids]
             sampled = attend(group, *rows, scale=scale, log_u=sample.log_u, softcap=softcap)
             state = merge([exact, sampled])

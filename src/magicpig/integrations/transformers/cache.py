@@ -205,7 +205,7 @@ class MagicPigLayer(CacheLayerMixin):
         B, G, _, D = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         sampled = not self.config.is_dense(self.index)
-        self.stores = [KVStore(G, D, self.dtype, self.config, sampled=sampled) for _ in range(B)]
+        self.stores = [KVStore(G, D, self.dtype, self.config, sampled=sampled, layer=self.index) for _ in range(B)]
         self._decoder = None
         self.is_initialized = True
 

@@ -71,6 +71,37 @@ struct Shares {
   alignas(64) float c_squared[kBatch];  // and times its square
 };
 
+// The same products of one query with rows less centres[j], [dim] in lane order, and the squares of their lengths. Of keys
+// that are far from zero together, products and squares of the differences keep digits that differences would lose.
+template <class T>
+inline void centred_dots(const Batch<T>& batch, int dim, const float* query, const float* const* centres,
+                         Shares* shares, float* norms) {
+  for (int j = 0; j < batch.count; j += kTileRows) {
+    F dot[kTileRows] = {}, norm[kTileRows] = {};
+    for (int d = 0; d < dim; d += 2 * W) {
+      const F qa = load(query + d), qb = load(query + d + W);
+      for (int r = 0; r < kTileRows; ++r) {
+        F a, b;
+        load_pair(batch.row[j + r] + d, a, b);
+        batch.request(j + r, dim, d);
+        if constexpr (kScaled<T>) {
+          a = a * batch.key_scales[j + r] - load(centres[j + r] + d);
+          b = b * batch.key_scales[j + r] - load(centres[j + r] + d + W);
+        } else {
+          a -= load(centres[j + r] + d);
+          b -= load(centres[j + r] + d + W);
+        }
+        dot[r] += a * qa;
+        dot[r] += b * qb;
+        norm[r] += a * a;
+        norm[r] += b * b;
+      }
+    }
+    sum4(dot, shares->p + j);
+    sum4(norm, norms + j);
+  }
+}
+
 // shares[h].p[j] = q_h . key_j and, if asked, norms[j] = |key_j|^2.
 template <class T, int HEADS, bool NORMS, bool PREFETCH>
 inline void dots(const Batch<T>& batch, int dim, const float* const* queries, Shares* shares, float* norms) {
@@ -233,9 +264,10 @@ inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares
   }
 }
 
-// Rows are certain when `log_u` is null; else it has kBatch numbers, of which those past the batch are zero.
-template <class T, int HEADS, bool PREFETCH>
-inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const float* offsets,
+// Rows are certain when `log_u` is null; else it has kBatch numbers, of which those past the batch are zero. offset(h, j):
+// what joins the logits of head h and rows j .. of the batch.
+template <class T, int HEADS, bool PREFETCH, class Offset>
+inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const Offset& offset,
                          LogitRule rule, const float* log_u, State* states) {
   Shares shares[HEADS];
   constexpr int kHeads = HEADS < kTileHeads ? HEADS : kTileHeads;
@@ -245,7 +277,7 @@ inline void attend_batch(const Batch<T>& batch, int dim, const float* const* que
   }
   for (int h = 0; h < HEADS; ++h) {
     for (int j = 0; j < kBatch; j += W) {
-      const F logits = cap_logits(load(shares[h].p + j) * rule.scale + offsets[h], rule.softcap);
+      const F logits = cap_logits(load(shares[h].p + j) * rule.scale + offset(h, j), rule.softcap);
       store(shares[h].p + j, log_u == nullptr ? logits : logits - load(log_u + j));
     }
     softmax_terms(shares[h].p, batch.count, dim, &states[h]);
@@ -282,7 +314,7 @@ inline State empty(int dim, float* values, float* spread) {
 template <class T>
 struct ConsecutiveRows {
   using Element = T;
-  static constexpr bool kPrefetch = kPrefetchInOrder;
+  static constexpr bool kPrefetch = kPrefetchInOrder, kSampled = false;
   const char* first;
   int64_t count;
   int dim;
@@ -294,7 +326,7 @@ struct ConsecutiveRows {
 template <class T>
 struct SampledRows {
   using Element = T;
-  static constexpr bool kPrefetch = true;
+  static constexpr bool kPrefetch = true, kSampled = true;
   const char* const* blocks;
   const uint32_t* ids;
   int64_t count;
@@ -321,7 +353,7 @@ inline auto batch_of(const Rows& rows, int64_t i, int64_t end) {
 }
 
 template <class T>
-void attend_sample_of(const SampledRows<T>& rows, const float* query, float offset, LogitRule rule,
+void attend_sample_of(const SampledRows<T>& rows, const float* query, const RowCentres& centres, LogitRule rule,
                       const InclusionLaw& law, float* log_u_out, State* state) {
   const int64_t count = rows.count;
   const int dim = rows.dim;
@@ -331,15 +363,26 @@ void attend_sample_of(const SampledRows<T>& rows, const float* query, float offs
     State part = empty(dim, values, state->spread == nullptr ? nullptr : spread);
     for (int64_t i = piece; i < end; i += kBatch) {
       const Batch<T> batch = batch_of(rows, i, end);
-      alignas(64) float norms[kBatch], logs[kBatch];
+      alignas(64) float norms[kBatch], logs[kBatch], offsets[kBatch] = {};
       Shares shares;
       float* s = shares.p;
-      dots<T, 1, true, true>(batch, dim, &query, &shares, norms);
+      if (centres.vectors != nullptr) {
+        const float* own[kBatch];
+        for (int j = 0; j < batch.count; ++j) {
+          const int64_t centre = rows.ids[i + j] >> centres.shift;
+          own[j] = centres.vectors + centre * dim;
+          offsets[j] = centres.offsets[centre];
+        }
+        for (int j = batch.count; j % kTileRows != 0; ++j) own[j] = own[batch.count - 1];
+        centred_dots(batch, dim, query, own, &shares, norms);
+      } else {
+        dots<T, 1, true, true>(batch, dim, &query, &shares, norms);
+      }
       for (int j = batch.count; j < kBatch; ++j) s[j] = norms[j] = 0.0f;
       for (int j = 0; j < kBatch; j += W) store(logs + j, log_inclusion(load(s + j), load(norms + j), law));
       if (log_u_out != nullptr) memcpy(log_u_out + i, logs, sizeof(float) * batch.count);
       for (int j = 0; j < kBatch; j += W) {
-        store(s + j, cap_logits(load(s + j) * rule.scale + offset, rule.softcap) - load(logs + j));
+        store(s + j, cap_logits(load(s + j) * rule.scale + load(offsets + j), rule.softcap) - load(logs + j));
       }
       softmax_terms(s, batch.count, dim, &part);
       add_batch<T, 1, true>(batch, dim, logs, &shares, &part);
@@ -348,14 +391,17 @@ void attend_sample_of(const SampledRows<T>& rows, const float* query, float offs
   }
 }
 
-// Attention of `heads` queries over the same rows, which are certain when `log_u` is null.
+// Attention of `heads` queries over the same rows, which are certain when `log_u` is null. What joins their logits is one
+// number a head for consecutive rows, and one for each block and head for those of a sample, or nothing.
 template <class Rows>
-void attend_group(const Rows& rows, const float* log_u, int heads, const float* const* queries, const float* offsets,
+void attend_group(const Rows& rows, const float* log_u, int heads, const float* const* queries,
+                  [[maybe_unused]] const float* offsets, [[maybe_unused]] const BlockOffsets& block_offsets,
                   LogitRule rule, State* states) {
   using T = typename Rows::Element;
   constexpr int kGroup = 4;
   const int dim = rows.dim;
   alignas(64) float values[kGroup][kMaxDim], spread[kGroup][kMaxDim], logs[kBatch];
+  alignas(64) float row_offsets[Rows::kSampled ? kGroup : 1][kBatch] = {};
   const float* const batch_logs = log_u == nullptr ? nullptr : logs;
   for (int h0 = 0; h0 < heads; h0 += kGroup) {
     const int group = heads - h0 < kGroup ? heads - h0 : kGroup;
@@ -369,9 +415,19 @@ void attend_group(const Rows& rows, const float* log_u, int heads, const float* 
         if (log_u != nullptr) {
           for (int j = 0; j < kBatch; ++j) logs[j] = j < batch.count ? log_u[i + j] : 0.0f;
         }
-        const auto attend = [&]<int HEADS>(int h) {
-          attend_batch<T, HEADS, Rows::kPrefetch>(batch, dim, queries + h0 + h, offsets + h0 + h, rule, batch_logs,
-                                                  part + h);
+        if constexpr (Rows::kSampled) {
+          for (int h = 0; block_offsets.values != nullptr && h < group; ++h) {
+            const float* own = block_offsets.values + (h0 + h) * block_offsets.per_head;
+            for (int j = 0; j < batch.count; ++j) row_offsets[h][j] = own[rows.ids[i + j] >> kBlockShift];
+          }
+        }
+        const auto attend = [&]<int HEADS>(int first) {
+          const auto offset = [&](int h, [[maybe_unused]] int j) {
+            if constexpr (Rows::kSampled) return load(row_offsets[first + h] + j);
+            return splat(offsets[h0 + first + h]);
+          };
+          attend_batch<T, HEADS, Rows::kPrefetch>(batch, dim, queries + h0 + first, offset, rule, batch_logs,
+                                                  part + first);
         };
         if (group == 4) {
           attend.template operator()<4>(0);
@@ -381,6 +437,29 @@ void attend_group(const Rows& rows, const float* log_u, int heads, const float* 
         if (group % 2 == 1) attend.template operator()<1>(group - 1);
       }
       for (int h = 0; h < group; ++h) merge(dim, part[h], &states[h0 + h]);
+    }
+  }
+}
+
+template <class T>
+void dot_vectors_of(const T* const* vectors, int dim, int64_t count, int heads, const float* const* queries, float* out,
+                    int64_t per_head) {
+  for (int64_t i = 0; i < count; i += kBatch) {
+    Batch<T> batch;
+    batch.count = (int)(count - i < kBatch ? count - i : kBatch);
+    batch.requested = 0;
+    for (int j = 0; j < batch.count; ++j) batch.row[j] = vectors[i + j];
+    batch.fill_tile();
+    Shares shares[kTileHeads];
+    for (int h = 0; h < heads;) {
+      const int here = heads - h < kTileHeads ? 1 : kTileHeads;
+      if (here == kTileHeads) {
+        dots<T, kTileHeads, false, false>(batch, dim, queries + h, shares, nullptr);
+      } else {
+        dots<T, 1, false, false>(batch, dim, queries + h, shares, nullptr);
+      }
+      for (int r = 0; r < here; ++r) memcpy(out + (h + r) * per_head + i, shares[r].p, sizeof(float) * batch.count);
+      h += here;
     }
   }
 }

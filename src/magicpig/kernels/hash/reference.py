@@ -8,6 +8,8 @@ from torch import Tensor
 
 from magicpig.errors import ArgumentError
 
+CENTRE_STRIDES, CENTRE_KEYS = 16, 4096  # of a segment, at most, whose mean is its centre
+
 
 def make_planes(head_dim: int, K: int, L: int, seed: int) -> Tensor:
     """Draw the normals of ``L * K`` random hyperplanes: float32 of shape (head_dim, L * K).
@@ -38,3 +40,19 @@ def hash_vectors(vectors: Tensor, planes: Tensor, K: int) -> Tensor:
     powers = 2 ** torch.arange(K, dtype=torch.int64, device=vectors.device)
     codes: Tensor = (bits.unflatten(-1, (-1, K)) * powers).sum(-1)
     return codes
+
+
+def centre_strides(indexed: int, stride: int) -> int:
+    """How many of the ``indexed`` strides of an index segment, at least one, make its centre."""
+    most = max(1, min(CENTRE_STRIDES, CENTRE_KEYS // stride))
+    return min(most, 1 << indexed.bit_length() - 1)
+
+
+def segment_centre(keys: Tensor, stride: int) -> Tensor:
+    """The centre (D,) that is taken off ``keys`` (n, D), all of one index segment, before they are hashed.
+
+    The mean of the first strides, a power of two of them and 16 at most: so it follows from how many keys there are,
+    and hardly ever changes when there are more.
+    """
+    first = centre_strides(len(keys) // stride, stride) * stride
+    return keys[:first].to(torch.promote_types(keys.dtype, torch.float32)).mean(0)

@@ -1,6 +1,7 @@
 // The only file that knows Python. Tensors arrive as addresses: kernels/native.py has checked them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -43,7 +44,7 @@ Dtype row_dtype_of(int code) { return code == 3 ? Dtype::i8 : dtype_of(code); }
 
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 using Samples = nb::typed<nb::list, nb::typed<nb::tuple, Bytes, Bytes>>;
-
+using Stepped = nb::typed<nb::tuple, nb::typed<nb::list, int>, Samples>;
 Bytes allocate_array(size_t bytes) {
   struct Owner {
     void* memory;
@@ -102,15 +103,37 @@ int64_t lookup(Address query_codes, int K, int L, Address offsets, Address ids, 
   return n;
 }
 
+// offsets: one of each block, or null.
 void attend(int dtype, int dim, const std::vector<Address>& blocks, Address ids, int64_t count, Address log_u,
-            Address query, float offset, float scale, float softcap, Address output, Address lse) {
+            Address query, Address offsets, float scale, float softcap, Address output, Address lse) {
   std::vector<float> lanes(dim), values(dim);
   const Dtype type = row_dtype_of(dtype);
   State state = empty_state(dim, values.data());
   kernels().to_lane_order(type, at<const float>(query), dim, lanes.data());
   const float* queries[] = {lanes.data()};
   kernels().attend_shared(type, dim, reinterpret_cast<const char* const*>(blocks.data()), at<const uint32_t>(ids),
-                          count, at<const float>(log_u), 1, queries, &offset, {scale, softcap}, &state);
+                          count, at<const float>(log_u), 1, queries,
+                          {at<const float>(offsets), static_cast<int64_t>(blocks.size())}, {scale, softcap}, &state);
+  write_state(type, dim, state, at<float>(output), at<float>(lse));
+}
+
+// The same where log u follows from the law, by the rows less centre id >> shift of (centres, dim); it is written to log_u.
+void attend_hashed(int dtype, int dim, const std::vector<Address>& blocks, Address ids, int64_t count, Address query,
+                   Address centres, int64_t centre_count, int shift, Address offsets, const HitLaw& law, float scale,
+                   float softcap, Address log_u, Address output, Address lse) {
+  std::vector<float> lanes(dim), values(dim), vectors(centre_count * dim);
+  const Dtype type = row_dtype_of(dtype);
+  State state = empty_state(dim, values.data());
+  kernels().to_lane_order(type, at<const float>(query), dim, lanes.data());
+  for (int64_t i = 0; i < centre_count; ++i) {
+    kernels().to_lane_order(type, at<const float>(centres) + i * dim, dim, vectors.data() + i * dim);
+  }
+  double norm = 0;
+  for (int d = 0; d < dim; ++d) norm += std::pow(static_cast<double>(at<const float>(query)[d]), 2);
+  const RowCentres from{centre_count == 0 ? nullptr : vectors.data(), at<const float>(offsets), shift};
+  kernels().attend_sample(type, dim, reinterpret_cast<const char* const*>(blocks.data()), at<const uint32_t>(ids),
+                          count, lanes.data(), from, {scale, softcap},
+                          {law.log_u.data(), static_cast<float>(std::sqrt(norm))}, at<float>(log_u), &state);
   write_state(type, dim, state, at<float>(output), at<float>(lse));
 }
 
@@ -149,28 +172,38 @@ void merge_states(int parts, int heads, int dim, Address outputs, Address lses, 
 }
 
 // Weights of `count` keys of one kv head, (blocks, kSketchKeys) uint32, as the queries (heads, dim) of its group see them.
-// Also the whole numbers of these queries, (heads, dim) int8; returns the score, in octaves, that weighs 1 for each of them.
-std::vector<double> weigh_sketch(const SketchSampler& sampler, Address queries, int heads, Address offsets, float scale,
-                                 float softcap, Address words, Address scales, int64_t count, Address weights,
-                                 Address whole) {
+// Also the whole numbers of these queries, (heads, dim) int8, and what centres add to scores in octaves, (heads, strides)
+// float; returns the score, in octaves, that weighs 1 for each of them.
+std::vector<double> weigh_sketch(const SketchSampler& sampler, Address queries, int heads, float scale, float softcap,
+                                 Address words, Address scales, Address centres, int64_t count, int64_t sinks,
+                                 int stride_shift, Address weights, Address whole, Address offsets) {
   std::vector<SketchQuery> prepared(heads);
   std::vector<ScoreRule> rules;
   std::vector<ScoreSum> sums(heads);
-  std::vector<float> turned(static_cast<size_t>(heads) * sampler.dim());
-  kernels().turn(at<const float>(queries), sampler.dim(), heads, sampler.rotation(), turned.data());
+  const int dim = sampler.dim();
+  std::vector<float> turned(static_cast<size_t>(heads) * dim), lanes(static_cast<size_t>(heads) * dim);
+  std::vector<const float*> each;
+  kernels().turn(at<const float>(queries), dim, heads, sampler.rotation(), turned.data());
   for (int h = 0; h < heads; ++h) {
-    prepare_query(sampler, turned.data() + static_cast<int64_t>(h) * sampler.dim(), at<const float>(offsets)[h],
-                  {scale, softcap}, &prepared[h]);
+    const int64_t first = static_cast<int64_t>(h) * dim;
+    prepare_query(sampler, turned.data() + first, {scale, softcap}, &prepared[h]);
     rules.push_back(prepared[h].rule);
-    std::copy_n(prepared[h].values, sampler.dim(), at<int8_t>(whole) + static_cast<int64_t>(h) * sampler.dim());
+    std::copy_n(prepared[h].values, dim, at<int8_t>(whole) + first);
+    kernels().to_lane_order(Dtype::bf16, at<const float>(queries) + first, dim, lanes.data() + first);
+    each.push_back(lanes.data() + first);
   }
-  const SketchPiece all{at<const uint32_t>(words), at<const uint16_t>(scales), count};
-  const Pilot pilot(count);
-  sum_pilot(sampler.layout(), {all}, pilot, 0, pilot.blocks(), heads, rules.data(), sums.data());
+  const SketchPiece all{at<const uint32_t>(words), at<const uint16_t>(scales), at<const uint16_t>(centres), 0, count};
+  const ScoredGroup group{sampler.layout(), dim, stride_shift, heads, rules.data(), each.data()};
+  const Pilot pilot(count, sinks);
+  sum_pilot(group, {all}, pilot, 0, pilot.blocks(), sums.data());
   const WeightRule rule = weight_rule(rules, sums.data(), 1, pilot);
   std::vector<uint32_t> unused((count + kSumKeys - 1) / kSumKeys + kSketchKeys);
-  kernels().weigh(sampler.layout(), all.words, all.scales, count, heads, rule.heads.data(), rule.ones.data(),
-                  rule.octaves, rule.floor, at<uint32_t>(weights), unused.data());
+  weigh_piece(group, all, rule, at<uint32_t>(weights), unused.data());
+  std::fill_n(at<uint32_t>(weights), sinks, 0u);
+  const int64_t strides = ((count - 1) >> stride_shift) + 1;
+  std::vector<const void*> vectors;
+  for (int64_t i = 0; i < strides; ++i) vectors.push_back(all.centres + i * dim);
+  score_offsets(group, vectors.data(), strides, at<float>(offsets), strides);
   std::vector<double> ones;
   for (const float one : rule.ones) ones.push_back(one / (1 << 23));
   return ones;
@@ -179,30 +212,33 @@ std::vector<double> weigh_sketch(const SketchSampler& sampler, Address queries, 
 // The draw of `budget` of the `count` keys of one kv head by their weights: the step, the start, the indices of the keys
 // that were drawn, and their log u.
 std::tuple<uint64_t, uint64_t, std::vector<uint32_t>, std::vector<float>> draw_sketch(Address weights, int64_t count,
-                                                                                      int64_t budget, uint64_t seed,
+                                                                                      int64_t sinks, int64_t budget,
+                                                                                      uint64_t seed, int layer,
                                                                                       int head, int64_t position,
                                                                                       int doublings) {
   Weights own;
   const int64_t blocks = (count + kSketchKeys - 1) / kSketchKeys;
-  own.reset(count, blocks);
-  own.add(count);
+  own.reset(count, sinks);
   std::fill_n(own.weights(0), blocks * kSketchKeys, 0);
   std::copy_n(at<const uint32_t>(weights), count, own.weights(0));
   for (int64_t i = 0; i < blocks * (kSketchKeys / kSumKeys); ++i) {
     *(own.sums(0) + i) = std::accumulate(own.weights(0) + i * kSumKeys, own.weights(0) + (i + 1) * kSumKeys, 0u);
   }
   own.settle_step(budget);
-  const uint64_t start = start_for(seed, head, position, own.step());
+  const uint64_t start = start_for(
+      {seed, static_cast<uint64_t>(layer), static_cast<uint64_t>(head), static_cast<uint64_t>(position)}, own.step());
   std::vector<uint32_t> indices;
   std::vector<float> log_u;
   own.pick(start, doublings, &indices, &log_u);
   return {own.step(), start, indices, log_u};
 }
 
-Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* lsh, const SketchSampler* sketch,
-                    int dtype, int query_heads, Address query, Address key, Address value, float scale, float softcap,
-                    Address sink_logits, Address output, Address lse, Address predicted_error, bool capture) {
+// The faults of the sequences, or nothing if there are none; and their samples.
+Stepped decode_step(const std::vector<StoreView*>& stores, int dtype, int query_heads, Address query, Address key,
+                      Address value, float scale, float softcap, Address sink_logits, Address output, Address lse,
+                      Address predicted_error, bool capture) {
   std::vector<HeadSample> samples;
+  std::vector<Fault> faults;
   Step step{.dtype = dtype_of(dtype),
             .query_heads = query_heads,
             .query = at<const void>(query),
@@ -216,7 +252,7 @@ Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* lsh
             .capture = capture ? &samples : nullptr};
   {
     nb::gil_scoped_release release;
-    decode(stores, lsh, sketch, step);
+    faults = decode(stores, step);
   }
   nb::list out;
   for (const HeadSample& sample : samples) {
@@ -226,6 +262,16 @@ Samples decode_step(const std::vector<StoreView*>& stores, const LshSampler* lsh
     std::copy(sample.log_u.begin(), sample.log_u.end(), reinterpret_cast<float*>(log_u.data()));
     out.append(nb::make_tuple(ids, log_u));
   }
+  nb::list found;
+  if (std::any_of(faults.begin(), faults.end(), [](Fault fault) { return fault != Fault::none; })) {
+    for (const Fault fault : faults) found.append(static_cast<int>(fault));
+  }
+  return nb::make_tuple(found, out);
+}
+
+std::vector<const float*> floats_at(const std::vector<Address>& addresses) {
+  std::vector<const float*> out;
+  for (const Address address : addresses) out.push_back(at<const float>(address));
   return out;
 }
 
@@ -237,8 +283,6 @@ void raise(const char* name, const char* message) {
 void translate(const std::exception_ptr& thrown, void*) {
   try {
     std::rethrow_exception(thrown);
-  } catch (const RangeError& error) {
-    raise("NotFiniteError", error.what());
   } catch (const EnvironmentError& error) {
     raise("EnvironmentVariableError", error.what());
   } catch (const std::invalid_argument& error) {
@@ -263,6 +307,7 @@ NB_MODULE(_native, m) {
   m.attr("TILE") = kTileDirections;
   m.attr("SKETCH_KEYS") = kSketchKeys;
   m.attr("MAX_THREADS") = kMaxThreads;
+  m.attr("LEAST_STRIDE") = kLeastStride;
 
   m.def("isa", [] { return kernels().name; });
   m.def("use_isa", [](const std::string& name) { use_level(name.c_str()); }, "name"_a);
@@ -282,7 +327,7 @@ NB_MODULE(_native, m) {
 
   m.def(
       "hash",
-      [](int dtype, int dim, const std::vector<Address>& rows, int64_t count, int64_t row_bytes,
+      [](int dtype, int dim, const std::vector<Address>& rows, int64_t count, int64_t row_bytes, Address centres,
          const LshSampler& sampler, Address codes, int64_t code_stride) {
         hash_rows({.dtype = row_dtype_of(dtype),
                    .dim = dim,
@@ -290,13 +335,28 @@ NB_MODULE(_native, m) {
                    .count = count,
                    .row_bytes = row_bytes,
                    .rows = reinterpret_cast<const char* const*>(rows.data()),
+                   .centres = at<const float>(centres),
+                   .head_dim = sampler.head_dim,
                    .directions = sampler.directions(),
                    .K = sampler.K,
                    .L = sampler.L,
                    .code_stride = code_stride},
                   at<uint16_t>(codes));
       },
-      "dtype"_a, "dim"_a, "rows"_a, "count"_a, "row_bytes"_a, "sampler"_a, "codes"_a, "code_stride"_a, Unlocked());
+      "dtype"_a, "dim"_a, "rows"_a, "count"_a, "row_bytes"_a, "centres"_a, "sampler"_a, "codes"_a, "code_stride"_a,
+      Unlocked());
+  m.def(
+      "mean_keys",
+      [](int dtype, const std::vector<Address>& rows, int head_dim, int64_t count, int64_t row_bytes,
+         Address row_centres, Address means) {
+        parallel(static_cast<int64_t>(rows.size()), [&](int64_t head) {
+          const float* centre = row_centres == 0 ? nullptr : at<const float>(row_centres) + head * head_dim;
+          alignas(64) float mean[kMaxDim];
+          mean_key({row_dtype_of(dtype), head_dim, at<const char>(rows[head]), row_bytes, centre}, count, mean);
+          std::copy_n(mean, head_dim, at<float>(means) + head * head_dim);
+        });
+      },
+      "dtype"_a, "rows"_a, "head_dim"_a, "count"_a, "row_bytes"_a, "row_centres"_a, "means"_a, Unlocked());
   m.def(
       "build",
       [](Address codes, int64_t tables, int64_t count, int K, Address offsets, Address ids) {
@@ -323,8 +383,11 @@ NB_MODULE(_native, m) {
       "a_offsets"_a, "a_ids"_a, "a_count"_a, "count"_a, "tables"_a, "K"_a, "offsets"_a, "ids"_a, Unlocked());
   m.def("lookup", &lookup, "query_codes"_a, "K"_a, "L"_a, "offsets"_a, "ids"_a, "first"_a, "count"_a, "min_hits"_a,
         "found"_a, Unlocked());
-  m.def("attend", &attend, "dtype"_a, "dim"_a, "blocks"_a, "ids"_a, "count"_a, "log_u"_a, "query"_a, "offset"_a,
+  m.def("attend", &attend, "dtype"_a, "dim"_a, "blocks"_a, "ids"_a, "count"_a, "log_u"_a, "query"_a, "offsets"_a,
         "scale"_a, "softcap"_a, "output"_a, "lse"_a, Unlocked());
+  m.def("attend_hashed", &attend_hashed, "dtype"_a, "dim"_a, "blocks"_a, "ids"_a, "count"_a, "query"_a, "centres"_a,
+        "centre_count"_a, "shift"_a, "offsets"_a, "law"_a, "scale"_a, "softcap"_a, "log_u"_a, "output"_a, "lse"_a,
+        Unlocked());
   m.def("attend_rows", &attend_rows, "dtype"_a, "dim"_a, "rows"_a, "count"_a, "heads"_a, "queries"_a, "offsets"_a,
         "scale"_a, "softcap"_a, "output"_a, "lse"_a, Unlocked());
   m.def("merge", &merge_states, "parts"_a, "heads"_a, "dim"_a, "outputs"_a, "lses"_a, "output"_a, "lse"_a, Unlocked());
@@ -348,25 +411,28 @@ NB_MODULE(_native, m) {
         kernels().from_float(dtype_of(to_dtype), wide.data(), count, at<void>(to));
       },
       "from_dtype"_a, "source"_a, "count"_a, "to_dtype"_a, "to"_a, Unlocked());
-  m.def("decode_step", &decode_step, "stores"_a, "lsh"_a.none(), "sketch"_a.none(), "dtype"_a, "query_heads"_a,
-        "query"_a, "key"_a, "value"_a, "scale"_a, "softcap"_a, "sink_logits"_a, "output"_a, "lse"_a,
-        "predicted_error"_a, "capture"_a);
+  m.def("decode_step", &decode_step, "stores"_a, "dtype"_a, "query_heads"_a, "query"_a, "key"_a, "value"_a, "scale"_a,
+        "softcap"_a, "sink_logits"_a, "output"_a, "lse"_a, "predicted_error"_a, "capture"_a);
   m.def(
       "sketch",
-      [](int dtype, const std::vector<Address>& rows, int64_t count, int64_t row_bytes, const SketchSampler& sampler,
-         int64_t first, int64_t blocks, Address words, Address scales) {
+      [](int dtype, const std::vector<Address>& rows, int64_t count, int64_t row_bytes, Address row_centres,
+         const SketchSampler& sampler, int64_t first, int64_t blocks, int stride_shift, bool centred, Address words,
+         Address scales, Address centres) {
         sketch_rows({.dtype = row_dtype_of(dtype),
                      .heads = static_cast<int>(rows.size()),
                      .count = count,
                      .row_bytes = row_bytes,
                      .rows = reinterpret_cast<const char* const*>(rows.data()),
+                     .row_centres = at<const float>(row_centres),
                      .sampler = sampler,
                      .first = first,
-                     .blocks = blocks},
-                    at<uint32_t>(words), at<uint16_t>(scales));
+                     .blocks = blocks,
+                     .stride_shift = stride_shift,
+                     .centred = centred},
+                    at<uint32_t>(words), at<uint16_t>(scales), at<uint16_t>(centres));
       },
-      "dtype"_a, "rows"_a, "count"_a, "row_bytes"_a, "sampler"_a, "first"_a, "blocks"_a, "words"_a, "scales"_a,
-      Unlocked());
+      "dtype"_a, "rows"_a, "count"_a, "row_bytes"_a, "row_centres"_a, "sampler"_a, "first"_a, "blocks"_a,
+      "stride_shift"_a, "centred"_a, "words"_a, "scales"_a, "centres"_a, Unlocked());
   m.def(
       "copy_sketch",
       [](Address words, Address scales, int64_t count, int64_t blocks, int heads, int key_words, Address to_words,
@@ -376,51 +442,66 @@ NB_MODULE(_native, m) {
       },
       "words"_a, "scales"_a, "count"_a, "blocks"_a, "heads"_a, "key_words"_a, "to_words"_a, "to_scales"_a, "first"_a,
       "to_blocks"_a, Unlocked());
-  m.def("weigh", &weigh_sketch, "sampler"_a, "queries"_a, "heads"_a, "offsets"_a, "scale"_a, "softcap"_a, "words"_a,
-        "scales"_a, "count"_a, "weights"_a, "whole"_a, Unlocked());
-  m.def("draw", &draw_sketch, "weights"_a, "count"_a, "budget"_a, "seed"_a, "head"_a, "position"_a, "doublings"_a,
-        Unlocked());
+  m.def("weigh", &weigh_sketch, "sampler"_a, "queries"_a, "heads"_a, "scale"_a, "softcap"_a, "words"_a, "scales"_a,
+        "centres"_a, "count"_a, "sinks"_a, "stride_shift"_a, "weights"_a, "whole"_a, "offsets"_a, Unlocked());
+  m.def("draw", &draw_sketch, "weights"_a, "count"_a, "sinks"_a, "budget"_a, "seed"_a, "layer"_a, "head"_a,
+        "position"_a, "doublings"_a, Unlocked());
 
   nb::class_<LshSampler>(m, "LshSampler")
       .def(
           "__init__",
-          [](LshSampler* self, int head_dim, int K, int L, int min_hits, Address directions, Address log_u) {
-            new (self) LshSampler{head_dim, K, L, min_hits, {}, {}};
+          [](LshSampler* self, int head_dim, int K, int L, Address directions) {
+            new (self) LshSampler{head_dim, K, L, {}};
             const int64_t pairs = (head_dim + 1) / 2;
-            self->packed.resize(static_cast<size_t>(self->directions().tiles) * pairs * kTileDirections * 2);
+            self->packed.resize(static_cast<size_t>(self->tiles()) * pairs * kTileDirections * 2);
             pack_directions(at<const float>(directions), head_dim, K * L, self->packed.data());
+          },
+          "head_dim"_a, "K"_a, "L"_a, "directions"_a)
+      .def_ro("head_dim", &LshSampler::head_dim)
+      .def_ro("K", &LshSampler::K)
+      .def_ro("L", &LshSampler::L);
+
+  nb::class_<HitLaw>(m, "HitLaw")
+      .def(
+          "__init__",
+          [](HitLaw* self, int min_hits, Address log_u) {
+            new (self) HitLaw{min_hits, {}};
             self->log_u.assign(at<const float>(log_u), at<const float>(log_u) + kLawSize + 1);
           },
-          "head_dim"_a, "K"_a, "L"_a, "min_hits"_a, "directions"_a, "log_u"_a);
+          "min_hits"_a, "log_u"_a);
 
   nb::class_<SketchSampler>(m, "SketchSampler")
       .def_prop_ro("words", [](const SketchSampler& self) { return self.layout().words; })
+      .def_ro("bits", &SketchSampler::bits)
+      .def_ro("head_dim", &SketchSampler::head_dim)
       .def(
           "__init__",
-          [](SketchSampler* self, int head_dim, int bits, uint64_t seed, double budget, float epsilon, double limit,
-             float distance, Address rotation) {
-            new (self) SketchSampler{head_dim, bits, seed, budget, epsilon, limit, distance, {}};
+          [](SketchSampler* self, int head_dim, int bits, float distance, Address rotation) {
+            new (self) SketchSampler{head_dim, bits, distance, {}};
             self->rows.assign(static_cast<size_t>(head_dim) * self->dim(), 0.0f);
             for (int d = 0; d < head_dim; ++d) {
               std::copy_n(at<const float>(rotation) + static_cast<int64_t>(d) * head_dim, head_dim,
                           self->rows.begin() + static_cast<int64_t>(d) * self->dim());
             }
           },
-          "head_dim"_a, "bits"_a, "seed"_a, "budget"_a, "epsilon"_a, "limit"_a, "distance"_a, "rotation"_a);
+          "head_dim"_a, "bits"_a, "distance"_a, "rotation"_a);
 
   nb::class_<StoreView>(m, "StoreView")
       .def(
           "__init__",
-          [](StoreView* self, int dtype, int heads, int head_dim, int64_t sinks) {
+          [](StoreView* self, int dtype, int heads, int head_dim, int64_t sinks, int stride_shift, int layer,
+             int first_head) {
             new (self) StoreView;
             self->dtype = row_dtype_of(dtype);
             self->heads = heads;
             self->head_dim = head_dim;
             self->dim = (head_dim + kLane - 1) / kLane * kLane;
-            self->sinks = self->indexed_to = sinks;
-            self->mean.assign(static_cast<size_t>(heads) * self->dim, 0.0f);
+            self->sinks = sinks;
+            self->stride_shift = stride_shift;
+            self->layer = layer;
+            self->first_head = first_head;
           },
-          "dtype"_a, "heads"_a, "head_dim"_a, "sinks"_a)
+          "dtype"_a, "heads"_a, "head_dim"_a, "sinks"_a, "stride_shift"_a, "layer"_a, "first_head"_a)
       .def_rw("length", &StoreView::length)
       .def_rw("indexed_to", &StoreView::indexed_to)
       .def_ro("dim", &StoreView::dim)
@@ -435,43 +516,59 @@ NB_MODULE(_native, m) {
                                             std::vector<int64_t>(all.bins.begin(), all.bins.end()));
                    })
       .def(
-          "set_mean",
-          [](StoreView& self, Address mean) {
-            for (int g = 0; g < self.heads; ++g) {
-              std::copy_n(at<const float>(mean) + static_cast<int64_t>(g) * self.head_dim, self.head_dim,
-                          self.mean.begin() + static_cast<int64_t>(g) * self.dim);
-            }
+          "set_sampler",
+          [](StoreView& self, std::shared_ptr<const LshSampler> lsh, std::shared_ptr<const SketchSampler> sketch) {
+            self.lsh = std::move(lsh);
+            self.sketch = std::move(sketch);
           },
-          "mean"_a)
+          "lsh"_a.none(), "sketch"_a.none())
+      .def(
+          "set_policy",
+          [](StoreView& self, double budget, float epsilon, double limit, uint64_t seed,
+             std::shared_ptr<const HitLaw> law) { self.policy = {budget, epsilon, limit, seed, std::move(law)}; },
+          "budget"_a, "epsilon"_a, "limit"_a, "seed"_a, "law"_a.none())
       .def(
           "set_blocks",
           [](StoreView& self, const std::vector<Address>& rows, const std::vector<int64_t>& head_strides) {
-            self.blocks.clear();
-            for (size_t i = 0; i < rows.size(); ++i) self.blocks.push_back({at<char>(rows[i]), head_strides[i]});
-            self.blocks_changed();
+            std::vector<StoreView::Block> blocks;
+            for (size_t i = 0; i < rows.size(); ++i) blocks.push_back({at<char>(rows[i]), head_strides[i]});
+            self.set_blocks(std::move(blocks));
           },
           "rows"_a, "head_strides"_a)
       .def(
+          "set_row_centres",
+          [](StoreView& self, const std::vector<Address>& centres) { self.set_row_centres(floats_at(centres)); },
+          "centres"_a)
+      .def(
+          "set_tail",
+          [](StoreView& self, int dtype, Address rows, int64_t head_stride, int64_t first) {
+            self.tail_dtype = dtype_of(dtype);
+            self.tail = {at<char>(rows), head_stride};
+            self.tail_from = first;
+          },
+          "dtype"_a, "rows"_a, "head_stride"_a, "first"_a)
+      .def(
           "set_segments",
           [](StoreView& self, const std::vector<Address>& offsets, const std::vector<Address>& ids,
-             const std::vector<int64_t>& firsts, const std::vector<int64_t>& counts) {
-            self.segments.clear();
+             const std::vector<int64_t>& firsts, const std::vector<int64_t>& counts,
+             const std::vector<Address>& centres) {
+            std::vector<StoreView::IndexSegment> segments;
             for (size_t i = 0; i < offsets.size(); ++i) {
-              self.segments.push_back(
-                  {at<const uint32_t>(offsets[i]), at<const uint16_t>(ids[i]), firsts[i], counts[i]});
+              segments.push_back({at<const uint32_t>(offsets[i]), at<const uint16_t>(ids[i]), firsts[i], counts[i]});
             }
+            self.set_segments(std::move(segments), floats_at(centres));
           },
-          "offsets"_a, "ids"_a, "firsts"_a, "counts"_a)
+          "offsets"_a, "ids"_a, "firsts"_a, "counts"_a, "centres"_a)
       .def(
           "set_sketches",
           [](StoreView& self, const std::vector<Address>& words, const std::vector<Address>& scales,
-             const std::vector<int64_t>& firsts, const std::vector<int64_t>& counts,
-             const std::vector<int64_t>& blocks) {
+             const std::vector<Address>& centres, const std::vector<int64_t>& firsts,
+             const std::vector<int64_t>& counts, const std::vector<int64_t>& blocks) {
             self.sketches.clear();
             for (size_t i = 0; i < words.size(); ++i) {
-              self.sketches.push_back(
-                  {at<const uint32_t>(words[i]), at<const uint16_t>(scales[i]), firsts[i], counts[i], blocks[i]});
+              self.sketches.push_back({at<const uint32_t>(words[i]), at<const uint16_t>(scales[i]),
+                                       at<const uint16_t>(centres[i]), firsts[i], counts[i], blocks[i]});
             }
           },
-          "words"_a, "scales"_a, "firsts"_a, "counts"_a, "blocks"_a);
+          "words"_a, "scales"_a, "centres"_a, "firsts"_a, "counts"_a, "blocks"_a);
 }

@@ -6,11 +6,6 @@
 
 namespace magicpig {
 
-// Numbers are not finite, or do not fit where they are kept: NotFiniteError.
-struct RangeError : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
-};
-
 // An environment variable has a value that is not allowed: EnvironmentVariableError.
 struct EnvironmentError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;

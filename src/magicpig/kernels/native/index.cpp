@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "rows.h"
 
 namespace magicpig {
 
@@ -52,7 +53,10 @@ void hash_rows(const HashJob& job, uint16_t* codes) {
     keys.resize(kKeys * job.dim);
     bits.resize(kKeys * tiles);
     for (int64_t i = 0; i < n; ++i) {
-      run.to_float(job.dtype, job.rows[head] + (start + i) * job.row_bytes, job.dim, keys.data() + i * job.dim);
+      float* key = keys.data() + i * job.dim;
+      read_key(job.dtype, job.dim, job.rows[head] + (start + i) * job.row_bytes, key);
+      if (job.centres == nullptr) continue;
+      for (int d = 0; d < job.head_dim; ++d) key[d] -= job.centres[head * job.head_dim + d];
     }
     run.hash(keys.data(), job.dim, n, job.directions, 0, tiles, bits.data());
     codes_of(bits.data(), n, tiles, job.K, job.L, codes + head * job.L * job.code_stride + start, 1, job.code_stride);

@@ -16,7 +16,6 @@ void codes_of(const uint64_t* bits, int64_t n, int tiles, int K, int L, uint16_t
 
 // Hash codes of n rows of G heads: codes[(g * L + t) * n + i].
 // `rows[g]` points at the first key of head g; consecutive keys are `row_bytes` apart and zero padded to `dim`.
-// Scales make no difference to a sign, and are not looked at.
 struct HashJob {
   Dtype dtype;
   int dim;
@@ -24,6 +23,8 @@ struct HashJob {
   int64_t count;
   int64_t row_bytes;
   const char* const* rows;
+  const float* centres;  // [heads][head_dim], which is taken off the keys as they are kept, or null
+  int head_dim;
   Directions directions;
   int K, L;
   int64_t code_stride;  // keys of a table of `codes`

@@ -26,12 +26,14 @@ constexpr int kMaxDim = 512;         // largest padded head dimension
 constexpr int kBlockRows = 4096;     // rows of one block of the store
 constexpr int kBlockShift = 12;      // log2(kBlockRows)
 constexpr int kSegmentRows = 65536;  // keys of one index segment: ids have 16 bits
+constexpr int kSegmentShift = 16;    // log2(kSegmentRows)
 constexpr int kTileDirections = 64;  // hash directions of one packed tile: one 64-bit word of signs
 constexpr int kLawSize = 4096;       // intervals of the table of log inclusion probabilities
 constexpr int kMaxTables = 1024;
 constexpr int kSketchKeys = 64;  // keys of one block of a sketch
 constexpr int kSumKeys = 16;     // keys whose weights are summed, so that a walk along them can skip these
 constexpr int kLookupSlack = 4;  // ids that `lookup` may write past those it returns
+constexpr int kLeastStride = 8;  // keys of a sketch that have a centre in common, at least; a power of two
 
 // The hash directions, packed: [tile][pair of dims][64 directions][2] bfloat16.
 struct Directions {
@@ -66,6 +68,21 @@ struct State {
   double spread_square;
 };
 
+// Rows of a sample as a hash sees them: minus a vector, row id minus number id >> shift of `vectors` [..][dim], in lane
+// order, or as they are if there are none. offsets[id >> shift] joins the logit of a row: what that vector adds to it.
+struct RowCentres {
+  const float* vectors;
+  const float* offsets;
+  int shift;
+};
+
+// What joins the logits of rows of a sample that are kept minus a vector: of head h and row id, values[h * per_head +
+// (id >> kBlockShift)], or nothing if there are no values.
+struct BlockOffsets {
+  const float* values;
+  int64_t per_head;
+};
+
 // log u as a function of the cosine: kLawSize + 1 values on x = sign(c) * (1 - sqrt(1 - |c|)) in [-1, 1].
 struct InclusionLaw {
   const float* log_u;
@@ -88,20 +105,30 @@ struct SketchLayout {
   int words;  // of a key
 };
 
-// One block of a sketch, of which the first `keys` are there.
+// What the centres of keys add to their scores, before a softcap to their logits: of head h and the i-th key,
+// values[h * per_head + (i >> shift)], with 2^shift keys to a centre.
+struct ScoreOffsets {
+  const float* values;
+  int64_t per_head;
+  int shift;
+};
+
+// One block of a sketch, of whose keys those from `begin` to `end` count. offsets: of its first key and the first head.
 struct SketchBlock {
   const uint32_t* words;
   const uint16_t* scales;
-  int keys;
+  const float* offsets;
+  int begin, end;
 };
 
-// A query head as it meets a sketch: score = unit * scale of the key * dot of `query` and the key's odd levels, which is
-// the logit they stand for in units of 2^-23 octaves.
+// A query head as it meets a sketch: score = unit * scale of the key * dot of `query` and the key's odd levels + offset,
+// which is the logit they stand for in units of 2^-23 octaves.
 struct ScoreRule {
-  const int8_t* query;  // head_dim numbers, zero padded to kLane
-  float correction;     // turns twice a dot with codes into one with levels: (2^bits - 1) * sum of the numbers
-  float unit;           // of a score; before a softcap, of a logit
-  float offset, softcap, octaves;  // with a softcap: joins the logit; the cap; the score of a logit of 1
+  const int8_t* query;     // head_dim numbers, zero padded to kLane
+  float correction;        // turns twice a dot with codes into one with levels: (2^bits - 1) * sum of the numbers
+  float unit;              // of a score; before a softcap, of a logit
+  float offset_unit;       // turns a dot of the query and a centre into an offset
+  float softcap, octaves;  // with a softcap: the cap; the score of a logit of 1
 };
 
 // The sum of 2^(score - base) of one head, the base in octaves.
@@ -136,12 +163,15 @@ struct Kernels {
   // Attention of one query over sampled rows. Row id is at blocks[id >> kBlockShift] + (id & mask) rows.
   // log u comes from `law`; it is also written to `log_u_out` unless null.
   void (*attend_sample)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
-                        const float* query, float offset, LogitRule rule, const InclusionLaw& law, float* log_u_out,
-                        State* state);
+                        const float* query, const RowCentres& centres, LogitRule rule, const InclusionLaw& law,
+                        float* log_u_out, State* state);
   // Attention of `heads` queries over the same sampled rows, whose log u is given.
   void (*attend_shared)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
-                        const float* log_u, int heads, const float* const* queries, const float* offsets,
+                        const float* log_u, int heads, const float* const* queries, const BlockOffsets& offsets,
                         LogitRule rule, State* states);
+  // Products dots[h * per_head + i] of `heads` queries, in lane order of `dtype`, a float one, with `count` vectors [dim].
+  void (*dot_vectors)(Dtype dtype, int dim, const void* const* vectors, int64_t count, int heads,
+                      const float* const* queries, float* dots, int64_t per_head);
   void (*merge)(int dim, const State& from, State* into);
 
   // n vectors (each `stride` floats apart) times the rotation: y [n][dim].
@@ -150,14 +180,14 @@ struct Kernels {
   // length of the key.
   void (*pack)(const float* turned, const Rotation& rotation, int bits, float distance, int lane, uint32_t* block,
                uint16_t* scale);
-  // Sums of the powers of the scores of `count` blocks, one a head.
+  // Sums of the powers of the scores of `count` blocks, one a head. Of `offsets` it takes all but the values.
   void (*sum_powers)(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads,
-                     const ScoreRule* rules, ScoreSum* sums);
+                     const ScoreRule* rules, const ScoreOffsets& offsets, ScoreSum* sums);
   // Weights [block][kSketchKeys] of such keys: sum over heads of the powers of scores less `ones`, none above
   // 2^octaves, + floor; zero past `count`. Also the sum of every kSumKeys weights.
   void (*weigh)(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-                const ScoreRule* rules, const float* ones, int octaves, int32_t floor, uint32_t* weights,
-                uint32_t* sums);
+                const ScoreRule* rules, const ScoreOffsets& offsets, const float* ones, int octaves, int32_t floor,
+                uint32_t* weights, uint32_t* sums);
 };
 
 // The levels this build holds, best first, and whether this machine can run each.

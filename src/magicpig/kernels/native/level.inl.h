@@ -39,28 +39,36 @@ void from_lane_order(Dtype dtype, const float* from, int dim, float* to) {
 void attend_rows(Dtype dtype, int dim, const char* rows, int64_t count, int heads, const float* const* queries,
                  const float* offsets, LogitRule rule, State* states) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_group(ConsecutiveRows<T>{rows, count, dim}, nullptr, heads, queries, offsets, rule, states);
+    attend_group(ConsecutiveRows<T>{rows, count, dim}, nullptr, heads, queries, offsets, {}, rule, states);
   });
 }
 
 void attend_sample(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
-                   const float* query, float offset, LogitRule rule, const InclusionLaw& law, float* log_u_out,
-                   State* state) {
+                   const float* query, const RowCentres& centres, LogitRule rule, const InclusionLaw& law,
+                   float* log_u_out, State* state) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_sample_of(SampledRows<T>{blocks, ids, count, dim}, query, offset, rule, law, log_u_out, state);
+    attend_sample_of(SampledRows<T>{blocks, ids, count, dim}, query, centres, rule, law, log_u_out, state);
   });
 }
 
 void attend_shared(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
-                   const float* log_u, int heads, const float* const* queries, const float* offsets, LogitRule rule,
-                   State* states) {
+                   const float* log_u, int heads, const float* const* queries, const BlockOffsets& offsets,
+                   LogitRule rule, State* states) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_group(SampledRows<T>{blocks, ids, count, dim}, log_u, heads, queries, offsets, rule, states);
+    attend_group(SampledRows<T>{blocks, ids, count, dim}, log_u, heads, queries, nullptr, offsets, rule, states);
   });
 }
 
-constexpr Kernels kTable{
-    MAGICPIG_LEVEL, hash,          lookup,        to_float, from_float, to_bytes, to_lane_order, from_lane_order,
-    attend_rows,    attend_sample, attend_shared, merge,    turn,       pack,     sum_powers,    weigh};
+void dot_vectors(Dtype dtype, int dim, const void* const* vectors, int64_t count, int heads,
+                 const float* const* queries, float* dots, int64_t per_head) {
+  with_float(dtype, [&]<class T>(const T*) {
+    dot_vectors_of((const T* const*)vectors, dim, count, heads, queries, dots, per_head);
+  });
+}
+
+constexpr Kernels kTable{MAGICPIG_LEVEL, hash,          lookup,          to_float,    from_float,
+                         to_bytes,       to_lane_order, from_lane_order, attend_rows, attend_sample,
+                         attend_shared,  dot_vectors,   merge,           turn,        pack,
+                         sum_powers,     weigh};
 
 }  // namespace

@@ -29,6 +29,22 @@ void read_key(Dtype dtype, int dim, const char* row, float* to) {
   for (int d = 0; d < dim; ++d) to[d] *= scale;
 }
 
+void Keys::read(int64_t i, float* to) const {
+  read_key(dtype, padded(head_dim), rows + i * row_bytes, to);
+  for (int d = 0; centre != nullptr && d < head_dim; ++d) to[d] += centre[d];
+}
+
+void mean_key(const Keys& keys, int64_t count, float* mean) {
+  const int dim = padded(keys.head_dim);
+  const float share = 1.0f / static_cast<float>(count);  // exact, and no sum of shares of large numbers is infinite
+  alignas(64) float key[kMaxDim];
+  std::fill_n(mean, dim, 0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    keys.read(i, key);
+    for (int d = 0; d < dim; ++d) mean[d] += key[d] * share;
+  }
+}
+
 void write_bytes(const BytesJob& job) {
   constexpr int64_t kRows = 256;  // of one task
   const int64_t pieces = (job.count + kRows - 1) / kRows;

@@ -14,6 +14,20 @@ void write_half(Dtype dtype, int dim, Half half, const float* from, char* row);
 // Reads the key of a row, the padding included.
 void read_key(Dtype dtype, int dim, const char* row, float* to);
 
+// The keys of consecutive rows of one head.
+struct Keys {
+  Dtype dtype;
+  int head_dim;
+  const char* rows;
+  int64_t row_bytes;
+  const float* centre;  // [head_dim], what the rows are kept minus, or null
+
+  // Key i as it came, but for rounding, the padding included.
+  void read(int64_t i, float* to) const;
+};
+// The mean of `count` keys, a power of two of them, in `mean` [dim]. The same bits on every machine.
+void mean_key(const Keys& keys, int64_t count, float* mean);
+
 // Writes one half of `count` rows of whole numbers of every head, on all threads.
 struct BytesJob {
   const float* from;  // [heads][count][head_dim], finite

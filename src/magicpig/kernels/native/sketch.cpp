@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "parallel.h"
 #include "rows.h"
@@ -18,6 +19,7 @@ constexpr double kWidest = 1 << 18;  // octaves between the scores of a head and
 constexpr int64_t kPilotBlocks = 64, kPilotApart = 16;
 constexpr double kOctave = 1 << 23;  // of a score
 constexpr double kLog2E = 1.4426950408889634;
+constexpr double kMostUnit = 1e30;  // so that no product with it is infinite
 
 uint32_t scrambled(uint32_t x) {
   x = (x ^ x * 0x3D20ADEAu) + 0x9E3779B9u;
@@ -81,23 +83,50 @@ SketchLayout SketchSampler::layout() const {
   return {bits, head_dim, bits == 3 ? plane(2) + plane(1) : plane(bits)};
 }
 
-void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales) {
+void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales, uint16_t* centres) {
   const Kernels& run = kernels();
   const SketchLayout layout = job.sampler.layout();
   const Rotation rotation = job.sampler.rotation();
   const int64_t dim = rotation.dim, block_words = static_cast<int64_t>(layout.words) * kSketchKeys;
+  const int64_t stride = int64_t{1} << job.stride_shift, strides = job.count >> job.stride_shift;
+  const int64_t all_centres = centres_of(job.blocks, job.stride_shift);
   const int64_t first_block = job.first / kSketchKeys, end_block = (job.first + job.count - 1) / kSketchKeys + 1;
   const int64_t pieces = end_block - first_block;  // tasks write whole blocks
+  const auto row_centre = [&](int64_t head) {
+    return job.row_centres == nullptr ? nullptr : job.row_centres + head * job.sampler.head_dim;
+  };
+  const auto centre_at = [&](int64_t head, int64_t lane) {
+    return centres + (head * all_centres + (lane >> job.stride_shift)) * dim;
+  };
+  parallel(job.heads * strides, [&](int64_t task) {
+    const int64_t head = task / strides, i = task % strides * stride;
+    alignas(64) float mean[kMaxDim] = {};
+    if (job.centred) {
+      const Keys keys{job.dtype, rotation.head_dim, job.rows[head] + i * job.row_bytes, job.row_bytes,
+                      row_centre(head)};
+      mean_key(keys, stride, mean);
+    }
+    constexpr float kMost = 0x1.FEp127f;  // of a bfloat16
+    for (float& x : mean) x = std::clamp(x, -kMost, kMost);
+    run.from_float(Dtype::bf16, mean, dim, centre_at(head, job.first + i));
+  });
   parallel(job.heads * pieces, [&](int64_t task) {
     const int64_t head = task / pieces, block = first_block + task % pieces;
     const int64_t begin = std::max(job.first, block * kSketchKeys);
     const int64_t n = std::min(job.first + job.count, (block + 1) * kSketchKeys) - begin;
-    thread_local std::vector<float> keys, turned;
-    keys.resize(kSketchKeys * dim);
+    thread_local std::vector<float> floats, turned;
+    floats.resize(kSketchKeys * dim);
     turned.resize(kSketchKeys * dim);
     const char* rows = job.rows[head] + (begin - job.first) * job.row_bytes;
-    for (int64_t i = 0; i < n; ++i) read_key(job.dtype, rotation.dim, rows + i * job.row_bytes, keys.data() + i * dim);
-    run.turn(keys.data(), dim, n, rotation, turned.data());
+    const Keys keys{job.dtype, rotation.head_dim, rows, job.row_bytes, row_centre(head)};
+    alignas(64) float centre[kMaxDim];
+    for (int64_t i = 0; i < n; ++i) {
+      if (i == 0 || (begin + i) % stride == 0) run.to_float(Dtype::bf16, centre_at(head, begin + i), dim, centre);
+      float* to = floats.data() + i * dim;
+      keys.read(i, to);
+      for (int64_t d = 0; d < dim; ++d) to[d] -= centre[d];
+    }
+    run.turn(floats.data(), dim, n, rotation, turned.data());
     uint32_t* to = words + (head * job.blocks + block) * block_words;
     for (int64_t i = 0; i < n; ++i) {
       run.pack(turned.data() + i * dim, rotation, job.sampler.bits, job.sampler.distance,
@@ -115,66 +144,78 @@ void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, i
   });
 }
 
-void prepare_query(const SketchSampler& sampler, const float* turned, float offset, LogitRule rule,
-                   SketchQuery* query) {
-  constexpr double kMost = 1e30;  // so that no product with it is infinite
+void prepare_query(const SketchSampler& sampler, const float* turned, LogitRule rule, SketchQuery* query) {
   const float unit = kernels().to_bytes(turned, sampler.dim(), query->values);
   int32_t sum = 0;
   for (int d = 0; d < sampler.head_dim; ++d) sum += query->values[d];
-  const double logit = static_cast<double>(rule.scale) * unit, octaves = kLog2E * kOctave;
+  const double octaves = kLog2E * kOctave, per_logit = rule.softcap > 0 ? rule.scale : rule.scale * octaves;
   query->rule = {.query = query->values,
                  .correction = static_cast<float>(((1 << sampler.bits) - 1) * sum),
-                 .unit = static_cast<float>(std::clamp(rule.softcap > 0 ? logit : logit * octaves, -kMost, kMost)),
-                 .offset = offset,
+                 .unit = static_cast<float>(std::clamp(per_logit * unit, -kMostUnit, kMostUnit)),
+                 .offset_unit = static_cast<float>(std::clamp(per_logit, -kMostUnit, kMostUnit)),
                  .softcap = rule.softcap,
                  .octaves = static_cast<float>(octaves)};
 }
 
-Pilot::Pilot(int64_t keys)
+void score_offsets(const ScoredGroup& group, const void* const* centres, int64_t count, float* offsets,
+                   int64_t per_head) {
+  constexpr float kMost = 1e37f;  // so that a score is never the difference of two infinite numbers
+  kernels().dot_vectors(Dtype::bf16, group.dim, centres, count, group.heads, group.lanes, offsets, per_head);
+  for (int h = 0; h < group.heads; ++h) {
+    float* own = offsets + h * per_head;
+    for (int64_t i = 0; i < count; ++i) {
+      const float offset = own[i] * group.rules[h].offset_unit;
+      own[i] = std::isnan(offset) ? 0.0f : std::clamp(offset, -kMost, kMost);
+    }
+  }
+}
+
+Pilot::Pilot(int64_t keys, int64_t sinks)
     : keys(keys),
-      all_blocks((keys + kSketchKeys - 1) / kSketchKeys),
+      sinks(sinks),
+      first_block(sinks / kSketchKeys),
+      all_blocks((keys + kSketchKeys - 1) / kSketchKeys - first_block),
       apart(std::clamp<int64_t>(all_blocks / kPilotBlocks, 1, kPilotApart)) {}
 
 int64_t Pilot::block(int64_t i) const {
   const int64_t first = i * apart;
-  return first + scrambled(static_cast<uint32_t>(i)) % std::min(apart, all_blocks - first);
+  return first_block + first + scrambled(static_cast<uint32_t>(i)) % std::min(apart, all_blocks - first);
 }
 
 int64_t Pilot::key_count() const {
-  const int64_t all = blocks() * kSketchKeys;
-  return block(blocks() - 1) == all_blocks - 1 ? all - (all_blocks * kSketchKeys - keys) : all;
+  const int64_t end_block = first_block + all_blocks;
+  int64_t count = blocks() * kSketchKeys;
+  if (block(0) == first_block) count -= sinks % kSketchKeys;
+  if (block(blocks() - 1) == end_block - 1) count -= end_block * kSketchKeys - keys;
+  return count;
 }
 
-void sum_pilot(const SketchLayout& layout, const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin,
-               int64_t end, int heads, const ScoreRule* rules, ScoreSum* sums) {
-  const int64_t block_words = static_cast<int64_t>(layout.words) * kSketchKeys;
+void sum_pilot(const ScoredGroup& group, const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin,
+               int64_t end, ScoreSum* sums) {
+  const int shift = group.stride_shift;
+  const int64_t per_block = std::max<int64_t>(1, kSketchKeys >> shift), per_head = (end - begin) * per_block;
   std::vector<SketchBlock> blocks;
-  // Those whose keys lie in two blocks are put together.
-  thread_local std::vector<uint32_t> words;
-  thread_local std::vector<uint16_t> scales;
-  words.resize(std::max<size_t>(words.size(), (end - begin) * block_words));
-  scales.resize(std::max<size_t>(scales.size(), (end - begin) * kSketchKeys));
-  int64_t before = 0;  // keys of earlier pieces
+  std::vector<const void*> centres;
+  thread_local std::vector<float> offsets;
+  offsets.resize(std::max<size_t>(offsets.size(), group.heads * per_head));
   auto piece = pieces.begin();
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = pilot.block(i) * kSketchKeys, last = std::min(pilot.keys, first + kSketchKeys);
-    for (; first >= before + piece->count; ++piece) before += piece->count;
-    const int keys = static_cast<int>(last - first);
-    if ((first - before) % kSketchKeys == 0 && last <= before + piece->count) {
-      blocks.push_back({piece->words + (first - before) * layout.words, piece->scales + first - before, keys});
-      continue;
+    const int64_t first = pilot.block(i) * kSketchKeys;
+    while (first >= piece->first + piece->count) ++piece;
+    const int64_t at = first - piece->first, last = piece->first + piece->count - 1;
+    for (int64_t j = 0; j < per_block; ++j) {
+      // Of a block that is not full yet, the last one for those that are not there.
+      const int64_t key = std::min(first + (j << shift), last);
+      centres.push_back(piece->centres + ((key - piece->first) >> shift) * group.dim);
     }
-    uint32_t* to = words.data() + (i - begin) * block_words;
-    uint16_t* to_scales = scales.data() + (i - begin) * kSketchKeys;
-    blocks.push_back({to, to_scales, keys});
-    for (int64_t key = first; key < last;) {
-      for (; key >= before + piece->count; ++piece) before += piece->count;
-      const int64_t at = key - before, n = std::min(last - key, piece->count - at);
-      copy_keys(piece->words, piece->scales, at, n, layout.words, to, to_scales, key - first);
-      key += n;
-    }
+    blocks.push_back({piece->words + at * group.layout.words, piece->scales + at,
+                      offsets.data() + (i - begin) * per_block,
+                      static_cast<int>(std::max<int64_t>(0, pilot.sinks - first)),
+                      static_cast<int>(std::min<int64_t>(kSketchKeys, pilot.keys - first))});
   }
-  kernels().sum_powers(layout, blocks.data(), static_cast<int>(blocks.size()), heads, rules, sums);
+  score_offsets(group, centres.data(), per_head, offsets.data(), per_head);
+  kernels().sum_powers(group.layout, blocks.data(), static_cast<int>(blocks.size()), group.heads, group.rules,
+                       {nullptr, per_head, shift}, sums);
 }
 
 WeightRule weight_rule(const std::vector<ScoreRule>& head_rules, const ScoreSum* sums, int64_t parts,
@@ -182,9 +223,10 @@ WeightRule weight_rule(const std::vector<ScoreRule>& head_rules, const ScoreSum*
   const int heads = static_cast<int>(head_rules.size());
   WeightRule rule{head_rules, std::vector<float>(heads), kMostBits, 1};
   for (int wide = 1; wide < heads; wide *= 2) --rule.octaves;
-  rule.floor = std::max(1, static_cast<int32_t>(kFloor * (1 << kWeightBits) / static_cast<double>(pilot.keys)));
+  const auto body = static_cast<double>(pilot.keys - pilot.sinks);
+  rule.floor = std::max(1, static_cast<int32_t>(kFloor * (1 << kWeightBits) / body));
   const double unit = (1 - kFloor) * (1 << kWeightBits) / heads;
-  const double share = static_cast<double>(pilot.key_count()) / static_cast<double>(pilot.keys);
+  const double share = static_cast<double>(pilot.key_count()) / body;
   for (int h = 0; h < heads; ++h) {
     double base = sums[h].base, total = 0;
     for (int64_t i = 1; i < parts; ++i) base = std::max(base, sums[i * heads + h].base);
@@ -194,16 +236,39 @@ WeightRule weight_rule(const std::vector<ScoreRule>& head_rules, const ScoreSum*
       total += std::ldexp(part.sum, static_cast<int>(std::max(part.base - base, -2000.0)));
     }
     const double shrink = std::min(1.0, kWidest / std::max(std::fabs(base), 1.0));
-    (head_rules[h].softcap > 0 ? rule.heads[h].octaves : rule.heads[h].unit) *= static_cast<float>(shrink);
+    ScoreRule& own = rule.heads[h];
+    if (own.softcap > 0) {
+      own.octaves *= static_cast<float>(shrink);
+    } else {
+      own.unit *= static_cast<float>(shrink);
+      own.offset_unit *= static_cast<float>(shrink);
+    }
     rule.ones[h] = static_cast<float>((base * shrink + std::log2(total / share / unit)) * kOctave);
   }
   return rule;
 }
 
-void Weights::reset(int64_t keys, int64_t blocks) {
+void weigh_piece(const ScoredGroup& group, const SketchPiece& piece, const WeightRule& rule, uint32_t* weights,
+                 uint32_t* sums) {
+  const int64_t count = ((piece.count - 1) >> group.stride_shift) + 1;
+  // A block that is not full has offsets for all its lanes.
+  const int64_t per_head = centres_of((piece.count + kSketchKeys - 1) / kSketchKeys, group.stride_shift);
+  std::vector<const void*> centres(count);
+  for (int64_t i = 0; i < count; ++i) centres[i] = piece.centres + i * group.dim;
+  thread_local std::vector<float> offsets;
+  offsets.assign(group.heads * per_head, 0.0f);
+  ScoredGroup own = group;
+  own.rules = rule.heads.data();
+  score_offsets(own, centres.data(), count, offsets.data(), per_head);
+  kernels().weigh(group.layout, piece.words, piece.scales, piece.count, group.heads, own.rules,
+                  {offsets.data(), per_head, group.stride_shift}, rule.ones.data(), rule.octaves, rule.floor, weights,
+                  sums);
+}
+
+void Weights::reset(int64_t keys, int64_t sinks) {
   keys_ = keys;
-  added_ = block_ = 0;
-  pieces_.clear();
+  sinks_ = sinks;
+  const int64_t blocks = (keys + kSketchKeys - 1) / kSketchKeys;
   const auto grow = [](std::vector<uint32_t>& memory, int64_t count) {
     if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
   };
@@ -211,19 +276,21 @@ void Weights::reset(int64_t keys, int64_t blocks) {
   grow(sums_, blocks * (kSketchKeys / kSumKeys));
 }
 
-void Weights::add(int64_t count) {
-  pieces_.push_back({added_, block_ * kSketchKeys});
-  added_ += count;
-  block_ += (count + kSketchKeys - 1) / kSketchKeys;
+void Weights::clear_sinks() {
+  std::fill_n(weights_.begin(), sinks_, 0);
+  for (int64_t group = 0; group * kSumKeys < sinks_; ++group) {
+    const auto first = weights_.begin() + group * kSumKeys;
+    sums_[group] = std::accumulate(first, first + kSumKeys, 0u);
+  }
 }
 
 void Weights::settle_step(int64_t budget) {
-  const int64_t groups = block_ * (kSketchKeys / kSumKeys);
+  clear_sinks();
   heavy_.clear();
   step_ = 1;
-  if (budget < keys_) {
+  if (budget < keys_ - sinks_) {
     uint64_t rest = 0, left = budget, bound = std::numeric_limits<uint64_t>::max();
-    for (int64_t i = 0; i < groups; ++i) rest += sums_[i];
+    for (int64_t i = 0; i < groups(); ++i) rest += sums_[i];
     const uint64_t total = rest;
     // Keys that are certain leave less to the others, of which then some more may be.
     for (bool more = true; more;) {
@@ -231,7 +298,7 @@ void Weights::settle_step(int64_t budget) {
       if (least < bound) {
         bound = least - least / 4;  // so that some rounds can do with one list
         heavy_.clear();
-        for (int64_t i = 0; i < groups; ++i) {
+        for (int64_t i = 0; i < groups(); ++i) {
           if (sums_[i] >= bound) heavy_.push_back(static_cast<uint32_t>(i));
         }
       }
@@ -248,36 +315,19 @@ void Weights::settle_step(int64_t budget) {
       rest = total - weight;
     }
     step_ = std::max<uint64_t>(1, rest / left);
-    // No key is longer than a step.
-    for (const uint32_t group : heavy_) {
-      for (int i = 0; i < kSumKeys; ++i) {
-        const uint64_t own = weights_[group * kSumKeys + i];
-        if (own > step_) sums_[group] -= static_cast<uint32_t>(own - step_);
-      }
-    }
   }
-  join_sums();
-}
-
-// Turns the sums of a piece's keys into those of all keys, of which the first of a piece may be amid a group.
-void Weights::join_sums() {
-  const int64_t groups = (keys_ + kSumKeys - 1) / kSumKeys;
-  const auto aligned = [](const Piece& piece) { return piece.key % kSumKeys == 0; };
-  if (step_ > 1 && std::all_of(pieces_.begin(), pieces_.end(), aligned)) {
-    // Blocks begin anew with each piece, so sums only move to the front.
-    for (size_t p = 0; p < pieces_.size(); ++p) {
-      const int64_t first = pieces_[p].key / kSumKeys;
-      const int64_t end = p + 1 < pieces_.size() ? pieces_[p + 1].key / kSumKeys : groups;
-      std::memmove(&sums_[first], &sums_[pieces_[p].slot / kSumKeys], (end - first) * sizeof(sums_[0]));
+  // No key is longer than a step.
+  if (step_ == 1) {
+    for (int64_t i = 0; i < groups(); ++i) {
+      sums_[i] = 0;
+      for (int j = 0; j < kSumKeys; ++j) sums_[i] += weights_[i * kSumKeys + j] > 0;
     }
     return;
   }
-  std::fill_n(sums_.begin(), groups, 0);
-  for (size_t p = 0; p < pieces_.size(); ++p) {
-    const int64_t end = p + 1 < pieces_.size() ? pieces_[p + 1].key : keys_;
-    for (int64_t key = pieces_[p].key; key < end; ++key) {
-      const uint64_t weight = weights_[pieces_[p].slot + key - pieces_[p].key];
-      sums_[key / kSumKeys] += static_cast<uint32_t>(std::min(weight, step_));
+  for (const uint32_t group : heavy_) {
+    for (int i = 0; i < kSumKeys; ++i) {
+      const uint64_t own = weights_[group * kSumKeys + i];
+      if (own > step_) sums_[group] -= static_cast<uint32_t>(own - step_);
     }
   }
 }
@@ -292,7 +342,7 @@ void Weights::order_walk(int bits) {
 void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, std::vector<float>* log_u) {
   keys->clear();
   log_u->clear();
-  const int64_t groups = (keys_ + kSumKeys - 1) / kSumKeys;
+  const int64_t groups = this->groups();
   int bits = 0;
   while (int64_t{1} << bits < groups) ++bits;
   order_walk(bits);
@@ -316,18 +366,19 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
       if (walked < step_) continue;
       walked -= step_;
       if (walked >= step_) walked %= step_;
-      __builtin_prefetch(&weights_[group * kSumKeys]);  // where they are, unless a piece before ends amid a block
+      __builtin_prefetch(&weights_[group * kSumKeys]);
       taken_[group / 64] |= uint64_t{1} << group % 64;
       entries_[group] = entered;
     }
   }
   const double inverse = 1 / static_cast<double>(step_);
-  const Piece* piece = pieces_.data();
   for (size_t word = 0; word < taken_.size(); ++word) {
     for (uint64_t left = taken_[word]; left != 0; left &= left - 1) {
       const int64_t group = static_cast<int64_t>(word) * 64 + __builtin_ctzll(left);
       uint32_t weights[kSumKeys];
-      piece = read_group(group, piece, weights);
+      for (int i = 0; i < kSumKeys; ++i) {
+        weights[i] = static_cast<uint32_t>(std::min<uint64_t>(weights_[group * kSumKeys + i], step_));
+      }
       const uint32_t swaps = scrambled(static_cast<uint32_t>(group)) * 0x9E3779B1u >> 17;
       const GroupTree tree(weights);
       const uint64_t round_up = (uint64_t{1} << doublings) - 1;
@@ -345,26 +396,9 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
   }
 }
 
-// The weights of the keys of a group, as long as a step at most, zero where no key is. Returns the piece of the first of them,
-// which is not before `piece`.
-const Weights::Piece* Weights::read_group(int64_t group, const Piece* piece, uint32_t* to) const {
-  const Piece* last = pieces_.data() + pieces_.size() - 1;
-  const int64_t first = group * kSumKeys, end = std::min(keys_, first + kSumKeys);
-  while (piece < last && first >= piece[1].key) ++piece;
-  const Piece* of = piece;
-  for (int64_t key = first; key < end;) {
-    while (of < last && key >= of[1].key) ++of;
-    const int64_t until = of < last ? std::min(end, of[1].key) : end;
-    const uint32_t* from = &weights_[of->slot + key - of->key];
-    for (; key < until; ++key) to[key - first] = static_cast<uint32_t>(std::min<uint64_t>(*from++, step_));
-  }
-  std::fill(to + (end - first), to + kSumKeys, 0);
-  return piece;
-}
-
-uint64_t start_for(uint64_t seed, uint64_t head, uint64_t position, uint64_t step) {
+uint64_t start_for(const DrawKey& key, uint64_t step) {
   uint64_t x = 0;
-  for (const uint64_t word : {seed, head, position}) {
+  for (const uint64_t word : {key.seed, key.layer, key.head, key.position}) {
     x = (x ^ word) + 0x9E3779B97F4A7C15u;
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
     x = (x ^ x >> 27) * 0x94D049BB133111EBu;

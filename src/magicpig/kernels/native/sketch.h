@@ -8,13 +8,9 @@
 
 namespace magicpig {
 
-// How keys are sketched and how many are drawn. The rotation and `distance` come from kernels/sketch/reference.py.
+// How keys are sketched. The rotation and `distance` come from kernels/sketch/reference.py.
 struct SketchSampler {
   int head_dim, bits;
-  uint64_t seed;
-  double budget;   // rows of a kv head and step; below 1 a share of the body
-  float epsilon;   // predicted error at which a draw is good enough; 0: never asked
-  double limit;    // share of the body; a draw that would need more of it reads all of it
   float distance;  // between levels, relative to the length of a key
   std::vector<float> rows;
 
@@ -23,7 +19,13 @@ struct SketchSampler {
   SketchLayout layout() const;
 };
 
-// Sketches `count` keys of every kv head into lanes `first` .. of a segment of `blocks` blocks a head.
+// How many centres there are for each kv head of a segment of `blocks` blocks.
+constexpr int64_t centres_of(int64_t blocks, int stride_shift) {
+  return ((blocks * kSketchKeys - 1) >> stride_shift) + 1;
+}
+
+// Sketches `count` keys of every kv head, whole strides of 2^stride_shift keys, into lanes `first` .. of a segment of
+// `blocks` blocks a head, and puts the centres of the strides, which are their means, beside.
 // `rows[g]` points at the first row of head g; consecutive ones are `row_bytes` apart. Of rows of floats only the keys are
 // looked at, zero padded to a multiple of kLane.
 struct SketchJob {
@@ -32,11 +34,16 @@ struct SketchJob {
   int64_t count;
   int64_t row_bytes;
   const char* const* rows;
+  const float* row_centres;  // [heads][head_dim], what the rows are kept minus, or null
   const SketchSampler& sampler;
   int64_t first;
   int64_t blocks;
+  int stride_shift;
+  bool centred;  // otherwise all centres are zero
 };
-void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales);
+// words [heads][blocks][words][kSketchKeys], scales [heads][blocks * kSketchKeys], centres [heads][centres_of(..)][dim], of
+// bfloat16.
+void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales, uint16_t* centres);
 
 // Copies the codes and scales of `count` keys of every head to lanes `first` .. of a larger segment.
 void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, int64_t blocks, int heads, int key_words,
@@ -47,30 +54,42 @@ struct SketchQuery {
   int8_t values[kMaxDim];
   ScoreRule rule;
 };
-// turned: by the rotation, zero padded to dim. offset: of the logits, before a softcap.
-void prepare_query(const SketchSampler& sampler, const float* turned, float offset, LogitRule rule, SketchQuery* query);
+// turned: by the rotation, zero padded to dim.
+void prepare_query(const SketchSampler& sampler, const float* turned, LogitRule rule, SketchQuery* query);
 
-// A stretch of one kv head's keys: codes and scales from the start of a block on.
+// A stretch of one kv head's keys, from `first` on, a multiple of kSketchKeys and of the stride.
 struct SketchPiece {
   const uint32_t* words;
   const uint16_t* scales;
-  int64_t count;
+  const uint16_t* centres;
+  int64_t first, count;
 };
 
-// Which keys a head's weight is estimated from: one block of every `apart`. See pilot in the reference.
-struct Pilot {
-  int64_t keys, all_blocks, apart;
+// The query heads of a group and how their scores come about.
+struct ScoredGroup {
+  SketchLayout layout;
+  int dim, stride_shift, heads;
+  const ScoreRule* rules;
+  const float* const* lanes;  // the queries in lane order of bfloat16
+};
 
-  explicit Pilot(int64_t keys);
+// What `count` centres add to the scores of a group: of head h at offsets[h * per_head ..].
+void score_offsets(const ScoredGroup& group, const void* const* centres, int64_t count, float* offsets,
+                   int64_t per_head);
+
+// Which keys a head's weight is estimated from: one block of every `apart`, without the sinks. See pilot in the reference.
+struct Pilot {
+  int64_t keys, sinks, first_block, all_blocks, apart;
+
+  Pilot(int64_t keys, int64_t sinks);
   int64_t blocks() const { return (all_blocks + apart - 1) / apart; }
   int64_t block(int64_t i) const;  // the i-th
   int64_t key_count() const;       // in all of them
 };
 
-// Sums of the powers of the scores of blocks begin <= i < end of a pilot, one a head. Its blocks are of the keys' places
-// among all, wherever pieces end.
-void sum_pilot(const SketchLayout& layout, const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin,
-               int64_t end, int heads, const ScoreRule* rules, ScoreSum* sums);
+// Sums of the powers of the scores of blocks begin <= i < end of a pilot, one a head. The pieces, in order, have all keys.
+void sum_pilot(const ScoredGroup& group, const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin,
+               int64_t end, ScoreSum* sums);
 
 // How the scores of a group become weights.
 struct WeightRule {
@@ -82,17 +101,18 @@ struct WeightRule {
 // sums: of a pilot in `parts` parts, of all heads each.
 WeightRule weight_rule(const std::vector<ScoreRule>& heads, const ScoreSum* sums, int64_t parts, const Pilot& pilot);
 
-// The weights of one kv head's keys: [block][kSketchKeys], and what a walk along them needs. A piece has
-// blocks of its own; the walk knows the keys by their place among all, wherever pieces end.
+// Weights of a piece's keys, in whole blocks, and sums of kSumKeys of them each. group: without its rules.
+void weigh_piece(const ScoredGroup& group, const SketchPiece& piece, const WeightRule& rule, uint32_t* weights,
+                 uint32_t* sums);
+
+// The weights of one kv head's keys, and what a walk along them needs.
 class Weights {
  public:
-  // Makes room for `keys` keys in `blocks` blocks.
-  void reset(int64_t keys, int64_t blocks);
-  // What `Kernels::weigh` fills, from a block on.
-  uint32_t* weights(int64_t block) { return &weights_[block * kSketchKeys]; }
-  uint32_t* sums(int64_t block) { return &sums_[block * (kSketchKeys / kSumKeys)]; }
-  // The next piece has `count` keys.
-  void add(int64_t count);
+  // Makes room for `keys` keys, of which the first `sinks` are not to be drawn.
+  void reset(int64_t keys, int64_t sinks);
+  // What `weigh_piece` fills, from a key on, the first of a block.
+  uint32_t* weights(int64_t key) { return &weights_[key]; }
+  uint32_t* sums(int64_t key) { return &sums_[key / kSumKeys]; }
   // Fixes the step in which the walk goes, once all weights are there: see step_for in kernels/sketch/reference.py.
   void settle_step(int64_t budget);
   uint64_t step() const { return step_; }
@@ -100,18 +120,13 @@ class Weights {
   void pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, std::vector<float>* log_u);
 
  private:
-  struct Piece {
-    int64_t key, slot;  // of its first key: place among all keys, and in weights_
-  };
-
-  void join_sums();
+  void clear_sinks();
   void order_walk(int bits);
-  const Piece* read_group(int64_t group, const Piece* piece, uint32_t* to) const;
+  int64_t groups() const { return (keys_ + kSumKeys - 1) / kSumKeys; }
 
-  int64_t keys_, added_, block_;
-  std::vector<Piece> pieces_;
+  int64_t keys_, sinks_;
   std::vector<uint32_t> weights_;
-  std::vector<uint32_t> sums_;     // [block][kSketchKeys / kSumKeys]; then of kSumKeys keys each, in their order
+  std::vector<uint32_t> sums_;     // of kSumKeys keys each
   std::vector<uint32_t> heavy_;    // groups in which there may be keys longer than a step
   std::vector<uint32_t> order_;    // of groups of kSumKeys keys: see walk_order in the reference
   std::vector<uint64_t> taken_;    // a bit for each group in which a step ends
@@ -120,7 +135,11 @@ class Weights {
   uint64_t step_;
 };
 
-// Uniform in [0, step), from three numbers alone: start_for in the reference.
-uint64_t start_for(uint64_t seed, uint64_t head, uint64_t position, uint64_t step);
+// What is said of a draw but for its size: see start_for in the reference.
+struct DrawKey {
+  uint64_t seed, layer, head, position;
+};
+// Uniform in [0, step), from these numbers alone.
+uint64_t start_for(const DrawKey& key, uint64_t step);
 
 }  // namespace magicpig

@@ -29,7 +29,7 @@ _MASK = (1 << 64) - 1
 
 
 class Sketch(NamedTuple):
-    """n keys of one head: key i is about ``scales[i] * levels[i] @ rotation.T``."""
+    """n keys of one head, each minus its centre: key i is about ``scales[i] * levels[i] @ rotation.T``."""
 
     levels: Tensor
     """int64 (n, D), odd numbers from 1 - 2**bits to 2**bits - 1; a code is (level + 2**bits - 1) / 2."""
@@ -46,6 +46,21 @@ def make_rotation(head_dim: int, seed: int) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64, device="cpu"))
     rotation: Tensor = (q * r.diagonal().sign()).to(torch.float32)
     return rotation
+
+
+def stride_centres(keys: Tensor, stride: int) -> Tensor:
+    """The centres (n / stride, D) around which ``keys`` (n, D) are sketched: the mean of each ``stride`` of them.
+
+    They have bfloat16 values: half the memory, and a centre need not be the very mean.
+    """
+    means = keys.to(torch.promote_types(keys.dtype, torch.float32)).unflatten(0, (-1, stride)).mean(1)
+    most = torch.finfo(torch.bfloat16).max
+    return means.clamp(-most, most).to(torch.bfloat16).to(means.dtype)
+
+
+def centre_offsets(query: Tensor, centres: Tensor, stride: int, *, scale: float) -> Tensor:
+    """What the centres (n / stride, D) of n keys add to their logits, (R, n), for the heads ``query`` (R, D)."""
+    return (scale * query.to(centres.dtype) @ centres.T).repeat_interleave(stride, 1)
 
 
 def quantise(keys: Tensor, rotation: Tensor, bits: int) -> Sketch:
@@ -84,12 +99,13 @@ def score(
 ) -> Tensor:
     """Logits of base two that the sketch expects, (R, n), of the heads ``query``, ``unit`` (as from `quantise_query`).
 
-    offset (R,) joins the logits before a softcap; without one it would change all alike.
+    offset (R, n) joins the logits, before a softcap: what the centres of the keys add, see `centre_offsets`.
     """
     logits = (scale * unit)[:, None] * sketch.scales * (query @ sketch.levels.T)
+    if offset is not None:
+        logits = logits + offset
     if softcap is not None:
-        start = torch.zeros_like(unit) if offset is None else offset
-        logits = softcap * torch.tanh((logits + start[:, None]) / softcap)
+        logits = softcap * torch.tanh(logits / softcap)
     return logits / math.log(2.0)
 
 
@@ -103,43 +119,51 @@ def power_of_two(x: Tensor, most: float = 127.0) -> Tensor:
     return pattern.to(torch.int32).view(torch.float32)
 
 
-def pilot(n: int) -> Tensor:
+def pilot(n: int, sinks: int = 0) -> Tensor:
     """The keys (m,) int64, ascending, from which the sum of all powers is estimated: blocks of neighbours, one of many.
+
+    None of the first ``sinks`` keys is among them.
 
     One key in 16, more where that would be few. What a head gives all keys together need not be known well: weights
     need not be shares for probabilities to be right. But heads whose sum is far too small for that of others get rows
     that those need.
     """
-    blocks = -(-n // PILOT_KEYS)
+    begin = sinks // PILOT_KEYS
+    blocks = -(-n // PILOT_KEYS) - begin
     apart = min(max(blocks // PILOT_BLOCKS, 1), PILOT_APART)
     first = torch.arange(0, blocks, apart, dtype=torch.int64, device="cpu")
-    chosen = first + _scrambled(_count(len(first))) % (blocks - first).clamp(max=apart)
+    chosen = begin + first + _scrambled(_count(len(first))) % (blocks - first).clamp(max=apart)
     keys = (chosen[:, None] * PILOT_KEYS + _count(PILOT_KEYS)).flatten()
-    return keys[keys < n]
+    return keys[(keys >= sinks) & (keys < n)]
 
 
-def ones(scores: Tensor) -> tuple[Tensor, Tensor]:
+def ones(scores: Tensor, sinks: int = 0) -> tuple[Tensor, Tensor]:
     """The score (R,) float64 to which each head gives a weight of 1, for all weights to sum to about 2**30.
 
-    Also the factor (R,) by which its scores have to be multiplied first.
+    Also the factor (R,) by which its scores have to be multiplied first. The first ``sinks`` keys do not count.
     """
     R, n = scores.shape
-    some = scores[:, pilot(n)].double()
+    some = scores[:, pilot(n, sinks)].double()
     base = some.amax(1).floor()  # whole octaves change a power by a factor
-    total = power_of_two(some - base[:, None]).double().sum(1) * n / some.shape[1]
+    total = power_of_two(some - base[:, None]).double().sum(1) * (n - sinks) / some.shape[1]
     shrink = (WIDEST / base.abs().clamp(min=1)).clamp(max=1.0)
     one = shrink * base + (total / ((1 - FLOOR) * 2**WEIGHT_BITS / R)).log2()
     return one, shrink
 
 
-def weigh(scores: Tensor) -> Tensor:
-    """Integer weights (n,) int64 of scores (R, n): about the mean of the heads' softmax, and for every key a floor."""
+def weigh(scores: Tensor, sinks: int = 0) -> Tensor:
+    """Integer weights (n,) int64 of scores (R, n): about the mean of the heads' softmax, and for every key a floor.
+
+    The first ``sinks`` keys, which are always attended to, weigh nothing, and so are never picked.
+    """
     R, n = scores.shape
     most = MOST_BITS - (R - 1).bit_length()
     shares = torch.zeros(n, dtype=torch.float32, device="cpu")
-    for own, one, shrink in zip(scores.double(), *ones(scores), strict=True):
+    for own, one, shrink in zip(scores.double(), *ones(scores, sinks), strict=True):
         shares += power_of_two(shrink * own - one, most)
-    return shares.to(torch.int64) + max(1, int(FLOOR * 2**WEIGHT_BITS / n))
+    weights = shares.to(torch.int64) + max(1, int(FLOOR * 2**WEIGHT_BITS / (n - sinks)))
+    weights[:sinks] = 0
+    return weights
 
 
 def step_for(weights: Tensor, budget: int) -> int:
@@ -147,7 +171,7 @@ def step_for(weights: Tensor, budget: int) -> int:
 
     Keys of at least this weight are certain; the others share what is left of the budget.
     """
-    if budget >= len(weights):
+    if budget >= int((weights > 0).sum()):
         return 1
     rest = int(weights.sum())
     for weight in weights.sort(descending=True).values.tolist():
@@ -157,13 +181,14 @@ def step_for(weights: Tensor, budget: int) -> int:
     return max(1, rest // budget)
 
 
-def start_for(seed: int, head: int, position: int, step: int) -> int:
-    """A number in [0, step), uniform over seeds, heads and positions: the only randomness of a draw.
+def start_for(seed: int, layer: int, head: int, position: int, step: int) -> int:
+    """A number in [0, step), uniform over seeds, layers, heads and positions: the only randomness of a draw.
 
-    Three rounds of the finaliser of SplitMix64 (Steele, Lea and Flood 2014).
+    head: of all key/value heads of the model, wherever this one lives. Four rounds of the finaliser of SplitMix64
+    (Steele, Lea and Flood 2014).
     """
     x = 0
-    for word in (seed, head, position):
+    for word in (seed, layer, head, position):
         x = (x ^ word) + 0x9E3779B97F4A7C15 & _MASK
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK

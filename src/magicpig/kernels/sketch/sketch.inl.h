@@ -172,10 +172,11 @@ template <int BITS, int HEADS, int VECTORS>
 inline F power(F bits, float most) { return (F)truncate(max(min(bits, splat(most)), splat(kLeastPower))); }
 
 // Some heads of a group, as many as are scored at once: `Four`s of their numbers, and score = scale of the key *
-// (slope * dot with codes + level), all of it in local memory, where no store can be thought to change it.
+// (slope * dot with codes + level) + offset of the centre, all of it but the offsets in local memory, where no store can
+// be thought to change it.
 struct ScoredHeads {
   Four query[kScoreHeads][kMaxFours];
-  float slope[kScoreHeads], level[kScoreHeads], offset[kScoreHeads];
+  float slope[kScoreHeads], level[kScoreHeads];
   float softcap, octaves;
 
   ScoredHeads(const ScoreRule* rules, int count, int head_dim) : softcap(rules->softcap), octaves(rules->octaves) {
@@ -183,7 +184,6 @@ struct ScoredHeads {
       for (int d = 0; d < head_dim; d += 4) query[h][d / 4] = four(rules[h].query + d);
       slope[h] = 2.0f * rules[h].unit;
       level[h] = -rules[h].correction * rules[h].unit;
-      offset[h] = rules[h].offset;
     }
   }
 };
@@ -191,44 +191,57 @@ struct ScoredHeads {
 struct BlockAt {
   const uint32_t *words, *ahead;
   const uint16_t* scales;
+  const float* offsets;  // of its first key and of the first of all heads
 };
 
-// Hands the scores of a block, those of HEADS heads from `h` on for W keys at a time, to `use`.
+// Of W keys from `lane` of a block on, what their centres add to the scores of the head whose offsets these are.
+inline F offsets_at(const float* offsets, int shift, int lane) {
+  if (W <= kLeastStride || 1 << shift >= W) return splat(offsets[lane >> shift]);
+  F each;
+  for (int i = 0; i < W; ++i) each[i] = offsets[(lane + i) >> shift];
+  return each;
+}
+
+// Hands the scores of a block, those of HEADS heads from `h` on for W keys at a time, to `use`. offsets: of head `h`.
 template <int BITS, int HEADS, class Use>
-[[gnu::always_inline]] inline void score_block(const SketchLayout& layout, const uint32_t* words, const uint32_t* ahead,
-                                               const uint16_t* scales, const ScoredHeads& heads, int h,
+[[gnu::always_inline]] inline void score_block(const SketchLayout& layout, const BlockAt& block, const float* offsets,
+                                               int64_t per_head, int shift, const ScoredHeads& heads, int h,
                                                const Use& use) {
   constexpr int kVectors = kScoreVectors, kApart = kSketchKeys / kVectors;
   for (int first = 0; first < kApart; first += W) {
     I acc[HEADS][kVectors] = {};
-    code_dots<BITS, HEADS, kVectors>(words + first, ahead + first * kVectors, layout.head_dim, heads.query + h, acc);
+    code_dots<BITS, HEADS, kVectors>(block.words + first, block.ahead + first * kVectors, layout.head_dim,
+                                     heads.query + h, acc);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const F scale = widen((const f16*)scales + first + v * kApart);
+      const int lane = first + v * kApart;
+      const F scale = widen((const f16*)block.scales + lane);
       F scores[HEADS];
-      for (int i = 0; i < HEADS; ++i) scores[i] = scale * (to_f(acc[i][v]) * heads.slope[h + i] + heads.level[h + i]);
-      if (heads.softcap > 0.0f) {
-        for (int i = 0; i < HEADS; ++i) {
-          scores[i] = cap_logits(scores[i] + heads.offset[h + i], heads.softcap) * heads.octaves;
-        }
+      for (int i = 0; i < HEADS; ++i) {
+        scores[i] = scale * (to_f(acc[i][v]) * heads.slope[h + i] + heads.level[h + i]) +
+                    offsets_at(offsets + i * per_head, shift, lane);
       }
-      use(first + v * kApart, scores);
+      if (heads.softcap > 0.0f) {
+        for (int i = 0; i < HEADS; ++i) scores[i] = cap_logits(scores[i], heads.softcap) * heads.octaves;
+      }
+      use(lane, scores);
     }
   }
 }
 
 // Hands the scores of `blocks` blocks to use(h, block, lane, scores): of some heads from h on, for W keys. at(block) says
-// where its codes and scales are, and which codes to request meanwhile.
+// where its codes, scales and offsets are, and which codes to request meanwhile.
 template <int BITS, class At, class Use>
 [[gnu::always_inline]] inline void score_blocks(const SketchLayout& layout, int blocks, int heads,
-                                                const ScoreRule* rules, const At& at, const Use& use) {
+                                                const ScoreRule* rules, int64_t per_head, int shift, const At& at,
+                                                const Use& use) {
   for (int h = 0; h < heads; h += kScoreHeads) {
     const int group = heads - h < kScoreHeads ? heads - h : kScoreHeads;
     const ScoredHeads own(rules + h, group, layout.head_dim);
     const auto score_all = [&]<int HEADS>(int i) {
       for (int block = 0; block < blocks; ++block) {
         const BlockAt where = at(block);
-        score_block<BITS, HEADS>(layout, where.words, where.ahead, where.scales, own, i,
+        score_block<BITS, HEADS>(layout, where, where.offsets + (h + i) * per_head, per_head, shift, own, i,
                                  [&](int lane, const F(&scores)[HEADS]) { use(h + i, block, lane, scores); });
       }
     };
@@ -259,24 +272,25 @@ struct PowerSum {
 
 template <int BITS>
 void sum_powers_of(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads, const ScoreRule* rules,
-                   ScoreSum* sums) {
+                   const ScoreOffsets& offsets, ScoreSum* sums) {
   for (int h = 0; h < heads; h += kScoreHeads) {
     PowerSum parts[kScoreHeads];
     const int group = heads - h < kScoreHeads ? heads - h : kScoreHeads;
     score_blocks<BITS>(
-        layout, count, group, rules + h,
+        layout, count, group, rules + h, offsets.per_head, offsets.shift,
         [&](int block) {
           const SketchBlock& next = blocks[block + kPilotBlocksAhead < count ? block + kPilotBlocksAhead : block];
-          return BlockAt{blocks[block].words, next.words, blocks[block].scales};
+          return BlockAt{blocks[block].words, next.words, blocks[block].scales,
+                         blocks[block].offsets + h * offsets.per_head};
         },
         [&]<int HEADS>(int first, int block, int lane, const F(&scores)[HEADS]) {
-          const int keys = blocks[block].keys - lane;
+          const int begin = blocks[block].begin - lane, end = blocks[block].end - lane;
           for (int i = 0; i < HEADS; ++i) {
             F own = scores[i];
-            if (keys < W) {
+            if (begin > 0 || end < W) {
               alignas(64) float each[W];
               store(each, own);
-              for (int j = keys > 0 ? keys : 0; j < W; ++j) each[j] = -kHighestScore;
+              for (int j = 0; j < W; ++j) each[j] = j >= begin && j < end ? each[j] : -kHighestScore;
               own = load(each);
             }
             parts[first + i].add(own);
@@ -287,9 +301,9 @@ void sum_powers_of(const SketchLayout& layout, const SketchBlock* blocks, int co
 }
 
 void sum_powers(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads, const ScoreRule* rules,
-                ScoreSum* sums) {
+                const ScoreOffsets& offsets, ScoreSum* sums) {
   constexpr decltype(&sum_powers) kByBits[] = {sum_powers_of<1>, sum_powers_of<2>, sum_powers_of<3>, sum_powers_of<4>};
-  kByBits[layout.bits - 1](layout, blocks, count, heads, rules, sums);
+  kByBits[layout.bits - 1](layout, blocks, count, heads, rules, offsets, sums);
 }
 
 // Weights of up to kScoreKeys keys, of which each head's powers have been added to `shares`.
@@ -311,8 +325,8 @@ inline void write_weights(float* shares, int count, int32_t floor, uint32_t* wei
 
 template <int BITS>
 void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-              const ScoreRule* rules, const float* ones, int octaves, int32_t floor, uint32_t* weights,
-              uint32_t* sums) {
+              const ScoreRule* rules, const ScoreOffsets& offsets, const float* ones, int octaves, int32_t floor,
+              uint32_t* weights, uint32_t* sums) {
   alignas(64) float shares[kScoreKeys];
   const float most = kNoOctaves + (float)octaves * kOctave;
   const int64_t block_words = (int64_t)layout.words * kSketchKeys;
@@ -320,10 +334,12 @@ void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t*
     const int here = count - first < kScoreKeys ? (int)(count - first) : kScoreKeys;
     const uint32_t* from = words + first * layout.words;
     score_blocks<BITS>(
-        layout, (here + kSketchKeys - 1) / kSketchKeys, heads, rules,
+        layout, (here + kSketchKeys - 1) / kSketchKeys, heads, rules, offsets.per_head, offsets.shift,
         [&](int block) {
           const uint32_t* own = from + block * block_words;
-          return BlockAt{own, own + kPrefetchBlocks * block_words, scales + first + block * kSketchKeys};
+          const int64_t key = first + block * kSketchKeys;
+          return BlockAt{own, own + kPrefetchBlocks * block_words, scales + key,
+                         offsets.values + (key >> offsets.shift)};
         },
         [&]<int HEADS>(int h, int block, int lane, const F(&scores)[HEADS]) {
           float* to = shares + block * kSketchKeys + lane;
@@ -336,9 +352,10 @@ void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t*
 }
 
 void weigh(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-           const ScoreRule* rules, const float* ones, int octaves, int32_t floor, uint32_t* weights, uint32_t* sums) {
+           const ScoreRule* rules, const ScoreOffsets& offsets, const float* ones, int octaves, int32_t floor,
+           uint32_t* weights, uint32_t* sums) {
   constexpr decltype(&weigh) kByBits[] = {weigh_of<1>, weigh_of<2>, weigh_of<3>, weigh_of<4>};
-  kByBits[layout.bits - 1](layout, words, scales, count, heads, rules, ones, octaves, floor, weights, sums);
+  kByBits[layout.bits - 1](layout, words, scales, count, heads, rules, offsets, ones, octaves, floor, weights, sums);
 }
 
 }  // namespace

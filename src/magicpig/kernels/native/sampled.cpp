@@ -1,0 +1,219 @@
+// The sampled part of a step: look up and attend, or score, weigh, draw and attend.
+#include <algorithm>
+#include <cmath>
+
+#include "index.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace magicpig {
+namespace {
+
+class ScanPool {
+ public:
+  std::unique_ptr<ScanMemory> take() {
+    std::lock_guard lock(mutex_);
+    if (free_.empty()) return std::make_unique<ScanMemory>();
+    std::unique_ptr<ScanMemory> memory = std::move(free_.back());
+    free_.pop_back();
+    return memory;
+  }
+  void give(std::unique_ptr<ScanMemory> memory) {
+    std::lock_guard lock(mutex_);
+    free_.push_back(std::move(memory));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<ScanMemory>> free_;
+};
+
+ScanPool scan_pool;
+
+// What the query heads of a pair look for in its sketch.
+std::vector<ScoreRule> score_rules(const Plan& plan, int64_t pair) {
+  const SketchQuery* queries = plan.sketched + plan.first_query(pair);
+  std::vector<ScoreRule> rules;
+  for (int r = 0; r < plan.group; ++r) rules.push_back(queries[r].rule);
+  return rules;
+}
+
+// The queries of a group as the centres of its sketch meet them.
+std::vector<const float*> scored_lanes(const Plan& plan, int64_t pair) {
+  std::vector<const float*> lanes;
+  for (int r = 0; r < plan.group; ++r) lanes.push_back(plan.scored + (plan.first_query(pair) + r) * plan.dim);
+  return lanes;
+}
+
+// The sketch of the keys [begin, end) of a pair, segment by segment.
+std::vector<SketchPiece> pieces_of(const Plan& plan, int64_t pair, int64_t begin, int64_t end) {
+  const StoreView& store = plan.store_of(pair);
+  const int64_t g = pair % plan.heads;
+  const int words = store.sketch->layout().words;
+  std::vector<SketchPiece> pieces;
+  for (const StoreView::SketchSegment& segment : store.sketches) {
+    const int64_t first = std::max(begin, segment.first), last = std::min(end, segment.first + segment.count);
+    if (first >= last) continue;
+    const int64_t key = g * segment.blocks * kSketchKeys + first - segment.first;
+    const int64_t centre =
+        g * centres_of(segment.blocks, store.stride_shift) + ((first - segment.first) >> store.stride_shift);
+    pieces.push_back(
+        {segment.words + key * words, segment.scales + key, segment.centres + centre * plan.dim, first, last - first});
+  }
+  return pieces;
+}
+
+}  // namespace
+
+void attend_lookup(const Plan& plan, const Unit& unit) {
+  const StoreView& store = *plan.stores[unit.sequence];
+  const LshSampler& sampler = *store.lsh;
+  const HitLaw& hits = *store.policy.law;
+  const int64_t h = static_cast<int64_t>(unit.head) * plan.group + unit.query;
+  const int64_t q = static_cast<int64_t>(unit.sequence) * plan.step.query_heads + h;
+  const int tiles = sampler.tiles();
+
+  thread_local std::vector<uint32_t> id_memory;
+  alignas(64) thread_local uint8_t counts[kSegmentRows];  // all zero between uses
+  uint32_t* ids = scratch(id_memory, static_cast<size_t>(store.indexed_to + kLookupSlack));
+
+  uint16_t codes[kMaxTables];
+  codes_of(plan.signs + plan.signs_at[unit.sequence] + h * tiles, 1, tiles, sampler.K, sampler.L, codes, 0, 1);
+  const int64_t buckets = (int64_t{1} << sampler.K) + 1;
+  int64_t found = 0;
+  for (const StoreView::IndexSegment& from : store.segments) {
+    const int64_t head = static_cast<int64_t>(unit.head) * sampler.L;
+    const Segment segment{from.offsets + head * buckets, from.ids + head * from.count, from.first,
+                          static_cast<int32_t>(from.count)};
+    found += plan.run.lookup(codes, sampler.K, sampler.L, segment, hits.min_hits, counts, ids + found);
+  }
+  const int64_t sinks = std::lower_bound(ids, ids + found, static_cast<uint32_t>(store.sinks)) - ids;
+  ids += sinks;  // these have been attended to
+  found -= sinks;
+  plan.counts[q] = found;
+
+  float* log_u_out = nullptr;
+  if (plan.step.capture != nullptr) {
+    HeadSample& sample = (*plan.step.capture)[q];
+    sample.ids.assign(ids, ids + found);
+    sample.log_u.resize(found);
+    log_u_out = sample.log_u.data();
+  }
+  const InclusionLaw law{hits.log_u.data(), plan.norms[q]};
+  RowCentres centres = store.hashed_from(unit.head);
+  thread_local std::vector<float> offset_memory;
+  float* offsets = scratch(offset_memory, static_cast<size_t>(store.hashed_from_count()));
+  for (int64_t i = 0; i < store.hashed_from_count(); ++i) {
+    const float* centre = store.hash_centre(i, unit.head);
+    offsets[i] = centre == nullptr ? 0.0f : plan.offset(plan.natural + q * plan.dim, centre);
+  }
+  centres.offsets = offsets;
+  plan.run.attend_sample(store.dtype, plan.dim, store.rows_of(unit.head), ids, found, plan.lanes + q * plan.dim,
+                         centres, plan.step.rule, law, log_u_out, plan.states + unit.first_state);
+}
+
+void make_rules(Plan& plan) {
+  constexpr int64_t kBlocks = 64;  // of a pilot, for one task
+  struct Part {
+    int64_t pair, begin, end;
+  };
+  std::vector<Part> parts;
+  std::vector<std::vector<SketchPiece>> pieces(plan.pair_count);
+  const auto pilot = [&](int64_t p) { return Pilot(plan.store_of(p).indexed_to, plan.store_of(p).sinks); };
+  for (int64_t p = 0; p < plan.pair_count; ++p) {
+    if (!plan.scans(p)) continue;
+    pieces[p] = pieces_of(plan, p, 0, plan.store_of(p).indexed_to);
+    const int64_t blocks = pilot(p).blocks();
+    for (int64_t i = 0; i < blocks; i += kBlocks) parts.push_back({p, i, std::min(blocks, i + kBlocks)});
+  }
+  std::vector<ScoreSum> sums(parts.size() * plan.group);
+  parallel(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+    const Part& part = parts[i];
+    const StoreView& store = plan.store_of(part.pair);
+    const std::vector<ScoreRule> rules = score_rules(plan, part.pair);
+    const std::vector<const float*> lanes = scored_lanes(plan, part.pair);
+    sum_pilot({store.sketch->layout(), plan.dim, store.stride_shift, plan.group, rules.data(), lanes.data()},
+              pieces[part.pair], pilot(part.pair), part.begin, part.end, sums.data() + i * plan.group);
+  });
+  for (size_t i = 0; i < parts.size();) {
+    const int64_t p = parts[i].pair;
+    size_t end = i;
+    while (end < parts.size() && parts[end].pair == p) ++end;
+    plan.pairs[p].rule =
+        weight_rule(score_rules(plan, p), sums.data() + i * plan.group, static_cast<int64_t>(end - i), pilot(p));
+    i = end;
+  }
+}
+
+void scan(const Plan& plan, const Unit& unit) {
+  const StoreView& store = *plan.stores[unit.sequence];
+  const int64_t index = plan.pair_of(unit);
+  Pair& pair = plan.pairs[index];
+  {
+    std::lock_guard lock(pair.mutex);
+    if (pair.memory == nullptr) {
+      pair.memory = scan_pool.take();
+      pair.memory->weights.reset(store.indexed_to, store.sinks);
+      const int64_t blocks = (store.indexed_to + kSketchKeys - 1) / kSketchKeys;
+      if (poisoning()) std::fill_n(pair.memory->weights.weights(0), blocks * kSketchKeys, ~0u);
+    }
+  }
+  Weights& weights = pair.memory->weights;
+  const std::vector<const float*> lanes = scored_lanes(plan, index);
+  const ScoredGroup group{store.sketch->layout(), plan.dim, store.stride_shift, plan.group, nullptr, lanes.data()};
+  for (const SketchPiece& piece : pieces_of(plan, index, unit.begin, unit.end)) {
+    weigh_piece(group, piece, pair.rule, weights.weights(piece.first), weights.sums(piece.first));
+  }
+}
+
+void draw(const Plan& plan, int64_t index) {
+  Pair& pair = plan.pairs[index];
+  const Unit& first = plan.units[pair.first_scan];
+  const StoreView& store = *plan.stores[first.sequence];
+  const DrawPolicy& policy = store.policy;
+  const int64_t q0 = plan.first_query(index), body = store.body();
+  ScanMemory& memory = *pair.memory;
+
+  const double wanted = policy.budget >= 1 ? policy.budget : policy.budget * static_cast<double>(body);
+  const int64_t budget = std::clamp<int64_t>(std::llrint(std::min(wanted, static_cast<double>(body))), 1, body);
+  memory.weights.settle_step(budget);
+  const auto layer = static_cast<uint64_t>(store.layer), head = static_cast<uint64_t>(store.first_head + first.head);
+  const uint64_t start =
+      start_for({policy.seed, layer, head, static_cast<uint64_t>(store.length)}, memory.weights.step());
+
+  const float* queries[256];
+  for (int r = 0; r < plan.group; ++r) queries[r] = plan.lanes + (q0 + r) * plan.dim;
+  State* states = plan.states + first.first_state;
+  const double most = policy.limit * static_cast<double>(body);
+  for (int doublings = 0;;) {
+    const bool all = doublings > 0 && std::ldexp(static_cast<double>(budget), doublings) > most;
+    for (int r = 0; r < plan.group; ++r) {
+      const int64_t s = first.first_state + r;
+      states[r] = empty_state(plan.dim, plan.values + s * plan.dim, plan.spreads + s * plan.dim);
+    }
+    if (all) {
+      memory.ids.resize(body);
+      for (int64_t i = 0; i < body; ++i) memory.ids[i] = static_cast<uint32_t>(store.sinks + i);
+      memory.log_u.assign(body, 0.0f);
+      attend_positions(plan, index, store.sinks, store.indexed_to, states);
+      break;
+    }
+    memory.weights.pick(start, doublings, &memory.ids, &memory.log_u);
+    plan.run.attend_shared(store.dtype, plan.dim, store.rows_of(first.head), memory.ids.data(),
+                           static_cast<int64_t>(memory.ids.size()), memory.log_u.data(), plan.group, queries,
+                           {plan.row_offsets_of(q0), static_cast<int64_t>(store.blocks.size())}, plan.step.rule,
+                           states);
+    if (policy.epsilon <= 0) break;
+    const float worst = worst_error(plan, index);
+    if (worst <= policy.epsilon) break;
+    // The error falls with the square root of the rows.
+    doublings += static_cast<int>(std::clamp(std::ceil(2 * std::log2(worst / policy.epsilon)), 1.0f, 20.0f));
+  }
+  for (int r = 0; r < plan.group; ++r) {
+    plan.counts[q0 + r] = static_cast<int64_t>(memory.ids.size());
+    if (plan.step.capture != nullptr) (*plan.step.capture)[q0 + r] = {memory.ids, memory.log_u};
+  }
+  scan_pool.give(std::move(pair.memory));
+}
+
+}  // namespace magicpig
