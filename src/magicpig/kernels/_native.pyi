@@ -19,6 +19,7 @@ TILE: int = 64
 SKETCH_KEYS: int = 64
 
 MAX_THREADS: int = 1024
+
 LEAST_STRIDE: int = 8
 
 def isa() -> str: ...
@@ -126,7 +127,14 @@ def decode_step(
     lse: int,
     predicted_error: int,
     capture: bool,
-) -> tuple: ...
+) -> tuple[
+    list[int],
+    list[
+        tuple[
+            Annotated[NDArray[numpy.uint8], dict(shape=(None,))], Annotated[NDArray[numpy.uint8], dict(shape=(None,))]
+        ]
+    ],
+]: ...
 def sketch(
     dtype: int,
     rows: Sequence[int],

@@ -102,7 +102,9 @@ def make_law(K: int, L: int, min_hits: int) -> HitLaw:
 def stride_shift(stride: int) -> int:
     """The logarithm of a stride. Raises ArgumentError for one that the kernels do not know."""
     if not LEAST_STRIDE <= stride <= BLOCK_ROWS or stride & (stride - 1):
-        raise ArgumentError(f"stride={stride} is not allowed; allowed: powers of two from {LEAST_STRIDE} to {BLOCK_ROWS}")
+        raise ArgumentError(
+            f"stride={stride} is not allowed; allowed: powers of two from {LEAST_STRIDE} to {BLOCK_ROWS}"
+        )
     return stride.bit_length() - 1
 
 

@@ -235,8 +235,8 @@ std::tuple<uint64_t, uint64_t, std::vector<uint32_t>, std::vector<float>> draw_s
 
 // The faults of the sequences, or nothing if there are none; and their samples.
 Stepped decode_step(const std::vector<StoreView*>& stores, int dtype, int query_heads, Address query, Address key,
-                      Address value, float scale, float softcap, Address sink_logits, Address output, Address lse,
-                      Address predicted_error, bool capture) {
+                    Address value, float scale, float softcap, Address sink_logits, Address output, Address lse,
+                    Address predicted_error, bool capture) {
   std::vector<HeadSample> samples;
   std::vector<Fault> faults;
   Step step{.dtype = dtype_of(dtype),

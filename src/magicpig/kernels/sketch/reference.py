@@ -55,7 +55,8 @@ def stride_centres(keys: Tensor, stride: int) -> Tensor:
     """
     means = keys.to(torch.promote_types(keys.dtype, torch.float32)).unflatten(0, (-1, stride)).mean(1)
     most = torch.finfo(torch.bfloat16).max
-    return means.clamp(-most, most).to(torch.bfloat16).to(means.dtype)
+    centres: Tensor = means.clamp(-most, most).to(torch.bfloat16).to(means.dtype)
+    return centres
 
 
 def centre_offsets(query: Tensor, centres: Tensor, stride: int, *, scale: float) -> Tensor:
