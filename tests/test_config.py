@@ -38,9 +38,8 @@ RANGES = {
     "seed": (0, 2**63 - 1),
     "sinks": (0, None),
     "recent": (0, None),
-    "block": (1, 65536),
+    "block": (8, 4096),
     "exact_below": (0, None),
-    "decode_tokens": (1, None),
 }
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from magicpig.attention.step import LayerDecoder, attend_stores, decode_step, make_ready
 from magicpig.config import Config
-from magicpig.decode import LayerDecoder, attend_stores, decode_step, make_ready
 from magicpig.errors import NotFiniteError
 from magicpig.kernels import native
 from magicpig.kernels.attend.reference import attend, with_sink_logits
@@ -221,11 +221,11 @@ def test_any_head_dimension(head_dim, dtype, isa):
     state = decode_step(
         query, torch.rand(1, 1, head_dim).to(dtype), torch.randn(1, 1, head_dim).to(dtype), [store], scale=0.2
     )
-    stored = next(store.blocks())
+    stored = [torch.cat(x, 1) for x in zip(*store.blocks(), strict=True)]
     # At D = 1 keys on the other side of the centre never collide, as the law says: u = 0 at cosine -1.
     kept = torch.ones(101, dtype=torch.bool)
     if head_dim == 1:
-        kept[4:88] = stored[0][0, 4:88, 0] > store.segments[0].centre[0, 0]
+        kept[4:88] = stored[0][0, 4:88, 0] > store.index.tables[0].centre[0, 0]
     right = attend(query[0].double(), stored[0][0, kept].double(), stored[1][0, kept].double(), scale=0.2)
     assert_close(of_request(state, 0), right)
 
@@ -257,7 +257,9 @@ def test_a_layer_decoder_takes_the_steps_of_decode_step(B, sampler, dtype):
         new = [x.unsqueeze(2) for x in (query, keys, values)]
         assert decoder.takes(*new)
         expected = decode_step(query, keys, values, others, scale=SCALE, softcap=20.0).output
-        assert torch.equal(decoder.step(*new), expected.unsqueeze(1))
+        output, errors = decoder.step(*new)
+        assert errors is None
+        assert torch.equal(output, expected.unsqueeze(1))
     assert stores[0].indexed_to == others[0].indexed_to > 60
     assert stores[0].stats.sampled_rows == others[0].stats.sampled_rows > 0
 
@@ -689,7 +691,7 @@ def test_unknown_pools_and_thread_counts_are_refused():
 def test_environment_variables_choose_level_pool_and_threads():
     # The number of threads comes from here or from the machine, not from a constant in the source.
     code = (
-        "import torch\nfrom magicpig import Config\nfrom magicpig.decode import decode_step\n"
+        "import torch\nfrom magicpig import Config\nfrom magicpig.attention.step import decode_step\n"
         "from magicpig.kernels import native\nfrom magicpig.store import KVStore\n"
         "store = KVStore(1, 8, torch.float32, Config(), sampled=True)\n"
         "x = torch.ones(1, 1, 8)\n"

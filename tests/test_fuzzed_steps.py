@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from magicpig import Config
-from magicpig.decode import attend_stores, decode_step
+from magicpig.attention.step import attend_stores, decode_step
 from magicpig.kernels import native
 from magicpig.kernels.attend import reference
 from magicpig.kernels.tables.reference import lookup_brute_force
@@ -95,11 +95,12 @@ def assert_may_be_drawn(store: KVStore, query: Tensor, head: int, sample: Sample
     if not store.settled:
         assert len(sample.ids) == 0
     elif config.sampler == "lsh":
-        sampler, (segment,) = store.sampler, store.segments
+        sampler, (segment,) = store.sampler.native, store.index.segments
+        hashed_from = None if segment.centre is None else segment.centre.tensor
         codes = native.hash_rows([native.interleave_heads(query[None, None])], sampler)[0, :, 0].to(torch.int64)
-        pieces = list(store._pieces(0, store.indexed_to))
-        off = [store._off_rows(segment.centre, kept) for _, kept in pieces]
-        of_body = native.hash_rows([rows for rows, _ in pieces], sampler, [x for x in off if x is not None])
+        body = torch.cat([keys for keys, _ in stored(store)], 1)[:, : store.indexed_to]
+        centres = [] if hashed_from is None else [hashed_from]
+        of_body = native.hash_rows([native.interleave_heads(body)], sampler, centres)
         found = lookup_brute_force(codes, of_body[head].to(torch.int64).T, config.min_hits)
         assert torch.equal(sample.ids, found[found >= config.sinks])
     else:
@@ -110,7 +111,8 @@ def assert_may_be_drawn(store: KVStore, query: Tensor, head: int, sample: Sample
 
 def stored(store: KVStore) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values as a step reads them, in float32: of whole numbers with their centres."""
-    for rows, centre in store._pieces(0, store.length):
-        layout = store.layout if rows.dtype == torch.int8 else store._float_layout
-        keys = layout.keys(rows, torch.float32)
-        yield keys if centre is None else keys + centre[:, None], layout.values(rows, torch.float32)
+    for rows, centre in store.pieces(0, store.flushed):
+        keys = store.layout.keys(rows, torch.float32)
+        yield keys if centre is None else keys + centre[:, None], store.layout.values(rows, torch.float32)
+    for keys, values in store.blocks(store.flushed):
+        yield keys.float(), values.float()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from magicpig.attention.step import attend_stores, decode_step
 from magicpig.config import Config
-from magicpig.decode import attend_stores, decode_step
 from magicpig.kernels import native
 from magicpig.kernels.attend.reference import attend
 from magicpig.store import KVStore
@@ -91,7 +91,7 @@ def test_a_query_that_meets_no_key_reads_the_static_tokens():
     state, info = attend_stores(query, [store], scale=0.125)
     assert info.rows.eq(0).all()
     static = [*range(4), *range(432, 500)]
-    keys, values = next(store.blocks())
+    keys, values = (torch.cat(x, 1) for x in zip(*store.blocks(), strict=True))
     for g in range(G):
         right = attend(
             query[0, g : g + 1].double(),
@@ -111,7 +111,7 @@ def test_keys_along_the_query_are_certain_and_not_nan(isa):
     keys = next(store.blocks())[0]
     for position in range(0, 300, 3):
         # Any length: the cosine is one up to a rounding either way.
-        query = (keys[:, position] - store.segments[0].centre)[None] * (1 + position / 7)
+        query = (keys[:, position] - store.index.tables[0].centre)[None] * (1 + position / 7)
         state, info = attend_stores(query, [store], scale=0.01)
         assert state.output.isfinite().all()
         for ids, log_u in zip(info.ids[0], info.log_u[0], strict=True):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from magicpig import attend
+from magicpig.attention.step import attend_stores
 from magicpig.config import Config
-from magicpig.decode import attend_stores
 from magicpig.store import KVStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from magicpig import Config, attend
+from magicpig.attention.step import attend_stores, decode_step
 from magicpig.bench.synthetic import synthetic_context
-from magicpig.decode import attend_stores, decode_step
 from magicpig.kernels import native, reference
 from magicpig.kernels.attend import reference as rows
-from magicpig.planner import LayerShape, plan
 from magicpig.store import KVStore
+from magicpig.store.planner import LayerShape, plan
 from magicpig.types import AttentionState, Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,10 +102,11 @@ def test_new_tokens_are_sketched_block_by_block_as_if_they_had_been_there():
     grown = make_store(keys[:, :200], values[:, :200], budget=50)
     for t in range(200, 500):
         decode_step(torch.randn(1, 4, 64), keys[None, :, t], values[None, :, t], [grown], scale=0.125)
-    assert grown.indexed_to > 500 - 20 - 32
-    (segment,) = grown._sketches
-    assert segment.count == grown.indexed_to
-    whole = native.sketch([native.interleave_heads(keys[:, : grown.indexed_to])], grown.sampler, 0, stride=32)
+    assert grown.indexed_to == 448
+    (block,) = grown.index.blocks
+    segment = block.segment
+    assert block.filled == grown.indexed_to
+    whole = native.sketch([native.interleave_heads(keys[:, : grown.indexed_to])], grown.sampler.native, 0, stride=32)
     assert torch.equal(segment.words[:, : whole.blocks - 1], whole.words[:, :-1])
     assert torch.equal(segment.scales[:, : whole.count], whole.scales[:, : whole.count])
     strides = whole.count // 32
@@ -135,8 +136,8 @@ def test_where_a_segment_ends_does_not_matter_to_a_sample(first, budget):
     whole = make_store(keys, values, budget=budget)
     parts = whole.fork()
     rows = [native.interleave_heads(keys[:, a:b]) for a, b in [(0, first), (first, whole.indexed_to)]]
-    cut = [native.sketch([x], whole.sampler, a, stride=32) for x, a in zip(rows, [0, first], strict=True)]
-    parts._set_sketches(cut)
+    cut = [native.sketch([x], whole.sampler.native, a, stride=32) for x, a in zip(rows, [0, first], strict=True)]
+    native.set_sketches(parts.view, cut)
     query = 2 * torch.randn(1, 4, 32)
     (_, a), (_, b) = (attend_stores(query, [store], scale=0.2) for store in (whole, parts))
     for h in range(4):
@@ -148,7 +149,7 @@ def test_forks_share_a_sketch_and_go_their_own_way():
     keys, values = context(2, 400, 64)
     store = make_store(keys, values)
     fork = store.fork()
-    assert fork._sketches[0] is store._sketches[0]
+    assert fork.index is store.index
     fork.append(keys[:, :100], values[:, :100])
     fork.index_due()
     query = torch.randn(1, 4, 64)
@@ -236,7 +237,7 @@ def test_index_bytes_are_as_planned_and_small():
     n = 9000
     store = make_store(*context(2, n, 128, torch.bfloat16), recent=64, sinks=4)
     index = store.nbytes().index
-    assert index / (2 * (n - 68)) <= 45  # and centres, of strides as small as 32
+    assert index / (2 * 3 * 4096) <= 45  # of whole blocks; and centres, of strides as small as 32
     config = Config(**{**SMALL, "recent": 64, "sinks": 4})
     planned = plan([LayerShape(2, 128, True)], config, sequences=1, tokens=n, dtype=torch.bfloat16).kept.index
     assert index <= planned <= 1.1 * index

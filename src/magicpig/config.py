@@ -19,6 +19,9 @@ KVDtype = Literal["model", "int8"]
 NATIVE = ("lsh", "sketch")  # samplers that find their rows themselves; the others look at every key
 QUANTISED = ("lsh", "sketch", "full")  # samplers that attend to keys and values in whole numbers
 HASHING = ("K", "L", "min_hits")  # settings of "lsh" alone
+INDEX_SETTINGS = {"lsh": ("centre", "K", "L", "seed"), "sketch": ("centre", "bits")}
+"""On which settings an index depends, by sampler. All the randomness of hashing is in its directions, that of a sketch
+in where a walk along its weights starts: so the rotation of sketches is the same for every seed."""
 SKETCH_BYTES = 32  # of a key's codes, at most, with as many bits as by default, unless there must be two
 MOST_TOKENS = 2**40  # more than any memory holds; larger numbers would not fit the kernels' integers
 BY_LAYER = ("sampler", "budget", "bits", "epsilon", "centre", "K", "L", "min_hits")
@@ -67,7 +70,7 @@ class Config(BaseModel):
         256,
         ge=8,
         le=4096,
-        description="tokens indexed at once as they leave the recent window: a power of two",
+        description="tokens indexed at once as they leave the recent window; a power of two",
     )
     exact_below: int = Field(
         2048, ge=0, le=MOST_TOKENS, description="contexts shorter than this stay exact: there full attention is cheaper"
@@ -75,12 +78,6 @@ class Config(BaseModel):
     dense_layers: tuple[int, ...] | None = Field(None, description="layers that stay exact; default: 0, 16, 32 and 48")
     layers: dict[int, dict[str, Any]] = Field(
         {}, description="layers with settings of their own, which come before those of all layers and dense_layers"
-    )
-    decode_tokens: int = Field(
-        32,
-        ge=1,
-        le=MOST_TOKENS,
-        description="over an indexed cache, a forward of at most this many tokens is sampled; a longer one is exact",
     )
 
     def __init__(self, **settings: Any) -> None:
@@ -105,6 +102,8 @@ class Config(BaseModel):
             raise ValueError(f"block={self.block} is not a power of two")
         if self.min_hits > self.L:
             raise ValueError(f"min_hits={self.min_hits} is larger than L={self.L}: no key could ever be sampled")
+        if self.block & (self.block - 1):
+            raise ValueError(f"block={self.block} is not a power of two")
         if self.kv_dtype == "int8" and self.sampler not in QUANTISED:
             raise ValueError(
                 f"kv_dtype='int8': sampler={self.sampler!r} does not read it; allowed: {', '.join(QUANTISED)}"
@@ -141,13 +140,24 @@ class Config(BaseModel):
     def is_dense(self, layer: int) -> bool:
         """Whether this layer's attention stays exact."""
         config = self.of_layer(layer)
-        if config.sampler == "full":
+        if not config.samples:
             return True
         return layer in (DENSE_LAYERS if config.dense_layers is None else config.dense_layers)
 
-    def sampling_up_to(self, tokens: int) -> Config:
-        """The same settings, but over an indexed cache a forward of this many tokens is sampled, too."""
-        return Config(**self.model_dump() | {"decode_tokens": max(tokens, self.decode_tokens)})
+    @property
+    def samples(self) -> bool:
+        """Whether there is anything to sample by: "full" reads all."""
+        return self.sampler != "full"
+
+    @property
+    def hashes(self) -> bool:
+        """Whether rows are found by hashing: then K, L and min_hits say how many, and there is no budget."""
+        return self.sampler == "lsh"
+
+    @property
+    def sketches(self) -> bool:
+        """Whether rows are drawn by a sketch."""
+        return self.sampler == "sketch"
 
     def sketch_bits(self, head_dim: int) -> int:
         """Bits of a coordinate in a sketch of keys of this length. Short keys need more, since fewer errors cancel."""

@@ -44,6 +44,6 @@ class EnvironmentVariableError(ArgumentError):
 
 
 class InsufficientMemoryError(MagicPigError, MemoryError):
-    """A request needs more memory than the machine can give."""
+    """A request needs more memory than there is, or than it may have."""
 
     code = "insufficient_memory"

@@ -8,15 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from magicpig.attention.step import attend_stores, step_info
 from magicpig.config import Config, KVDtype, SamplerName
-from magicpig.decode import attend_stores, step_info
 from magicpig.errors import ArgumentError, ArgumentTypeError, NotFiniteError
 from magicpig.kernels import native, reference
-from magicpig.kernels.attend.reference import attend as attend_rows
 from magicpig.kernels.rows.reference import from_bytes, to_bytes
-from magicpig.samplers import NAMES, draw
+from magicpig.samplers import sampler_of
+from magicpig.settings import DrawPolicy, IndexSpec, Policy
 from magicpig.store import KVStore
-from magicpig.types import AttentionState, Sample, StepInfo
+from magicpig.types import StepInfo
 
 
 def attend(
@@ -99,83 +99,39 @@ def attend(
 def _attend_reference(
     query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, StepInfo]:
-    states, samples, errors = [], [], []
-    shared: dict[str, Any] = config.model_dump(include={"seed", "centre", "sinks", "recent"})
-    shared |= {"scale": scale, "softcap": softcap, "stride": config.block}
-    end = reference.index_end(keys.shape[2], recent=config.recent, stride=config.block)
-    short = end <= config.sinks
+    (_, _, N, D), states, samples, errors = keys.shape, [], [], []
+    sampler, policy = sampler_of(IndexSpec.of(config, D), D), Policy.of(config, sampled=config.samples)
+    end = policy.index_end(N, config.block)
     for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
         if config.kv_dtype == "int8":
-            k, v = _rounded(k, v, config)
-        if config.sampler == "full" or short:
-            state = reference.attend_full(q, k, v, scale=scale, softcap=softcap)
-            drawn = [reference.no_sample()] * len(q)
-        elif config.sampler == "sketch":
-            state, drawn = reference.attend_sketch(
-                q,
-                k,
-                v,
-                bits=config.sketch_bits(keys.shape[3]),
-                budget=config.rows(end - config.sinks),
-                epsilon=config.epsilon,
-                **shared,
+            k, v = _as_kept(k, config, centred=config.centre), _as_kept(v, config, centred=False)
+        if end == 0:
+            state, drawn = (
+                reference.attend_full(q, k, v, scale=scale, softcap=softcap),
+                [reference.no_sample()] * len(q),
             )
-        elif config.sampler != "lsh":
-            state, drawn = _attend_chosen(q, k, v, config, end, scale, softcap)
-        else:
-            state, drawn = reference.attend_lsh(
-                q,
-                k,
-                v,
-                K=config.K,
-                L=config.L,
-                min_hits=config.min_hits,
-                **shared,
-            )
-        if config.sampler == "full" or short:
             error = torch.zeros_like(state.lse)
         else:
-            error = reference.predicted_errors(state, drawn, q, k, v, scale=scale, softcap=softcap)
+            place: dict[str, int] = {"sinks": config.sinks, "end": end, "layer": 0, "first_head": 0}
+            rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
+            state, drawn = sampler.reference(q, k, v, DrawPolicy.of(config), **place, **rule)
+            error = reference.predicted_errors(state, drawn, q, k, v, **rule)
         states.append(state)
         samples.append(drawn)
-        errors.append(error if config.sampler not in NAMES else torch.full_like(error, math.nan))
+        errors.append(torch.full_like(error, math.nan) if sampler.chooses and end else error)
     output = torch.stack([state.output for state in states])[:, :, None].to(query.dtype)
     info = step_info(samples, torch.stack(errors), keys.shape[1])
     return output, torch.stack([state.lse for state in states]), info
 
 
-def _attend_chosen(
-    query: Tensor, keys: Tensor, values: Tensor, config: Config, end: int, scale: float, softcap: float | None
-) -> tuple[AttentionState, list[Sample]]:
-    """Attention of one sequence, (H, D) over (G, N, D), with rows of the body, up to `end`, as samplers.py says."""
-    N, first = keys.shape[1], config.sinks
-    working = torch.promote_types(query.dtype, torch.float32)
-    samples = [reference.no_sample()] * len(query)
-    if config.sampler in NAMES:
-        body = [keys[:, first:end]]
-        chosen = draw(config, query.to(working), body, position=N, scale=scale, softcap=softcap)
-        samples = [Sample(first + sample.ids, sample.log_u) for sample in chosen]
-    position = torch.arange(N, dtype=torch.int64, device="cpu")
-    exact = position[(position < first) | (position >= end)]
-    states, group = [], len(query) // len(keys)
-    for h, sample in enumerate(samples):
-        rows = torch.cat([exact, sample.ids])
-        log_u = torch.cat([torch.zeros(len(exact), dtype=torch.float32, device="cpu"), sample.log_u])
-        k, v = keys[h // group, rows], values[h // group, rows]
-        states.append(attend_rows(query[h : h + 1], k, v, scale=scale, log_u=log_u, softcap=softcap))
-    return AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states])), samples
-
-
-def _rounded(keys: Tensor, values: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Keys and values (G, N, D) after a store has rounded its whole strides to whole numbers, the keys off a centre."""
-    keys, values = (x.to(torch.promote_types(x.dtype, torch.float32)).clone() for x in (keys, values))
-    whole = keys.shape[1] // config.block * config.block
-    values[:, :whole] = from_bytes(*to_bytes(values[:, :whole]))
-    for block in keys[:, :whole].split(native.BLOCK_ROWS, 1):
-        first = block[:, : config.block]
-        mean = first.mean(1, keepdim=True) if config.centre else torch.zeros_like(first[:, :1])
-        block.copy_(from_bytes(*to_bytes(block - mean)) + mean)
-    return keys, values
+def _as_kept(x: Tensor, config: Config, *, centred: bool) -> Tensor:
+    """Keys or values (G, N, D) after a store has rounded their whole strides to whole numbers."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    kept = x.shape[1] // config.block * config.block
+    for rows in x[:, :kept].split(native.BLOCK_ROWS, 1):
+        centre = rows[:, : config.block].mean(1, keepdim=True) if centred else 0.0
+        rows.copy_(from_bytes(*to_bytes(rows - centre)) + centre)
+    return x
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> float:

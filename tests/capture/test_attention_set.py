@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from magicpig.attention.prefill import causal_attention
 from magicpig.capture import AttentionSet
 from magicpig.kernels import reference
-from magicpig.prefill import causal_attention
 
 
 def attention_set(**changes) -> AttentionSet:

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from magicpig import Config
 from magicpig.config_file import ConfigFileError, to_text
+from magicpig.errors import InsufficientMemoryError
 from magicpig.integrations.transformers import MagicPigCache, UnsupportedModelError, attach, detach
 from magicpig.integrations.transformers.compat import CACHE, cache_argument
-from magicpig.planner import InsufficientMemoryError
 
 Tiny = Callable[[str], PreTrainedModel]
 Tokens = Callable[..., Tensor]

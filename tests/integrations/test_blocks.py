@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from magicpig.attention.prefill import causal_attention
 from magicpig.integrations.transformers.attention import _attend_tensors
 from magicpig.integrations.transformers.blocks import find_blocks, see_blocks
-from magicpig.prefill import causal_attention
 
 CPU = torch.device("cpu")
 # 1 is text, 0 padding; blocks at both ends, next to each other, of one token, and of all.

@@ -220,15 +220,15 @@ def test_the_report_adds_up(tiny: Tiny, tokens: Tokens) -> None:
     report = cache.report()
     dense, sampled = report.layers
     assert (dense.kind, dense.indexed, dense.index_bytes) == ("dense", 0, 0)
-    # 47 tokens were there when the body was indexed: all but 2 sinks and the 6 newest
-    assert (sampled.kind, sampled.tokens, sampled.indexed) == ("sampled", 48, 39)
+    # 47 tokens were there when the body was indexed: whole strides of 8 that leave 6 tokens, but for the 2 sinks
+    assert (sampled.kind, sampled.tokens, sampled.indexed) == ("sampled", 48, 38)
     assert sampled.sampled_share_mean is not None
     assert sampled.sampled_share_max is not None
     assert 0 < sampled.sampled_share_mean <= sampled.sampled_share_max <= 1
     row = 2 * 16 * 4
     assert sampled.full_step_bytes == 48 * 2 * row
-    drawn = min(2, 4 * sampled.sampled_share_mean) * 39  # four query heads, at most every row of both kv heads
-    assert sampled.read_step_bytes == round((9 * 2 + drawn) * row)
+    drawn = min(2, 4 * sampled.sampled_share_mean) * 38  # four query heads, at most every row of both kv heads
+    assert sampled.read_step_bytes == round((10 * 2 + drawn) * row)
     assert sampled.kv_bytes >= sampled.full_step_bytes
     assert sampled.index_bytes > 0
     for name in ("kv_bytes", "index_bytes", "full_step_bytes", "read_step_bytes"):
@@ -242,7 +242,7 @@ def test_a_cache_of_whole_numbers_gives_nearly_the_same_logits(
     tiny: Tiny, tokens: Tokens, family: str, sampler: Any
 ) -> None:
     model, ids = attach(tiny(family)), tokens(2, 120)
-    settings: dict[str, Any] = {"sampler": sampler, "K": 1, "L": 60, "exact_below": 0, "dense_layers": ()}
+    settings: dict[str, Any] = {"sampler": sampler, "K": 1, "L": 60, "block": 32, "exact_below": 0, "dense_layers": ()}
     logits = []
     for kv_dtype in ("model", "int8"):
         cache = MagicPigCache(model.config, Config(**settings, kv_dtype=kv_dtype))

@@ -16,7 +16,7 @@ from magicpig.integrations.transformers import MagicPigCache, attach, compat, de
 from magicpig.integrations.transformers.cache import MagicPigLayer
 from magicpig.integrations.transformers.compat import cache_argument
 from magicpig.integrations.transformers.shapes import layer_shapes
-from magicpig.planner import LayerShape
+from magicpig.store.planner import LayerShape
 
 # Rounding of a few hundred float32 operations in another order; the logits are of size 1 (of size 10 in two families).
 TOLERANCE = 1e-4

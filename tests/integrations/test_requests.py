@@ -19,7 +19,7 @@ from magicpig.integrations.transformers import MagicPigCache, attach
 from magicpig.integrations.transformers.compat import cache_argument, cache_of
 from magicpig.integrations.transformers.errors import CacheMismatchError, GradientError
 from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes, token_limit
-from magicpig.planner import plan
+from magicpig.store.planner import plan
 
 Tiny = Callable[[str], PreTrainedModel]
 Tokens = Callable[..., Tensor]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from magicpig.attention.step import attend_stores
 from magicpig.collision import log_inclusion
 from magicpig.config import Config
-from magicpig.decode import attend_stores
 from magicpig.kernels import native
 from magicpig.kernels.attend import reference
 from magicpig.kernels.rows.reference import from_bytes, to_bytes
@@ -344,7 +344,9 @@ def cone_store(K: int, L: int, min_hits: int, dtype: torch.dtype, tokens: int, D
 @pytest.mark.parametrize(("K", "L", "min_hits"), [(10, 150, 2), (8, 75, 2), (1, 40, 2), (4, 100, 3)])
 def test_captured_inclusion_probabilities_obey_the_law(K, L, min_hits, dtype, isa):
     store, queries = cone_store(K, L, min_hits, dtype, tokens=2000)
-    stored = torch.cat([keys for keys, _ in store.blocks()], dim=1)[0].double() - store.segments[0].centre[0].double()
+    stored = (
+        torch.cat([keys for keys, _ in store.blocks()], dim=1)[0].double() - store.index.tables[0].centre[0].double()
+    )
     _, info = attend_stores(queries[None], [store], scale=1.0)
     cosines = []
     for h, query in enumerate(queries.double()):
@@ -371,7 +373,7 @@ def test_a_key_of_length_zero_counts_as_one_at_a_right_angle(isa):
     keys[0, 100] = keys[0, :64].mean(0)
     store.append(keys, torch.randn(1, 104, 64))
     store.settle()
-    assert torch.equal(store.segments[0].centre[0], keys[0, 100])
+    assert torch.equal(store.index.tables[0].centre[0], keys[0, 100])
     state, info = attend_stores(torch.randn(1, 3, 64), [store], scale=1.0)
     assert state.output.isfinite().all()
     found = [(ids == 100).nonzero() for ids in info.ids[0]]

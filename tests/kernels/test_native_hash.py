@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from magicpig.attention.step import attend_stores
 from magicpig.config import Config
-from magicpig.decode import attend_stores
 from magicpig.kernels import native
 from magicpig.kernels.hash.reference import hash_vectors, make_planes
-from magicpig.store import KVStore, shared_sampler
+from magicpig.samplers import sampler_of
+from magicpig.settings import IndexSpec
+from magicpig.store import KVStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,7 +157,7 @@ def test_queries_are_hashed_as_keys_are(D, isa, dtype):
     store.append(random_keys(1, 105, D, dtype), random_keys(1, 105, D, dtype))
     store.settle()
     assert store.settled
-    stored = torch.cat([keys for keys, _ in store.blocks()], dim=1)[0].float() - store.segments[0].centre[0]
+    stored = torch.cat([keys for keys, _ in store.blocks()], dim=1)[0].float() - store.index.tables[0].centre[0]
     for position in [2, 50, 95]:
         _, info = attend_stores(stored[None, position : position + 1], [store], scale=1.0)
         found = info.ids[0][0]
@@ -168,5 +170,6 @@ def test_queries_are_hashed_as_keys_are(D, isa, dtype):
 
 
 def test_one_sampler_serves_every_store_of_a_setting():
-    assert shared_sampler(64, 10, 20, 0) is shared_sampler(64, 10, 20, 0)
-    assert shared_sampler(64, 10, 20, 0) is not shared_sampler(64, 10, 20, 1)
+    first, again, other = (IndexSpec.of(Config(K=10, L=20, seed=seed), 64) for seed in (0, 0, 1))
+    assert sampler_of(first, 64) is sampler_of(again, 64)
+    assert sampler_of(first, 64) is not sampler_of(other, 64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from magicpig import Config
-from magicpig.decode import decode_step
+from magicpig.attention.step import decode_step
 from magicpig.errors import ArgumentError, EnvironmentVariableError, NotFiniteError
 from magicpig.kernels import native
 from magicpig.store import KVStore
@@ -17,7 +17,7 @@ from magicpig.store import KVStore
 STEP = """
     import os, signal, torch
     from magicpig import Config
-    from magicpig.decode import decode_step
+    from magicpig.attention.step import decode_step
     from magicpig.kernels import native
     from magicpig.store import KVStore
 

@@ -193,16 +193,17 @@ def test_pieces_make_the_same_sketch_as_a_whole(isa):
 @pytest.mark.parametrize("newer", [8, 56, 64, 136])
 @pytest.mark.parametrize("older", [8, 56, 64, 136])
 @pytest.mark.parametrize("bits", [2, 3])
-def test_join_is_the_sketch_of_both(older, newer, bits):
+def test_a_sketch_goes_on_in_its_own_memory(older, newer, bits):
     keys = make_keys(older + newer, 40)
     sampler = native.make_sketcher(40, bits, seed=0)
-    a = native.sketch([make_rows(keys[:, :older])], sampler, 64, stride=8)
-    b = native.sketch([make_rows(keys[:, older:])], sampler, 64 + older, stride=8)
-    both, whole = native.join(a, b, stride=8), native.sketch([make_rows(keys)], sampler, 64, stride=8)
-    assert_same_sketch(both, whole)
-    assert (both.first, both.count) == (64, older + newer)
-    with pytest.raises(ValueError, match=r"^b must begin where a ends$"):
-        native.join(b, a, stride=8)
+    segment = native.new_sketch(2, older + newer, sampler, 64, 8)
+    native.sketch_into(segment, 0, [make_rows(keys[:, :older])], sampler, stride=8)
+    before = [x.clone() for x in (segment.words[:, : older // 64], segment.scales[:, :older])]
+    native.sketch_into(segment, older, [make_rows(keys[:, older:])], sampler, stride=8)
+    assert_same_sketch(segment, native.sketch([make_rows(keys)], sampler, 64, stride=8))
+    assert torch.equal(segment.words[:, : older // 64], before[0])
+    assert torch.equal(segment.scales[:, :older], before[1])
+    assert (segment.first, segment.count) == (64, older + newer)
 
 
 @pytest.mark.parametrize("stride", [0, 4, 12, 8192])

@@ -147,7 +147,7 @@ def test_no_tuning_where_the_kernels_are_wrong(model_dir, text, tmp_path, monkey
 
 
 def test_a_text_that_does_not_fit_is_refused_before_it_is_read(model_dir, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("magicpig.planner.free_memory", lambda: 100_000)
+    monkeypatch.setattr("magicpig.store.planner.free_memory", lambda: 100_000)
     assert_refused(tune(model_dir, text, tmp_path / "tuned.json", *QUICK), "2300 tokens need", "are free")
 
 

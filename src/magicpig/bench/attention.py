@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from magicpig.attention.step import attend_stores
 from magicpig.bench import layer
 from magicpig.bench.layer import Layer, Shape, WrongResultError, check_context
 from magicpig.bench.quiet import Timing, count, quiet_ms
 from magicpig.capture import AttentionSet
 from magicpig.config import EXACT, Config
-from magicpig.decode import attend_stores
 from magicpig.kernels import native
 from magicpig.provenance import provenance
 from magicpig.store import KVStore

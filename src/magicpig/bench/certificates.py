@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from magicpig.attention.step import attend_stores
 from magicpig.bench.layer import Layer
 from magicpig.capture import AttentionSet
 from magicpig.config import Config
-from magicpig.decode import attend_stores
 from magicpig.evaluation.matrix import Method
 
 SLACK = 1.5  # a prediction is one standard error; the truth should hardly ever be larger than this many

@@ -31,8 +31,8 @@ from magicpig.integrations.transformers.cache import MagicPigLayer
 from magicpig.integrations.transformers.compat import cache_argument
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.machine import free_memory
-from magicpig.planner import plan
 from magicpig.provenance import provenance
+from magicpig.store.planner import plan
 
 _NOISE = 1 << 20  # random numbers that are made; matrices repeat them
 _COMFORT = 0.75  # of the free memory, which other programs use, too

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from magicpig.attention.step import decode_step
 from magicpig.bench.quiet import Timing, has_waited
 from magicpig.bench.synthetic import synthetic_context
 from magicpig.capture import AttentionSet
 from magicpig.config import EXACT, Config
-from magicpig.decode import decode_step
 from magicpig.doctor import self_check
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError
 from magicpig.kernels import native
 from magicpig.machine import free_memory, waited_ns
-from magicpig.planner import LayerShape, plan
 from magicpig.store import KVStore
+from magicpig.store.planner import LayerShape, plan
 
 EVICTION_BYTES = 128 << 20  # more than any last-level cache we know of holds for one process
 

@@ -16,7 +16,7 @@ from magicpig.integrations.transformers import MagicPigCache, attach, detach
 from magicpig.integrations.transformers.attention import NAME
 from magicpig.integrations.transformers.cache import MagicPigLayer, PendingTokens
 from magicpig.integrations.transformers.shapes import layer_shapes
-from magicpig.planner import check, plan
+from magicpig.store.planner import check, plan
 
 FEW = 4  # layers, where no others are asked for
 

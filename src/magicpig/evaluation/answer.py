@@ -55,18 +55,20 @@ def answers(
     asked: tuple[MagicPigCache, Tensor] | None = None
     exact: Answer | None = None
     for protocol, method in runs:
-        sampled = method.config.sampler != "full"
+        sampled = method.config.samples
         if not sampled and exact is not None:
             yield exact  # reading everything is the same under both protocols
             continue
         if sampled and protocol == "question-sparse":
-            cache = document.fork(method.config.sampling_up_to(len(question)))
+            cache = document.fork(method.config)
             index_s = _settle(cache)
-            logits = read(network, question, cache, chunk=len(question))
+            with cache.decoding():
+                logits = read(network, question, cache, chunk=len(question))
         else:
             if asked is None:
                 dense = document.fork()
-                asked = dense, read(network, question, dense)
+                with dense.prefilling():
+                    asked = dense, read(network, question, dense)
             cache, logits = asked[0].fork(method.config), asked[1]
             index_s = _settle(cache)
         start = time.perf_counter()

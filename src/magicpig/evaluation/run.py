@@ -24,8 +24,8 @@ from magicpig.evaluation.workers import in_order
 from magicpig.generation import Model, encode, encode_in_two, load, open_model, silence_transformers, stop_tokens
 from magicpig.integrations.transformers import attach
 from magicpig.integrations.transformers.shapes import layer_shapes
-from magicpig.planner import check, plan
 from magicpig.provenance import provenance
+from magicpig.store.planner import check, plan
 from magicpig.types import MemoryUse
 
 

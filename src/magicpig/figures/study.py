@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from magicpig.attention.step import attend_stores
 from magicpig.capture import AttentionSet
 from magicpig.config import Config
-from magicpig.decode import attend_stores
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
 

@@ -38,19 +38,20 @@ class SamplingLM(HFLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = []
         before: list[int] = []
-        longest = max((len(answer) for _, _, answer in requests), default=1)
-        config = self._sampling.sampling_up_to(longest)
         for name, context, answer in tqdm(requests, "Computing likelihoods", disable=disable_tqdm):
             # The last token of an answer is not read.
             context = (context + answer)[-self.max_length - 1 : -len(answer)]
             # The answers of a multiple choice follow each other, and have one context.
             if context != before:
-                before, read = context, MagicPigCache(self.model.config, config)
-                first = self._logits(context, read, 1)
+                before, read = context, MagicPigCache(self.model.config, self._sampling)
+                with read.prefilling():
+                    first = self._logits(context, read, 1)
                 read.settle()
             logits = first
             if len(answer) > 1:
-                logits = torch.cat([first, self._logits(answer[:-1], read.fork(), len(answer) - 1)])
+                fork = read.fork()
+                with fork.decoding():
+                    logits = torch.cat([first, self._logits(answer[:-1], fork, len(answer) - 1)])
             result = _judge(logits, torch.tensor(answer, dtype=torch.int64, device="cpu"))
             found.append(result)
             if name is not None:

@@ -26,6 +26,7 @@ SKETCH_KEYS: int = _native.SKETCH_KEYS
 LEAST_STRIDE: int = _native.LEAST_STRIDE
 MAX_HEAD_DIM: int = _native.MAX_DIM
 MAX_GROUP = 256
+_NOWHERE = 1 << 62  # no position is as large
 MAX_THREADS: int = _native.MAX_THREADS
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -117,6 +118,23 @@ def make_view(
     with the seed and the position they say what is drawn.
     """
     return StoreView(row_code(dtype), heads, head_dim, sinks, stride_shift(stride), layer, first_head)
+
+
+def set_rows(
+    view: StoreView, blocks: Sequence[Tensor], centres: Sequence[Tensor], tail: Tensor | None, flushed: int
+) -> None:
+    """Where a view's rows are: blocks (G, capacity, width) of `BLOCK_ROWS` positions, the last perhaps smaller.
+
+    centres: for each block (G, D) float32, what its keys are kept minus; or none. tail: rows (G, n, width) in a float
+    dtype, of positions from `flushed` on.
+    """
+    view.set_blocks([x.data_ptr() for x in blocks], [x.stride(0) * x.element_size() for x in blocks])
+    if centres:
+        view.set_row_centres([_address(centre) for centre in centres])
+    if tail is None:
+        view.set_tail(0, 0, 0, _NOWHERE)
+    else:
+        view.set_tail(dtype_code(tail.dtype), tail.data_ptr(), tail.stride(0) * tail.element_size(), flushed)
 
 
 def set_sampler(view: StoreView, sampler: LshSampler | SketchSampler | None) -> None:
@@ -345,25 +363,40 @@ def sketch(
     centred: bool = True,
     row_centres: Sequence[Tensor] = (),
 ) -> SketchSegment:
-    """The sketch of consecutive keys, at least one stride; pieces of whole strides, otherwise as for `hash_rows`.
+    """The sketch of consecutive keys, at least one stride; the rest as for `sketch_into`."""
+    total = sum(piece.shape[1] for piece in pieces)
+    segment = new_sketch(pieces[0].shape[0], total, sampler, first, stride)
+    sketch_into(segment, 0, pieces, sampler, stride=stride, centred=centred, row_centres=row_centres)
+    return segment
 
-    row_centres: for each piece (G, D) float32, what its rows are kept minus; or none. centred: False sketches the keys
-    as they come.
+
+def sketch_into(
+    segment: SketchSegment,
+    at: int,
+    pieces: Sequence[Tensor],
+    sampler: SketchSampler,
+    *,
+    stride: int,
+    centred: bool = True,
+    row_centres: Sequence[Tensor] = (),
+) -> None:
+    """Sketches consecutive keys into the memory of a segment, as its keys from number `at` on.
+
+    pieces: of whole strides, otherwise as for `hash_rows`. row_centres: for each piece (G, D) float32, what its rows
+    are kept minus; or none. centred: False sketches the keys as they come.
     """
-    heads, total, shift = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces), stride_shift(stride)
-    segment = _empty_sketch(heads, total, sampler.words, padded(sampler.head_dim), first, stride)
-    done = 0
+    shift = stride_shift(stride)
     for i, piece in enumerate(pieces):
         _require(piece.stride(2) == 1, "rows must be contiguous in the last dimension")
         _require(piece.shape[1] % stride == 0, f"a piece of {piece.shape[1]} keys is not of strides of {stride}")
         _native.sketch(
             row_code(piece.dtype),
-            [piece[g].data_ptr() for g in range(heads)],
+            [head.data_ptr() for head in piece],
             piece.shape[1],
             piece.stride(1) * piece.element_size(),
             _address(row_centres[i]) if row_centres else 0,
             sampler,
-            done,
+            at,
             segment.blocks,
             shift,
             centred,
@@ -371,30 +404,7 @@ def sketch(
             segment.scales.data_ptr(),
             segment.centres.data_ptr(),
         )
-        done += piece.shape[1]
-    return segment
-
-
-def join(a: SketchSegment, b: SketchSegment, *, stride: int) -> SketchSegment:
-    """The sketch of a's keys followed by b's."""
-    _require(b.first == a.first + a.count, "b must begin where a ends")
-    out = _empty_sketch(len(a.words), a.count + b.count, a.words.shape[2], a.centres.shape[2], a.first, stride)
-    for part, at in ((a, 0), (b, a.count)):
-        _native.copy_sketch(
-            part.words.data_ptr(),
-            part.scales.data_ptr(),
-            part.count,
-            part.blocks,
-            len(out.words),
-            out.words.shape[2],
-            out.words.data_ptr(),
-            out.scales.data_ptr(),
-            at,
-            out.blocks,
-        )
-        strides = part.count // stride
-        out.centres[:, at // stride : at // stride + strides] = part.centres[:, :strides]
-    return out
+        at += piece.shape[1]
 
 
 def set_sketches(view: StoreView, segments: Sequence[SketchSegment]) -> None:
@@ -409,15 +419,22 @@ def set_sketches(view: StoreView, segments: Sequence[SketchSegment]) -> None:
     )
 
 
-def _empty_sketch(heads: int, keys: int, words: int, width: int, first: int, stride: int) -> SketchSegment:
+def sketch_shapes(
+    heads: int, keys: int, sampler: SketchSampler, stride: int
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of the words, scales and centres of `keys` keys."""
     blocks = -(-keys // SKETCH_KEYS)
-    return SketchSegment(
-        empty((heads, blocks, words, SKETCH_KEYS), torch.int32),
-        empty((heads, blocks * SKETCH_KEYS), torch.float16),
-        empty((heads, -(-blocks * SKETCH_KEYS // stride), width), torch.bfloat16),
-        first,
-        keys,
+    return (
+        ((heads, blocks, sampler.words, SKETCH_KEYS), torch.int32),
+        ((heads, blocks * SKETCH_KEYS), torch.float16),
+        ((heads, -(-blocks * SKETCH_KEYS // stride), padded(sampler.head_dim)), torch.bfloat16),
     )
+
+
+def new_sketch(heads: int, keys: int, sampler: SketchSampler, first: int, stride: int) -> SketchSegment:
+    """Room for the sketch of `keys` keys."""
+    words, scales, centres = (empty(*each) for each in sketch_shapes(heads, keys, sampler, stride))
+    return SketchSegment(words, scales, centres, first, keys)
 
 
 @dataclass(frozen=True)

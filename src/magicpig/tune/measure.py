@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magicpig.attention.step import attend_stores
 from magicpig.bench.layer import Layer
 from magicpig.capture import AttentionSet
 from magicpig.config import EXACT, Config
-from magicpig.decode import attend_stores
 from magicpig.store import KVStore
 
 BITS = (2, 3, 4)
@@ -105,7 +105,7 @@ class Trials:
 
     def sampled(self, config: Config) -> Measured:
         """One setting that samples."""
-        if config.sampler == "sketch":
+        if config.sketches:
             config = config.model_copy(update={"bits": config.sketch_bits(self.attention.keys.shape[2])})
         store = self._indexed(config)
         errors, predicted = self._decode(store)

@@ -11,7 +11,7 @@ from magicpig.capture import AttentionSet
 from magicpig.capture.record import full_layers, record
 from magicpig.config import EXACT, Config
 from magicpig.integrations.transformers.shapes import layer_shapes
-from magicpig.planner import check, plan
+from magicpig.store.planner import check, plan
 from magicpig.tune.choose import Goal, LayerChoice, Tuning, good_enough
 from magicpig.tune.measure import Trials
 from magicpig.types import MemoryUse

@@ -2,13 +2,14 @@
 
 from magicpig.integrations.transformers.attach import attach, detach
 from magicpig.integrations.transformers.attention import NAME
-from magicpig.integrations.transformers.cache import CacheReport, LayerReport, MagicPigCache
+from magicpig.integrations.transformers.cache import MagicPigCache
 from magicpig.integrations.transformers.errors import (
     CacheMismatchError,
     CacheStateError,
     GradientError,
     UnsupportedModelError,
 )
+from magicpig.report import CacheReport, LayerReport
 
 __all__ = [
     "NAME",

@@ -27,7 +27,7 @@ from magicpig.integrations.transformers.errors import CacheMismatchError, Unsupp
 from magicpig.integrations.transformers.probe import probe
 from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes, token_limit
 from magicpig.machine import free_memory
-from magicpig.planner import check, plan
+from magicpig.store.planner import check, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -215,6 +215,7 @@ def _prepared(model: Any, attached: _Attachment, request: dict[str, Any]) -> dic
     prompt = next((x for x in given if isinstance(x, Tensor)), None)
     if isinstance(cache, MagicPigCache):
         _check_cache(model, cache)
+        cache.remember(model)
     if prompt is not None:
         tokens = _prompt_tokens(prompt, request.get("attention_mask"), cache)
         new = _new_tokens(prompt.shape[1], asked)

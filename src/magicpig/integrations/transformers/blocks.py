@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magicpig.attention.prefill import causal_attention
 from magicpig.kernels.attend.reference import merge
-from magicpig.prefill import causal_attention
 from magicpig.types import AttentionState
 
 ROWS_AT_ONCE = 1 << 24  # entries of a mask that are looked at together

@@ -8,19 +8,23 @@ hands the new keys and values on as `PendingTokens`, and the attention function 
 from __future__ import annotations
 
 import copy
+import math
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from magicpig.attention.step import LayerDecoder, Phase, Segment, attend_layer
 from magicpig.config import Config
-from magicpig.decode import LayerDecoder, decode_step
-from magicpig.errors import ArgumentError, ArgumentTypeError
-from magicpig.integrations.transformers import compat
+from magicpig.errors import ArgumentError, ArgumentTypeError, MagicPigError
+from magicpig.integrations.transformers import compat, saved
 from magicpig.integrations.transformers.blocks import see_blocks
 from magicpig.integrations.transformers.compat import Cache, CacheLayerMixin
 from magicpig.integrations.transformers.errors import (
@@ -30,8 +34,11 @@ from magicpig.integrations.transformers.errors import (
     OpaqueTokensError,
     UnsupportedModelError,
 )
-from magicpig.prefill import attend_store
-from magicpig.store import PREDICTING, KVStore, PredictedErrors
+from magicpig.kernels.arena import UNLIMITED, Arena, Memory, unique_bytes
+from magicpig.report import CacheReport, LayerReport, PredictedErrors
+from magicpig.settings import DrawPolicy
+from magicpig.store import KVStore
+from magicpig.types import AttentionState
 
 Part = TypeVar("Part", "MagicPigCache", "MagicPigLayer")
 
@@ -44,13 +51,19 @@ class MagicPigCache(Cache):
     transformers before 5.24 calls the argument `past_key_values`; `generate` of an attached model takes both names.
 
     model_config: the model's; config: ours. Layers of sliding attention keep the stock cache of transformers.
+    arena: where the memory of stores comes from, with its limit if it has one.
+    A pass of a single token is decoding, one of several is prefill, which is exact; `decoding` and `prefilling` say
+    otherwise.
     Every sequence of the batch has a store of its own per layer, so its result does not depend on the others.
     Raises UnsupportedModelError for models with layers of any other kind; ValueError for settings of layers that the
     model has not got.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, config: Config | None = None) -> None:
+    def __init__(
+        self, model_config: PreTrainedConfig, config: Config | None = None, *, arena: Arena = UNLIMITED
+    ) -> None:
         self.config = Config() if config is None else config
+        self._model: weakref.ref[PreTrainedModel] | None = None
         decoder = model_config.get_text_config(decoder=True)
         types, settings = compat.layer_types(decoder)
         if shared := types.count(compat.SHARED):
@@ -66,7 +79,7 @@ class MagicPigCache(Cache):
             if types[index] != "full_attention":
                 raise ArgumentError(f"layers.{index}: the layer attends to a sliding window, of which all is read")
         layers: list[Any] = [
-            MagicPigLayer(self.config.of_layer(index), index)
+            MagicPigLayer(self.config.of_layer(index), index, arena)
             if kind == "full_attention"
             else compat.new_layer(kind, kw)
             for index, (kind, kw) in enumerate(zip(types, settings, strict=True))
@@ -93,8 +106,9 @@ class MagicPigCache(Cache):
     def fork(self, config: Config | None = None) -> MagicPigCache:
         """A cache that holds the same tokens and goes its own way; the two share memory until one of them writes.
 
-        config: how the new cache attends, if not as this one: one prompt, read once, then serves many settings. A
-        ValueError when the keys have been indexed by the old setting already, at the first decode step or by `settle`.
+        config: how the new cache attends, if not as this one: one prompt, read once, then serves many settings. Indexes
+        are kept where they do not depend on what has changed, and otherwise built anew. A ValueError where the rows
+        depend on it: for another kv_dtype, and for int8 rows another block or centre.
         The report of the new cache counts what it reads itself.
         """
         other = _shallow(self)
@@ -111,19 +125,44 @@ class MagicPigCache(Cache):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise ArgumentTypeError(
-            "a MagicPigCache cannot be pickled; fork() or copy.deepcopy makes a copy in this process, another process "
-            "has to read the tokens again"
+            "a MagicPigCache cannot be pickled; fork() or copy.deepcopy makes a copy in this process, save() "
+            "and load() bring it to another"
         )
 
     def settle(self) -> None:
-        """Indexes now what the first decode step would index.
+        """Indexes now what the next decode step would index."""
+        for store in self._stores():
+            store.settle()
 
-        From then on a forward pass of up to `config.decode_tokens` tokens is sampled, not only one of a single token:
-        the way of a server that has read a document before the question comes.
+    def draw_by(self, policy: DrawPolicy, sequence: int | None = None) -> None:
+        """From the next step on, one sequence of the batch, or all of them, draws by other settings."""
+        for layer in self._own():
+            for row, store in enumerate(layer.stores):
+                if sequence is None or row == sequence:
+                    store.draw = policy
+
+    @property
+    def errors(self) -> dict[int, MagicPigError]:
+        """Sequences of the batch that have failed, and why. Their outputs are NaN; the others are served."""
+        found: dict[int, MagicPigError] = {}
+        for layer in self._own():
+            found = layer.errors | found
+        return found
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Passes of several tokens are decoded, too: one after the other, each over an index of those before it.
+
+        The way of a server that has read a document before the question comes.
         """
-        for layer in self.layers:
-            for store in layer.stores if isinstance(layer, MagicPigLayer) else ():
-                store.settle()
+        with self._phase(Phase.DECODE):
+            yield
+
+    @contextmanager
+    def prefilling(self) -> Iterator[None]:
+        """Passes of a single token are prefill, too: exact."""
+        with self._phase(Phase.PREFILL):
+            yield
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -131,14 +170,53 @@ class MagicPigCache(Cache):
 
         Nothing depends on the last layer's attention but these, so it only stores its tokens.
         """
-        last = self.layers[-1]
-        if isinstance(last, MagicPigLayer):
-            last.attends = False
+        with self._phase(Phase.PREFILL, last=Phase.STORE):
+            yield
+
+    @contextmanager
+    def _phase(self, phase: Phase, last: Phase | None = None) -> Iterator[None]:
+        before = [(layer, layer.phase) for layer in self._own()]
+        for layer, _ in before:
+            layer.phase = last if last is not None and layer is self.layers[-1] else phase
         try:
             yield
         finally:
-            if isinstance(last, MagicPigLayer):
-                last.attends = True
+            for layer, own in before:
+                layer.phase = own
+
+    def remember(self, model: PreTrainedModel) -> None:
+        """Whose keys and values these are: `save` writes it down."""
+        self._model = weakref.ref(model)
+
+    def save(self, path: Path | str, *, model: PreTrainedModel | None = None, tokens: Any = None) -> None:
+        """Writes what the cache holds to a file, which appears whole or not at all.
+
+        model: whose keys these are; may be left out where a call of `generate` on an attached model has filled the
+        cache. tokens: ids (B, positions) of what it holds, for `load` to compare.
+        Raises ArgumentError where the model is not known or tokens do not fit, and OSError.
+        """
+        model = self._model() if model is None and self._model is not None else model
+        if model is None:
+            raise ArgumentError("the cache does not know its model; say cache.save(path, model=model)")
+        saved.save(self, path, model, tokens)
+
+    @classmethod
+    def load(
+        cls, path: Path | str, model: PreTrainedModel, *, tokens: Any = None, arena: Arena = UNLIMITED
+    ) -> MagicPigCache:
+        """The cache that `save` wrote, for the same model. Rows stay in the file until something is written to them.
+
+        tokens: ids (B, positions), to make sure that it holds these. To go on by other settings, fork it.
+        Raises StoreFileError where there is no such file, DamagedFileError where it has changed or lost its end,
+        WrongModelError and WrongTokensError; all of them are ValueErrors.
+        """
+        return saved.load(cls, path, model, tokens, arena)
+
+    def _own(self) -> list[MagicPigLayer]:
+        return [layer for layer in self.layers if isinstance(layer, MagicPigLayer)]
+
+    def _stores(self) -> list[KVStore]:
+        return [store for layer in self._own() for store in layer.stores]
 
     def report(self) -> CacheReport:
         """What the cache holds, and what decoding has read so far."""
@@ -170,21 +248,25 @@ _CHANGED = (
 
 
 class MagicPigLayer(CacheLayerMixin):
-    """The keys and values of one full-attention layer, for B sequences. config: of this layer (`Config.of_layer`)."""
+    """The keys and values of one full-attention layer, for B sequences. config: of this layer (`Config.of_layer`).
+
+    phase: what becomes of new tokens, if that is not to follow from their number. errors: of sequences that failed.
+    """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(self, config: Config, index: int, arena: Arena = UNLIMITED) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.config = config
         self.index = index
+        self.arena = arena
+        self.phase: Phase | None = None
         # Set while an assistant proposes tokens: several new tokens are then decoding, and `crop` will follow. Only the
         # first proposals come together with the prompt and are judged by exact attention, as the prompt is.
         self.record_past = False
-        self.attends = True
         self.query_heads = 0
         self._forget()
 
@@ -195,7 +277,7 @@ class MagicPigLayer(CacheLayerMixin):
         # (B, positions) on the CPU, False for padding; None while there was none.
         self._real: Tensor | None = None
         self._pending: PendingTokens | None = None
-        self._undo: dict[int, _Checkpoint] = {}
+        self.errors: dict[int, MagicPigError] = {}
         self._work = _Work()
         self._decoder: LayerDecoder | None = None  # of these stores
 
@@ -205,7 +287,8 @@ class MagicPigLayer(CacheLayerMixin):
         B, G, _, D = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         sampled = not self.config.is_dense(self.index)
-        self.stores = [KVStore(G, D, self.dtype, self.config, sampled=sampled, layer=self.index) for _ in range(B)]
+        place: dict[str, Any] = {"sampled": sampled, "layer": self.index, "arena": self.arena}
+        self.stores = [KVStore(G, D, self.dtype, self.config, **place) for _ in range(B)]
         self._decoder = None
         self.is_initialized = True
 
@@ -224,9 +307,8 @@ class MagicPigLayer(CacheLayerMixin):
                 f"a batch of {key_states.shape[0]} does not fit this cache, which holds {len(self.stores)} sequences; "
                 "use a new MagicPigCache"
             )
-        self._check_attended()
+        self.check_attended()
         self._pending = PendingTokens(self, key_states, value_states)
-        self._undo.clear()
         self.positions += key_states.shape[2]
         return self._pending, self._pending
 
@@ -277,14 +359,17 @@ class MagicPigLayer(CacheLayerMixin):
         """
         self.check_pending(pending)
         B, H, T, D = query.shape
-        if T == 1 and mask is None and self._real is None and sink_logits is None:
+        if T == 1 and mask is None and self._real is None and sink_logits is None and not self.errors:
             decoder = self._decoder
             if decoder is None or self.query_heads != H or decoder.scale != scale or decoder.softcap != softcap:
                 decoder = self._decoder = LayerDecoder(self.stores, H, scale=scale, softcap=softcap)
-            if decoder.takes(query, pending.keys, pending.values):
+            if self.phase in (None, Phase.DECODE) and decoder.takes(query, pending.keys, pending.values):
                 self._pending = None
                 self.query_heads = H
-                return decoder.step(query, pending.keys, pending.values)
+                output, errors = decoder.step(query, pending.keys, pending.values)
+                if errors is not None:
+                    self._failed(dict(enumerate(errors)))
+                return output
         real = self._new_tokens(mask, T)
         blocks = mask[:, -T:].to("cpu") if mask is not None and bool((mask[:, -T:] > 1).any()) else None
         self._pending = None
@@ -292,49 +377,62 @@ class MagicPigLayer(CacheLayerMixin):
         keys, values = _on_cpu(pending.keys, self.dtype), _on_cpu(pending.values, self.dtype)
         queries = _on_cpu(query, self.dtype)
         sink_logits = None if sink_logits is None else _on_cpu(sink_logits, torch.float32)
-        rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
-        if T == 1 and real is None:
-            state = decode_step(queries.squeeze(2), keys.squeeze(2), values.squeeze(2), self.stores, **rule)
-            output = state.output.unsqueeze(1)
-        else:
-            output = torch.zeros(B, T, H, D, dtype=self.dtype, device="cpu")
-            for row in range(B):
-                chosen = slice(None) if real is None else real[row].nonzero()[:, 0]
-                q, k, v = queries[row][:, chosen], keys[row][:, chosen], values[row][:, chosen]
-                if q.shape[1] > 0:
-                    groups = None if blocks is None else blocks[row, chosen]
-                    given: dict[str, Any] = {"decode": T == 1, "groups": groups, "rule": rule}
-                    output[row, chosen] = self._attend_row(row, q, k, v, **given).transpose(0, 1)
+        real = torch.ones(B, T, dtype=torch.bool, device="cpu") if real is None else real.clone()
+        output = torch.zeros(B, T, H, D, dtype=self.dtype, device="cpu")
+        for row in self.errors:
+            output[row, real[row]] = math.nan
+            real[row] = False
+        rows, segments, begin = [], [], 0
+        for row, count in enumerate(real.sum(1).tolist()):
+            if count > 0:
+                store = self.stores[row]
+                looking_ahead = blocks is not None and bool((blocks[row, real[row]] > 1).any())
+                phase = Phase.PREFILL if looking_ahead else self._phase_of(store, count, T)
+                rows.append(row)
+                segments.append(Segment(store, begin, count, phase))
+                begin += count
+        if segments:
+            rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+            q, k, v = (_tokens(x, real) for x in (queries, keys, values))
+            result = attend_layer(segments, q, k, v, **rule)
+            if blocks is not None:
+                groups = blocks[real]
+                for segment in segments:
+                    at = slice(segment.begin, segment.begin + segment.count)
+                    if bool((groups[at] > 1).any()):  # exact: the sample of a token does not look ahead
+                        seen = AttentionState(result.output[at].transpose(0, 1), result.lse[at].transpose(0, 1))
+                        own_q, own_k, own_v = (x[at].transpose(0, 1) for x in (q, k, v))
+                        seen = see_blocks(seen, own_q, own_k, own_v, groups[at], rule)
+                        result.output[at] = seen.output.transpose(0, 1)
+            output[real] = result.output
+            self._failed(dict(zip(rows, result.errors, strict=True)))
         return output if queries is query else output.to(query.device, query.dtype)
 
-    def _attend_row(
-        self,
-        row: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        decode: bool,
-        groups: Tensor | None,
-        rule: dict[str, Any],
-    ) -> Tensor:
-        """The new real tokens of one sequence: q (H, n, D), k and v (G, n, D), groups (n,). Returns (H, n, D)."""
-        store, n = self.stores[row], q.shape[1]
-        if groups is not None and bool((groups > 1).any()):  # exact: the sample of a token does not look ahead
-            store.append(k, v)
-            return see_blocks(attend_store(q, store, **rule), q, k, v, groups, rule).output
-        if n <= self.config.decode_tokens and (store.settled or (self.record_past and store.length >= store.due)):
-            decode = True
-        if not decode:
-            store.append(k, v)
-            return attend_store(q, store, **rule).output if self.attends else torch.zeros_like(q)
-        if self.record_past and store.length < store.due < store.length + n:
-            # Indexing happens on the way. If `crop` then goes back before it, it must not have happened.
-            self._undo[row] = _Checkpoint(store.fork(), k, v)
-        steps = [decode_step(q[None, :, t], k[None, :, t], v[None, :, t], [store], **rule).output for t in range(n)]
-        return torch.cat(steps).transpose(0, 1)
+    def _phase_of(self, store: KVStore, count: int, T: int) -> Phase:
+        # Proposals of an assistant that follow a prompt are decoded; those with it are judged exactly, as it is.
+        unsaid = self.phase is None and (T == 1 or (self.record_past and store.length > 0))
+        decode = unsaid or self.phase is Phase.DECODE
+        # Where nothing would be sampled both are the same attention, and prefill takes all tokens at once.
+        if decode and (count == 1 or store.policy.index_end(store.length + count - 1, store.spec.stride) > 0):
+            return Phase.DECODE
+        return Phase.STORE if self.phase is Phase.STORE else Phase.PREFILL
 
-    def _check_attended(self) -> None:
+    def _failed(self, errors: dict[int, MagicPigError | None]) -> None:
+        """Notes which sequences have failed; raises where none is left."""
+        new = {row: error for row, error in errors.items() if error is not None and row not in self.errors}
+        if not new:
+            return
+        self.errors |= new
+        if len(self.errors) == len(self.stores):
+            raise next(iter(new.values()))
+        for row, error in new.items():
+            warnings.warn(
+                f"sequence {row} of the batch has failed and is NaN from here on: {error} (layer {self.index})",
+                stacklevel=2,
+            )
+
+    def check_attended(self) -> None:
+        """Raises where a forward pass was interrupted."""
         if self._pending is not None:
             raise CacheStateError(
                 f"layer {self.index} never attended to the last tokens it was given: a forward pass was interrupted; "
@@ -367,20 +465,27 @@ class MagicPigLayer(CacheLayerMixin):
     def reset(self) -> None:
         self._forget()
 
+    @property
+    def real(self) -> Tensor | None:
+        """(B, positions), False for padding; None while there was none."""
+        return self._real
+
+    def restore(self, stores: list[KVStore], positions: int, query_heads: int, real: Tensor | None) -> None:
+        """Makes the layer hold what another one held."""
+        self.stores, self.positions, self.query_heads, self._real = stores, positions, query_heads, real
+        self.dtype, self.device = stores[0].dtype, torch.device("cpu")
+        self._decoder = None
+        self.is_initialized = True
+
     def fork(self, config: Config | None = None) -> MagicPigLayer:
         """As `MagicPigCache.fork`, of one layer."""
-        self._check_attended()
+        self.check_attended()
         other = _shallow(self)
-        if config is not None:
-            if any(store.settled for store in self.stores):
-                raise ArgumentError(
-                    f"layer {self.index} has indexed its keys by the config it has; "
-                    "fork with another one right after the prompt was read"
-                )
-            other.config = config
+        other.config = self.config if config is None else config
         sampled = not other.config.is_dense(self.index)
         other.stores = [store.fork(config, sampled=sampled) for store in self.stores]
-        other._undo = {row: _Checkpoint(c.store.fork(), c.keys, c.values) for row, c in self._undo.items()}
+        other.phase = None
+        other.errors = dict(self.errors)
         other._work = _Work()
         other._decoder = None
         return other
@@ -412,7 +517,7 @@ class MagicPigLayer(CacheLayerMixin):
             self._work.add(before[row])
         if self._real is not None:
             self._real = self._real[rows]
-        self._undo.clear()
+        self.errors = {new: self.errors[old] for new, old in enumerate(rows) if old in self.errors}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` positions, padded ones included; a negative number or 0."""
@@ -424,13 +529,8 @@ class MagicPigLayer(CacheLayerMixin):
             removed = self.positions - positions
             if self._real is not None:
                 removed = int(self._real[row, positions:].sum())
-            length = store.length - removed
-            if removed and row in self._undo:
-                self._work.add(store)
-                self.stores[row] = self._undo[row].replay(length)
-            else:
-                store.crop(length)
-        self._undo.clear()
+            if row not in self.errors:
+                store.crop(store.length - removed)
         self.positions = positions
         if self._real is not None:
             self._real = self._real[:, :positions]
@@ -447,23 +547,6 @@ class MagicPigLayer(CacheLayerMixin):
 
 
 @dataclass
-class _Checkpoint:
-    """A store before several tokens were decoded at once, and those tokens (G, n, D)."""
-
-    store: KVStore
-    keys: Tensor
-    values: Tensor
-
-    def replay(self, length: int) -> KVStore:
-        """The store after the first tokens only, as if they had been decoded one by one."""
-        for t in range(length - self.store.length):
-            if self.store.length >= self.store.due:
-                self.store.index_due()
-            self.store.append(self.keys[:, t : t + 1], self.values[:, t : t + 1])
-        return self.store
-
-
-@dataclass
 class _Work:
     """Over query heads and steps: keys sampled, of how many; the largest share; the predicted errors."""
 
@@ -477,7 +560,7 @@ class _Work:
         self.sampled += stats.sampled_rows
         self.body += stats.body_rows
         self.largest = max(self.largest, stats.max_share)
-        if stats.predicted.count + stats.predicted.unknown and store.config.sampler in PREDICTING:
+        if stats.predicted.count + stats.predicted.unknown and store.sampler.predicts:
             self.predicted = stats.predicted if self.predicted is None else self.predicted + stats.predicted
 
 
@@ -503,103 +586,12 @@ def _on_cpu(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to("cpu", dtype)
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer, all sequences of the batch together.
-
-    kind: "sampled", "dense" (full attention that stays exact) or "sliding" (the stock cache of transformers).
-    tokens: tokens held. indexed: of these, the ones that are sampled; the others are read by every step.
-    sampled_share_mean, sampled_share_max: of the indexed keys, the share that a query head read in a decode step;
-    None before the first sampled step.
-    predicted_error_mean, _p95, _max: of the relative error that each step and query head predicted of its own output;
-    None before that, and for samplers for comparison, which predict nothing.
-    predicted_error_unknown: the share of steps and heads that could not say: nothing was drawn, or values are huge;
-    the others leave these out.
-    kv_bytes: memory of keys and values. index_bytes: memory of the hash tables, or of what else finds keys. What beams
-    share is counted for each.
-    full_step_bytes: keys and values that one step of full attention over `tokens` reads.
-    read_step_bytes: keys and values that one step reads now, at the mean share; query heads that share a key/value
-    head are counted as if no two of them drew the same row, unless they share their sample.
-    """
-
-    layer: int
-    kind: str
-    tokens: int
-    indexed: int
-    sampled_share_mean: float | None
-    sampled_share_max: float | None
-    predicted_error_mean: float | None
-    predicted_error_p95: float | None
-    predicted_error_max: float | None
-    predicted_error_unknown: float | None
-    kv_bytes: int
-    index_bytes: int
-    full_step_bytes: int
-    read_step_bytes: int
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """Layer by layer; the totals, under the same names, are properties."""
-
-    layers: tuple[LayerReport, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Of the longest layer, all sequences together."""
-        return max((layer.tokens for layer in self.layers), default=0)
-
-    @property
-    def sampled_share_mean(self) -> float | None:
-        """Mean over the layers that sample, None if none has yet."""
-        shares = [layer.sampled_share_mean for layer in self.layers if layer.sampled_share_mean is not None]
-        return sum(shares) / len(shares) if shares else None
-
-    @property
-    def sampled_share_max(self) -> float | None:
-        """Largest of any layer, step and head; None if no layer has sampled yet."""
-        return max((x.sampled_share_max for x in self.layers if x.sampled_share_max is not None), default=None)
-
-    @property
-    def predicted_error_mean(self) -> float | None:
-        """Mean over the layers that predict one."""
-        errors = [x.predicted_error_mean for x in self.layers if x.predicted_error_mean is not None]
-        return sum(errors) / len(errors) if errors else None
-
-    @property
-    def predicted_error_p95(self) -> float | None:
-        """That of the layer where it is largest."""
-        return max((x.predicted_error_p95 for x in self.layers if x.predicted_error_p95 is not None), default=None)
-
-    @property
-    def predicted_error_max(self) -> float | None:
-        """Largest of any layer, step and head."""
-        return max((x.predicted_error_max for x in self.layers if x.predicted_error_max is not None), default=None)
-
-    @property
-    def predicted_error_unknown(self) -> float | None:
-        """Mean over the layers that predict one."""
-        shares = [x.predicted_error_unknown for x in self.layers if x.predicted_error_unknown is not None]
-        return sum(shares) / len(shares) if shares else None
-
-    @property
-    def kv_bytes(self) -> int:
-        return sum(layer.kv_bytes for layer in self.layers)
-
-    @property
-    def index_bytes(self) -> int:
-        return sum(layer.index_bytes for layer in self.layers)
-
-    @property
-    def full_step_bytes(self) -> int:
-        return sum(layer.full_step_bytes for layer in self.layers)
-
-    @property
-    def read_step_bytes(self) -> int:
-        return sum(layer.read_step_bytes for layer in self.layers)
+def _tokens(x: Tensor, real: Tensor) -> Tensor:
+    """The real tokens (n, heads, D) of x (B, heads, T, D), sequence by sequence; a view where that is possible."""
+    x = x.transpose(1, 2)
+    if bool(real.all()):
+        return x[0] if len(x) == 1 else x.flatten(0, 1)
+    return x[real]
 
 
 def _report(index: int, layer: Any) -> LayerReport:
@@ -610,13 +602,14 @@ def _report(index: int, layer: Any) -> LayerReport:
     work = layer.work()
     share = work.sampled / work.body if work.body else None
     kind = "dense" if layer.config.is_dense(index) else "sampled"
-    tokens = indexed = kv_bytes = index_bytes = full = read = 0
+    tokens = indexed = full = read = 0
+    rows: list[Memory] = []
+    index_memory: list[Memory] = []
     for store in layer.stores:
-        use = store.nbytes()
-        kv_bytes, index_bytes = kv_bytes + use.rows, index_bytes + use.index
-        row = store.layout.bytes_read
-        body = max(0, store.indexed_to - store.config.sinks) if store.settled else 0
-        drawing = store.kv_heads if store.config.sampler == "sketch" else layer.query_heads
+        own_rows, own_index = store.memories()
+        rows, index_memory = rows + own_rows, index_memory + own_index
+        row, body = store.layout.bytes_read, store.body
+        drawing = store.kv_heads if store.sampler.shared else layer.query_heads
         drawn = min(store.kv_heads, drawing * (share or 0.0)) * body
         tokens, indexed = tokens + store.length, indexed + body
         full += store.length * store.kv_heads * row
@@ -628,6 +621,5 @@ def _report(index: int, layer: Any) -> LayerReport:
         unknown = errors.unknown / (errors.count + errors.unknown)
         if errors.count:
             predicted = errors.mean, errors.quantile(0.95), errors.largest
-    return LayerReport(
-        index, kind, tokens, indexed, share, largest, *predicted, unknown, kv_bytes, index_bytes, full, read
-    )
+    held = unique_bytes(rows), unique_bytes(index_memory)
+    return LayerReport(index, kind, tokens, indexed, share, largest, *predicted, unknown, *held, full, read)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from magicpig.config import Config
 from magicpig.integrations.transformers.compat import layer_types
-from magicpig.planner import LayerShape
+from magicpig.store.planner import LayerShape
 
 
 def layer_shapes(model_config: PreTrainedConfig, config: Config) -> list[LayerShape]:

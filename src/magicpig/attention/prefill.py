@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magicpig.errors import ArgumentError
 from magicpig.kernels.attend.reference import merge, with_sink_logits
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
@@ -34,7 +35,7 @@ _Block = Callable[[], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class _Rule:
-    """What becomes of the logits; see `attend_store`."""
+    """What becomes of the logits; see `prefill`."""
 
     scale: float
     softcap: float | None
@@ -47,25 +48,67 @@ class _Rule:
         return AttentionState(state.output.to(dtype), state.lse)
 
 
-def attend_store(
+def prefill(
     query: Tensor,
+    keys: Tensor,
+    values: Tensor,
     store: KVStore,
     *,
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> AttentionState:
-    """Exact causal attention of the T newest tokens of `store`, which must have been appended before.
+    """Stores T new tokens, and exact causal attention of them over everything stored.
 
-    query: (H, T, D) on the CPU, of any float dtype the store keeps.
+    query: (H, T, D); keys, values: (G, T, D), on the CPU, of any float dtype the store keeps. Where rows are kept in
+    int8, a query at position p reads the whole strides before that of p as they are kept, and its own as it came,
+    however the tokens are cut into calls.
     softcap: logits s become softcap * tanh(s / softcap). sink_logits: (H,) join the denominator with value zero.
     Returns output (H, T, D) in the query's dtype and lse (H, T) float32, natural log.
-    Raises ValueError if the shapes do not fit the store.
+    Raises ArgumentError if the shapes do not fit, and NotFiniteError as `KVStore.append`.
     """
-    _check(query, store.kv_heads, store.length, store.head_dim)
-    new_from = store.length - query.shape[1]
-    past, new = _stored(store, 0, new_from), _stored(store, new_from, store.length)
-    return _attend_blocks(query, past, new, _Rule(scale, softcap, sink_logits))
+    _check(query, store.kv_heads, keys.shape[1], store.head_dim)
+    rule, new_from = _Rule(scale, softcap, sink_logits), store.length
+    if not store.layout.quantised:
+        store.append(keys, values)
+        return _attend_blocks(query, _stored(store, 0, new_from), _stored(store, new_from, store.length), rule)
+    store.check_numbers(keys, values)
+    pieces = []
+    for first in range(0, keys.shape[1], KEYS_AT_ONCE):
+        at = slice(first, first + KEYS_AT_ONCE)
+        pieces.append(_prefill_rounded(query[:, at], keys[:, at], values[:, at], store, rule))
+    return _join(pieces)
+
+
+def _prefill_rounded(query: Tensor, keys: Tensor, values: Tensor, store: KVStore, rule: _Rule) -> AttentionState:
+    """`prefill` over rows of int8: stride by stride, since each is read unrounded by its own queries alone."""
+    begin, stride = store.length, store.spec.stride
+    own = begin // stride * stride  # where the stride of the first query begins
+    new = [(keys.to(store.dtype), values.to(store.dtype))]
+    raw_keys, raw_values = (torch.cat(x, 1) for x in zip(*store.blocks(own, begin), *new, strict=True))
+    store.append(keys, values)
+    past: AttentionState | None = None
+    for block in _stored(store, 0, own):
+        state = _attend(query, *block(), rule)
+        past = state if past is None else merge([past, state])
+    last = (store.length - 1) // stride * stride  # where the stride of the last query begins
+    rounded = [torch.cat(x, 1) for x in zip(*store.blocks(own, last), strict=True)] if own < last else []
+    pieces = []
+    for first in range(own, store.length, stride):
+        at = max(first, begin)
+        end = min(first + stride, store.length)
+        q = query[:, at - begin : end - begin]
+        states = [_attend(q, raw_keys[:, at - own : end - own], raw_values[:, at - own : end - own], rule, causal=True)]
+        if first < at:
+            states.append(_attend(q, raw_keys[:, : at - own], raw_values[:, : at - own], rule))
+        if own < first:
+            k, v = (x[:, : first - own] for x in rounded)
+            states.append(_attend(q, k, v, rule))
+        if past is not None:
+            part = slice(at - begin, end - begin)
+            states.append(AttentionState(past.output[:, part], past.lse[:, part]))
+        pieces.append(rule.finish(merge(states), query.dtype))
+    return _join(pieces)
 
 
 def causal_attention(
@@ -84,13 +127,13 @@ def causal_attention(
     query: (H, T, D); keys, values: (G, N, D); any device and float dtype.
     positions: (N,) int64 ascending, where the keys stand in the sequence if tokens between them were left out;
     window: a query at p sees the keys at (p - window, p], None means all up to p.
-    softcap, sink_logits and the result are those of `attend_store`.
-    Raises ValueError if the shapes do not fit.
+    softcap, sink_logits and the result are those of `prefill`.
+    Raises ArgumentError if the shapes do not fit.
     """
     G, N, D = keys.shape
     _check(query, G, N, D)
     if values.shape != keys.shape:
-        raise ValueError(f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape)} as the keys")
+        raise ArgumentError(f"values has shape {tuple(values.shape)}; expected {tuple(keys.shape)} as the keys")
     rule, new_from = _Rule(scale, softcap, sink_logits), N - query.shape[1]
     if window is not None and _span(positions, N) > window:
         return _attend_window(query, keys, values, rule, positions, window)
@@ -107,8 +150,8 @@ def causal_attention(
 
 
 def _stored(store: KVStore, begin: int, end: int) -> list[_Block]:
-    """The blocks of [begin, end): those of int8 are turned into floats only while they are attended to."""
-    inner = {*range((begin // KEYS_AT_ONCE + 1) * KEYS_AT_ONCE, end, KEYS_AT_ONCE), *store.cuts}
+    """The blocks of [begin, end), and the tail; those of int8 are turned into floats only while they are read."""
+    inner = {store.flushed, *range((begin // KEYS_AT_ONCE + 1) * KEYS_AT_ONCE, end, KEYS_AT_ONCE)}
     cuts = [begin, *sorted(cut for cut in inner if begin < cut < end), end]
     return [partial(_read, store, *ends) for ends in pairwise(cuts) if ends[0] < ends[1]]
 
@@ -175,8 +218,7 @@ def _attend(
 ) -> AttentionState:
     """Attention of (H, T, D) over (G, n, D), without sinks; every query must see a key.
 
-    mask: (T, n), True where visible.
-    The state is in float32, or float64 for float64 queries.
+    mask: (T, n), True where visible. The state is in float32, or float64 for float64 queries.
     """
     if rule.softcap is None and _flash_op is not None and _suits_flash(query, keys, values):
         return _flash(query, keys, values, rule.scale, causal, mask)
@@ -245,6 +287,6 @@ def _span(positions: Tensor | None, N: int) -> int:
 
 def _check(query: Tensor, G: int, N: int, D: int) -> None:
     if query.ndim != 3 or query.shape[0] % G or query.shape[2] != D or not 1 <= query.shape[1] <= N:
-        raise ValueError(
+        raise ArgumentError(
             f"query has shape {tuple(query.shape)}; expected (H, T, {D}) with H a multiple of {G} and 1 <= T <= {N}"
         )

@@ -1,0 +1,1 @@
+"""Attention of one layer over stores: what a step does, and exact attention of many tokens."""

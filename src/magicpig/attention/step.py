@@ -1,0 +1,489 @@
+"""One layer of one step: every sequence appends its new tokens and attends, exactly or over a sample.
+
+`attend_layer` is the one way in: segments of any length, settings and phase side by side. A decode step is the fused,
+native step; what it computes, told in verbs, is `kernels/reference.py`. Where a sampler chooses rows of the body in
+Python, the native step attends over the exact rows alone, and the chosen ones are added here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magicpig.attention.prefill import prefill
+from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
+from magicpig.kernels import native
+from magicpig.kernels.attend.reference import merge, with_sink_logits
+from magicpig.samplers import Body
+from magicpig.store import KVStore
+from magicpig.types import AttentionState, Sample, StepInfo
+
+
+class Phase(Enum):
+    """What becomes of new tokens. STORE: they are kept, and their outputs are zeros. PREFILL: they attend exactly, all
+    at once. DECODE: one after the other, each over an index of those before it.
+    """
+
+    STORE = "store"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The new tokens of one sequence: `count` rows of the layer's tensors, from `begin` on."""
+
+    store: KVStore
+    begin: int
+    count: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """output: (T, H, D) in the query's dtype. lse: (T, H) float32, natural log. errors: one for each segment, or None.
+
+    The output of a segment with an error is NaN, and its store is as it was before.
+    """
+
+    output: Tensor
+    lse: Tensor
+    errors: list[MagicPigError | None]
+
+
+def attend_layer(
+    segments: Sequence[Segment],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> LayerResult:
+    """Appends the new tokens of every segment to its store, and attends over it.
+
+    query: (T, H, D); keys, values: (T, G, D), all of one dtype (float32, bfloat16 or float16), on the CPU, with the
+    tokens of all segments one after the other. Stores are those of one layer, each once; their samplers, settings and
+    lengths may differ, and a result does not depend on who else is in the step.
+    softcap: logits s become softcap * tanh(s / softcap). sink_logits: (H,) join the denominator with value zero.
+    Raises ArgumentError on shapes or dtypes that do not fit; numbers that are not finite are an error of their segment.
+    """
+    stores = [segment.store for segment in segments]
+    _check_stores(stores, query, sum(segment.count for segment in segments), scale)
+    _check_new(query, keys, values, stores[0])
+    begin = 0
+    for segment in segments:
+        if segment.begin != begin or segment.count < 1:
+            raise ArgumentError(
+                f"a segment has begin={segment.begin} and count={segment.count}; expected begin={begin}, behind the "
+                "one before, and a token at least"
+            )
+        begin += segment.count
+    rule: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": _checked_sinks(sink_logits, query.shape[1]),
+    }
+    lse = torch.full(query.shape[:2], -math.inf, dtype=torch.float32, device="cpu")
+    result = LayerResult(torch.zeros_like(query), lse, [None] * len(segments))
+    for i, segment in enumerate(segments):
+        if segment.phase is not Phase.DECODE:
+            _read(i, segment, query, keys, values, result, rule)
+    _decode([i for i, s in enumerate(segments) if s.phase is Phase.DECODE], segments, query, keys, values, result, rule)
+    return result
+
+
+def _read(
+    i: int, segment: Segment, query: Tensor, keys: Tensor, values: Tensor, result: LayerResult, rule: dict[str, Any]
+) -> None:
+    """Stores the tokens of a segment, and attends exactly where outputs are wanted."""
+    at = slice(segment.begin, segment.begin + segment.count)
+    q, k, v = (x[at].transpose(0, 1) for x in (query, keys, values))
+    length = segment.store.length
+    try:
+        if segment.phase is Phase.STORE:
+            segment.store.append(k, v)
+        else:
+            state = prefill(q, k, v, segment.store, **rule)
+            result.output[at], result.lse[at] = state.output.transpose(0, 1), state.lse.T
+    except (NotFiniteError, InsufficientMemoryError) as error:
+        segment.store.crop(length)
+        result.errors[i] = error
+        result.output[at] = math.nan
+
+
+def _decode(
+    left: list[int],
+    segments: Sequence[Segment],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    result: LayerResult,
+    rule: dict[str, Any],
+) -> None:
+    """Token by token, all segments together as long as they have any."""
+    before = {i: segments[i].store.length for i in left}
+    for i in left:
+        at = slice(segments[i].begin, segments[i].begin + segments[i].count)
+        if segments[i].count > 1:  # so that none fails on the way
+            result.errors[i] = _refusal(segments[i].store, query[at], keys[at], values[at])
+    t = 0
+    while left := [i for i in left if result.errors[i] is None and t < segments[i].count]:
+        rows = [segments[i].begin + t for i in left]
+        errors: list[MagicPigError | None] = []
+        q, k, v = (x[rows] for x in (query, keys, values))
+        state = decode_step(q, k, v, [segments[i].store for i in left], errors=errors, **rule)
+        result.output[rows], result.lse[rows] = state.output, state.lse
+        for i, error in zip(left, errors, strict=True):
+            if error is not None:
+                segments[i].store.crop(before[i])
+                result.errors[i] = error
+        t += 1
+    for i in before:
+        if result.errors[i] is not None:
+            result.output[segments[i].begin : segments[i].begin + segments[i].count] = math.nan
+
+
+def _refusal(store: KVStore, query: Tensor, keys: Tensor, values: Tensor) -> MagicPigError | None:
+    """The error that these tokens (n, H or G, D) would be, if any."""
+    if not bool(torch.isfinite(query).all()):
+        return NotFiniteError("query has entries that are not finite")
+    try:
+        store.check_numbers(keys, values)
+    except NotFiniteError as error:
+        return error
+    return None
+
+
+def decode_step(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    stores: Sequence[KVStore],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    errors: list[MagicPigError | None] | None = None,
+) -> AttentionState:
+    """Appends one token to each of B stores and attends over them.
+
+    query: (B, H, D); keys, values: (B, G, D); all of one dtype, on the CPU. The rest as for `attend_layer`.
+    Returns output (B, H, D) in the query's dtype and lse (B, H) float32, natural log.
+    errors: an empty list, to which one is appended for each sequence; without one the first is raised, naming all.
+    A sequence whose query, keys or values are not finite has NaN for output and is as it was; the others are served.
+    """
+    _check_stores(stores, query, len(stores), scale)
+    _check_new(query, keys, values, stores[0])
+    found: list[MagicPigError | None] = [None] * len(stores)
+    for b, store in enumerate(stores):
+        try:
+            make_ready([store])
+        except InsufficientMemoryError as error:
+            found[b] = error
+    ready = [b for b, error in enumerate(found) if error is None]
+    if len(ready) == len(stores):
+        state, _, _, found = _step(query, keys, values, stores, scale, softcap, sink_logits)
+    else:
+        state = AttentionState(torch.full_like(query, math.nan), torch.full(query.shape[:2], math.nan, device="cpu"))
+        if ready:
+            q, k, v = (x[ready] for x in (query, keys, values))
+            own, _, _, errors_of = _step(q, k, v, [stores[b] for b in ready], scale, softcap, sink_logits)
+            state.output[ready], state.lse[ready] = own.output, own.lse
+            for b, error_of in zip(ready, errors_of, strict=True):
+                found[b] = error_of
+    if errors is not None:
+        errors += found
+    else:
+        _raise_any(found)
+    return state
+
+
+class LayerDecoder:
+    """`decode_step` for stores that stay together: what does not change from token to token is checked once.
+
+    Between two layers the weights of a model pass through the caches, and every object that is touched comes from
+    memory again: what a step in Python costs is how much of it there is.
+    """
+
+    def __init__(self, stores: Sequence[KVStore], query_heads: int, *, scale: float, softcap: float | None) -> None:
+        """Raises ArgumentError as `decode_step`."""
+        first, B = stores[0], len(stores)
+        shape = torch.empty(B, query_heads, first.head_dim, dtype=first.dtype, device="cpu")
+        _check_stores(stores, shape, B, scale)
+        self.scale, self.softcap = scale, softcap
+        self._stores, self._views, self._dtype = stores, [store.view for store in stores], first.dtype
+        self._choosing = any(store.sampler.chooses for store in stores)
+        self._query_shape = (B, query_heads, 1, first.head_dim)
+        self._new_shape = (B, first.kv_heads, 1, first.head_dim)
+        self._step = native.RepeatedStep(B, query_heads, first.head_dim, scale, _checked_softcap(softcap))
+
+    def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether they are what `step` expects; never where rows are chosen in Python. If not, take `attend_layer`."""
+        return (
+            not self._choosing
+            and query.shape == self._query_shape
+            and keys.shape == self._new_shape
+            and values.shape == self._new_shape
+            and query.dtype is self._dtype
+            and keys.dtype is self._dtype
+            and values.dtype is self._dtype
+            and query.is_cpu
+            and keys.is_cpu
+            and values.is_cpu
+            and query.is_contiguous()
+            and keys.is_contiguous()
+            and values.is_contiguous()
+        )
+
+    def step(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, list[MagicPigError | None] | None]:
+        """Appends one token to each store and attends over them: query (B, H, 1, D), keys and values (B, G, 1, D).
+
+        All as `takes` asks for. Returns (B, 1, H, D), and the errors of the sequences as `decode_step`, None if there
+        are none.
+        """
+        make_ready(self._stores)
+        output, faults = self._step(self._views, query, keys, values)
+        return output, _errors(faults)
+
+
+def make_ready(stores: Sequence[KVStore]) -> None:
+    """Indexes what is due and makes room for one more token in each store."""
+    for store in stores:
+        length = store.view.length
+        if length >= store.due:
+            store.index_due()
+        if length >= store.writable_to:
+            store.make_room()
+
+
+def attend_stores(
+    query: Tensor,
+    stores: Sequence[KVStore],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> tuple[AttentionState, StepInfo]:
+    """The same attention without a new token, with the sample of every head. Shapes as in `decode_step`.
+
+    Over the index as it stands: `KVStore.settle` brings it up to the length. Raises NotFiniteError.
+    """
+    _check_stores(stores, query, len(stores), scale)
+    for store in stores:
+        store.tidy()
+    state, samples, predicted, errors = _step(query, None, None, stores, scale, softcap, sink_logits, capture=True)
+    _raise_any(errors)
+    return state, step_info(samples, predicted, stores[0].kv_heads)
+
+
+def step_info(samples: list[list[Sample]], predicted_error: Tensor, kv_heads: int) -> StepInfo:
+    """The `StepInfo` of samples[b][h] and the errors (B, H) predicted from them.
+
+    Counts the distinct rows that the query heads of each kv head drew.
+    """
+    rows = []
+    for heads in samples:
+        group = len(heads) // kv_heads
+        drawn = [torch.cat([s.ids for s in heads[g * group : (g + 1) * group]]) for g in range(kv_heads)]
+        rows.append([ids.unique().numel() for ids in drawn])
+    return StepInfo(
+        ids=[[sample.ids for sample in heads] for heads in samples],
+        log_u=[[sample.log_u for sample in heads] for heads in samples],
+        rows=torch.tensor(rows, dtype=torch.int64, device="cpu"),
+        predicted_error=predicted_error,
+    )
+
+
+_Stepped = tuple[AttentionState, list[list[Sample]], Tensor, list["MagicPigError | None"]]
+
+
+def _step(
+    query: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    stores: Sequence[KVStore],
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    *,
+    capture: bool = False,
+) -> _Stepped:
+    """The checked step: state, with `capture` the sample of every head of every sequence, predicted errors (B, H), and
+    the error of every sequence.
+    """
+    rule = scale, _checked_softcap(softcap), _checked_sinks(sink_logits, query.shape[1])
+    choosing = [store.sampler.chooses and store.settled for store in stores]
+    if not any(choosing):
+        return _native_step(query, keys, values, stores, *rule, capture=capture)
+    if all(choosing):
+        return _chosen_step(query, keys, values, stores, *rule, capture=capture)
+    # Two steps, so that neither part depends on the other being there.
+    (B, H, _), parts = query.shape, []
+    state = AttentionState(torch.empty_like(query), torch.empty(B, H, dtype=torch.float32, device="cpu"))
+    predicted = torch.empty_like(state.lse)
+    samples: list[list[Sample]] = [[] for _ in stores] if capture else []
+    errors: list[MagicPigError | None] = [None] * B
+    for step, kind in ((_native_step, False), (_chosen_step, True)):
+        rows = [b for b, own in enumerate(choosing) if own is kind]
+        k, v = (None if x is None else x[rows] for x in (keys, values))
+        part = step(query[rows], k, v, [stores[b] for b in rows], *rule, capture=capture)
+        parts.append((rows, part))
+    for rows, (own, drawn, expected, found) in parts:
+        state.output[rows], state.lse[rows], predicted[rows] = own.output, own.lse, expected
+        for i, b in enumerate(rows):
+            errors[b] = found[i]
+            if capture:
+                samples[b] = drawn[i]
+    return state, samples, predicted, errors
+
+
+def _native_step(
+    query: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    stores: Sequence[KVStore],
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+    *,
+    capture: bool,
+) -> _Stepped:
+    B, H, _ = query.shape
+    result = native.decode_step(
+        [store.view for store in stores],
+        query.contiguous(),
+        None if keys is None else keys.contiguous(),
+        None if values is None else values.contiguous(),
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        capture=capture,
+    )
+    samples = [[Sample(*result.samples[b * H + h]) for h in range(H)] for b in range(B)] if capture else []
+    errors = _errors(result.faults) or [None] * B
+    return AttentionState(result.output, result.lse), samples, result.predicted_error, errors
+
+
+def _raise_any(errors: Sequence[MagicPigError | None]) -> None:
+    """Raises the first error, naming the sequences that have one."""
+    found = [b for b, error in enumerate(errors) if error is not None]
+    if not found:
+        return
+    first = errors[found[0]]
+    assert first is not None
+    if len(errors) == 1:
+        raise first
+    raise type(first)(f"{first}, in sequence {', '.join(map(str, found))} of {len(errors)}")
+
+
+def _errors(faults: Sequence[int]) -> list[MagicPigError | None] | None:
+    """What the native faults of all sequences mean; None if there are none."""
+    if not faults:
+        return None
+    text = "has entries that are not finite, or too large for the store"
+    return [NotFiniteError(f"{native.FAULTS[fault]} {text}") if fault else None for fault in faults]
+
+
+def _chosen_step(
+    query: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    stores: Sequence[KVStore],
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+    *,
+    capture: bool,
+) -> _Stepped:
+    """The native step over the exact rows, merged with the rows of the body that samplers choose in Python."""
+    dtype, query = query.dtype, query.float()  # there is something to merge before anything is rounded
+    keys, values = (None if x is None else x.float() for x in (keys, values))
+    state, samples, predicted, errors = _native_step(query, keys, values, stores, scale, softcap, None, capture=capture)
+    for b, store in enumerate(stores):
+        if errors[b] is not None:
+            continue
+        exact = AttentionState(state.output[b], state.lse[b])
+        chosen, drawn = _attend_chosen(query[b], store, scale, softcap)
+        merged = merge([exact, chosen])
+        state.output[b], state.lse[b] = merged.output, merged.lse
+        predicted[b] = math.nan
+        if capture:
+            samples[b] = drawn
+    if sink_logits is not None:
+        state = with_sink_logits(state, sink_logits.expand_as(state.lse))
+    return AttentionState(state.output.to(dtype), state.lse), samples, predicted, errors
+
+
+def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) -> tuple[AttentionState, list[Sample]]:
+    """Attention of the heads (H, D) of one sequence over rows that its sampler chooses, and which these are."""
+    keys = [keys for keys, _ in store.blocks(0, store.indexed_to)]
+    body = Body(keys, store.policy.sinks, store.length, store.layer, store.first_head, store.index)
+    samples = store.sampler.draw(query, body, store.draw, scale=scale, softcap=softcap or None)
+    store.count_drawn([len(sample.ids) for sample in samples])
+    group = len(query) // store.kv_heads
+    states = [
+        native.attend(q, store.rows(h // group), sample.ids, sample.log_u, scale=scale, softcap=softcap)
+        for h, (q, sample) in enumerate(zip(query, samples, strict=True))
+    ]
+    state = AttentionState(torch.stack([s.output for s in states]), torch.stack([s.lse for s in states]))
+    return state, samples
+
+
+def _check_stores(stores: Sequence[KVStore], query: Tensor, tokens: int, scale: float) -> None:
+    if len(stores) == 0:
+        raise ArgumentError("stores is empty; one store per sequence is needed")
+    first = stores[0]
+    G, D = first.kv_heads, first.head_dim
+    if len(stores) > 1:
+        if any((store.kv_heads, store.head_dim) != (G, D) for store in stores):
+            raise ArgumentError("stores differ in kv_heads or head_dim; one step takes stores of one layer")
+        if len({id(store) for store in stores}) < len(stores):
+            raise ArgumentError("stores has the same store twice; fork it")
+    shape = query.shape
+    if len(shape) != 3 or shape[0] != tokens or shape[2] != D:
+        raise ArgumentError(f"query has shape {tuple(shape)}; expected ({tokens}, H, {D})")
+    H = shape[1]
+    if H < 1 or H % G or H // G > native.MAX_GROUP:
+        raise ArgumentError(
+            f"query has {H} heads; expected a multiple of kv_heads={G}, at most {native.MAX_GROUP} times it"
+        )
+    if not query.is_cpu:
+        raise ArgumentError(f"query is on {query.device}; decoding reads stores in host memory and needs it on the cpu")
+    native.dtype_code(query.dtype)
+    if not math.isfinite(scale):
+        raise ArgumentError(f"scale={scale} must be finite")
+
+
+def _check_new(query: Tensor, keys: Tensor, values: Tensor, store: KVStore) -> None:
+    expected = (len(query), store.kv_heads, store.head_dim)
+    for name, x in (("keys", keys), ("values", values)):
+        if x.shape != expected:
+            raise ArgumentError(f"{name} has shape {tuple(x.shape)}; expected {expected}")
+        if x.dtype != query.dtype or not x.is_cpu:
+            raise ArgumentError(
+                f"{name} is {x.dtype} on {x.device}; expected {query.dtype} on {query.device} as the query"
+            )
+
+
+def _checked_softcap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    if not 0 < softcap < math.inf:
+        raise ArgumentError(f"softcap={softcap} must be positive and finite")
+    return softcap
+
+
+def _checked_sinks(sink_logits: Tensor | None, heads: int) -> Tensor | None:
+    if sink_logits is None:
+        return None
+    if sink_logits.shape != (heads,):
+        raise ArgumentError(f"sink_logits has shape {tuple(sink_logits.shape)}; expected ({heads},)")
+    return sink_logits.detach().to("cpu", torch.float32).contiguous()

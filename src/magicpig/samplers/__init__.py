@@ -1,0 +1,39 @@
+"""Which rows of the body a query head reads. One file for each way of choosing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from magicpig.samplers.base import Body, Costs, Index, Rows, Sampler
+from magicpig.samplers.comparison import RULES, Choosing, Full, Quest, Window
+from magicpig.samplers.lsh import Lsh
+from magicpig.samplers.sketch import Sketch
+from magicpig.settings import IndexSpec
+
+__all__ = ["CHOOSING", "SAMPLERS", "Body", "Costs", "Index", "Rows", "Sampler", "sampler_of"]
+
+
+def _choosing(name: str) -> Callable[[IndexSpec, int], Sampler]:
+    return lambda spec, head_dim: Choosing(spec, head_dim, *RULES[name])
+
+
+SAMPLERS: dict[str, Callable[[IndexSpec, int], Sampler]] = {
+    "lsh": Lsh,
+    "sketch": Sketch,
+    "full": Full,
+    "window": Window,
+    "quest": Quest,
+    **{name: _choosing(name) for name in RULES},
+}
+"""By their names in `Config`."""
+
+
+CHOOSING = (*RULES, "quest")
+"""Those that choose rows in Python."""
+
+
+@lru_cache(maxsize=256)
+def sampler_of(spec: IndexSpec, head_dim: int) -> Sampler:
+    """The sampler of a spec, shared by every layer, head and request that has it."""
+    return SAMPLERS[spec.sampler](spec, head_dim)

@@ -1,0 +1,185 @@
+"""What a sampler is: a way of choosing the rows that a step reads, and the index that it finds them by.
+
+This folder and config.py are the only places that compare names of samplers. One to compare with is a function in
+comparison.py and a line in `SAMPLERS`; one that the kernels draw by is a file here and its verbs under `kernels/`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from magicpig.kernels import native
+from magicpig.kernels._native import HitLaw, LshSampler, StoreView
+from magicpig.kernels.arena import Arena, Memory
+from magicpig.kernels.rows.layout import RowLayout
+from magicpig.settings import DrawPolicy, IndexSpec
+from magicpig.types import AttentionState, Sample
+
+
+class Rows(Protocol):
+    """The rows of a store that are final, as an index is built from them."""
+
+    kv_heads: int
+    layout: RowLayout
+    arena: Arena
+
+    def pieces(self, begin: int, end: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Rows (G, n, width) of [begin, end), block by block, and the centre (G, D) that their keys lack, or None."""
+        ...
+
+
+class Index(ABC):
+    """What finds the rows of positions [0, end). Never changed: a longer or shorter one is another object."""
+
+    end: int
+
+    @abstractmethod
+    def moved(self, rows: Rows, end: int) -> Index:
+        """The index of [0, end) of the same rows. It depends on the rows and on `end`, not on what was there before."""
+
+    @abstractmethod
+    def connect(self, view: StoreView) -> None:
+        """Tells the kernels where it is."""
+
+    @abstractmethod
+    def memories(self) -> Iterable[Memory]:
+        """What it holds, shared parts included."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is in it, by name: equal for equal rows and ends, and enough for `Sampler.restored`."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """The indexed part of a sequence, for samplers that choose rows in Python.
+
+    keys: pieces (G, n_i, D) of positions [0, end); the first `sinks` of them must not be chosen. position: of the
+    query; layer, first_head: as of a store. With the seed these say what is drawn. index: of the store, or None.
+    """
+
+    keys: Sequence[Tensor]
+    sinks: int
+    position: int
+    layer: int = 0
+    first_head: int = 0
+    index: Index | None = None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the planner asks for: G heads of `head_dim`, H query heads, and the bytes of a number."""
+
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    itemsize: int
+
+
+class Sampler(ABC):
+    """One way of choosing rows, for stores of one `IndexSpec` and head dimension, shared by all of them.
+
+    chooses: rows are chosen by `draw`, in Python. predicts: steps predict their own error. shared: the query heads of a
+    group read one sample.
+    """
+
+    chooses: ClassVar[bool] = False
+    predicts: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
+
+    def __init__(self, spec: IndexSpec, head_dim: int) -> None:
+        self.spec = spec
+        self.head_dim = head_dim
+
+    def check(self, policy: DrawPolicy) -> None:
+        """Raises ArgumentError where one cannot draw like that from the index."""
+        return
+
+    def apply(self, policy: DrawPolicy, view: StoreView) -> None:
+        """Tells the kernels how to draw for a store: by default so that they read no row of the body.
+
+        Where there are no tables, nothing is found in them.
+        """
+        native.set_sampler(view, _without_tables(self.head_dim))
+        native.set_policy(view, law=_law())
+
+    def empty(self) -> Index:
+        """The index of no rows."""
+        return NoIndex()
+
+    def restored(self, tensors: Mapping[str, Tensor], end: int, arena: Arena) -> Index:
+        """The index whose `Index.tensors` these are."""
+        return NoIndex(end)
+
+    def nbytes(self, costs: Costs, keys: int) -> int:
+        """Upper bound of the bytes of an index of so many keys."""
+        return 0
+
+    def transient(self, costs: Costs, keys: int) -> int:
+        """Upper bound of what building it, or drawing from it, needs besides."""
+        return 0
+
+    def leaves_out(self, policy: DrawPolicy, body: int) -> bool:
+        """Whether a step may read fewer rows than all of `body`."""
+        return policy.rows(body) < body
+
+    def draw(
+        self, query: Tensor, body: Body, policy: DrawPolicy, *, scale: float, softcap: float | None
+    ) -> list[Sample]:
+        """The rows that each of the query heads (H, D) reads of a body. Only of samplers that choose."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def reference(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        policy: DrawPolicy,
+        *,
+        sinks: int,
+        end: int,
+        layer: int,
+        first_head: int,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[AttentionState, list[Sample]]:
+        """What a step computes, in plain PyTorch and from the keys alone: query (H, D), keys and values (G, N, D).
+
+        Positions [sinks, end) are sampled. Returns output (H, D), lse (H,) and the sample of every head.
+        """
+
+
+class NoIndex(Index):
+    """Of samplers that look at the rows themselves, or at none."""
+
+    def __init__(self, end: int = 0) -> None:
+        self.end = end
+
+    def moved(self, rows: Rows, end: int) -> Index:
+        return NoIndex(end)
+
+    def connect(self, view: StoreView) -> None:
+        return
+
+    def memories(self) -> Iterable[Memory]:
+        return ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _without_tables(head_dim: int) -> LshSampler:
+    return native.make_sampler(head_dim, 1, 1, 0)
+
+
+@lru_cache(maxsize=1)
+def _law() -> HitLaw:
+    return native.make_law(1, 1, 1)

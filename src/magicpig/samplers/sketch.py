@@ -1,0 +1,188 @@
+"""Rows drawn by what a few bits of each coordinate say of their logits; one sample for the query heads of a group.
+
+Every stride has a centre of its own, the mean of its keys, and is final when it has been written. Sketches lie in
+blocks beside those of the rows, and are shared and continued by the same rule: see store/blocks.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from magicpig.kernels import native, reference
+from magicpig.kernels._native import StoreView
+from magicpig.kernels.arena import Arena, Memory, block_capacity
+from magicpig.samplers.base import Costs, Index, Rows, Sampler
+from magicpig.settings import DrawPolicy, IndexSpec
+from magicpig.types import AttentionState, Sample
+
+ROTATION_SEED = 0  # where a walk along the weights starts is random enough, and then all seeds share an index
+
+
+class _Block:
+    """The sketch of up to 4096 keys. filled: of these, the ones that are final. segment: its memory."""
+
+    __slots__ = ("filled", "memories", "segment")
+
+    def __init__(self, memories: tuple[Memory, ...], first: int, filled: int = 0) -> None:
+        self.memories = memories
+        words, scales, centres = (memory.tensor for memory in memories)
+        self.segment = native.SketchSegment(words, scales, centres, first, scales.shape[1])
+        self.filled = filled
+
+    def copy(self, other: _Block, count: int, stride: int) -> None:
+        """Takes over the first `count` keys of another block."""
+        blocks, strides = -(-count // native.SKETCH_KEYS), count // stride
+        own, its = self.segment, other.segment
+        own.words[:, :blocks] = its.words[:, :blocks]
+        own.scales[:, : blocks * native.SKETCH_KEYS] = its.scales[:, : blocks * native.SKETCH_KEYS]
+        own.centres[:, :strides] = its.centres[:, :strides]
+        self.filled = count
+
+    def trimmed(self, count: int, stride: int) -> dict[str, Tensor]:
+        """What is there of the first `count` keys, by name: a copy, with zeros for what lies behind them."""
+        blocks = -(-count // native.SKETCH_KEYS)
+        strides = -(-blocks * native.SKETCH_KEYS // stride)
+        words = self.segment.words[:, :blocks].clone()
+        scales = self.segment.scales[:, : blocks * native.SKETCH_KEYS].clone()
+        centres = self.segment.centres[:, :strides].clone()
+        if count % native.SKETCH_KEYS:
+            words[:, -1, :, count % native.SKETCH_KEYS :] = 0
+        scales[:, count:] = 0
+        centres[:, count // stride :] = 0
+        return {"words": words, "scales": scales, "centres": centres}
+
+
+class SketchIndex(Index):
+    """The sketches of [0, end), block by block."""
+
+    def __init__(self, sampler: Sketch, blocks: tuple[_Block, ...] = (), end: int = 0) -> None:
+        self._sampler = sampler
+        self.blocks = blocks
+        self.end = end
+
+    def moved(self, rows: Rows, end: int) -> SketchIndex:
+        blocks, done = list(self.blocks[: -(-end // native.BLOCK_ROWS)]), min(end, self.end)
+        while done < end:
+            number, row = divmod(done, native.BLOCK_ROWS)
+            first = number * native.BLOCK_ROWS
+            stop = min(end, first + native.BLOCK_ROWS)
+            if number == len(blocks):
+                blocks.append(self._sampler.new_block(rows, first, stop - first))
+            before = blocks[number]
+            # Another store went on here, or there is no room.
+            if before.filled != row or stop - first > before.segment.count:
+                blocks[number] = self._sampler.new_block(rows, first, max(stop - first, 2 * row))
+                blocks[number].copy(before, row, self._sampler.spec.stride)
+            self._sampler.write(rows, done, stop, blocks[number].segment, row)
+            blocks[number].filled = stop - first
+            done = stop
+        return SketchIndex(self._sampler, tuple(blocks), end)
+
+    def counts(self) -> list[int]:
+        """How many keys of each block are in this index."""
+        return [min(self.end - i * native.BLOCK_ROWS, native.BLOCK_ROWS) for i in range(len(self.blocks))]
+
+    def connect(self, view: StoreView) -> None:
+        parts = zip(self.blocks, self.counts(), strict=True)
+        native.set_sketches(view, [replace(block.segment, count=count) for block, count in parts])
+
+    def memories(self) -> Iterable[Memory]:
+        for block in self.blocks:
+            yield from block.memories
+
+    def tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for i, (block, count) in enumerate(zip(self.blocks, self.counts(), strict=True)):
+            parts = block.trimmed(count, self._sampler.spec.stride)
+            found |= {f"{i}.{name}": tensor for name, tensor in parts.items()}
+        return found
+
+
+class Sketch(Sampler):
+    """`IndexSpec.bits` of each rotated coordinate; draws `DrawPolicy.budget` rows, or more until `epsilon` is met."""
+
+    predicts = True
+    shared = True
+
+    def __init__(self, spec: IndexSpec, head_dim: int) -> None:
+        super().__init__(spec, head_dim)
+        assert spec.bits is not None
+        self.bits = spec.bits
+        self.native = native.make_sketcher(head_dim, self.bits, ROTATION_SEED)
+
+    def apply(self, policy: DrawPolicy, view: StoreView) -> None:
+        native.set_sampler(view, self.native)
+        native.set_policy(view, budget=policy.budget, epsilon=policy.epsilon or 0.0, seed=policy.seed)
+
+    def write(self, rows: Rows, begin: int, end: int, segment: native.SketchSegment, at: int) -> None:
+        """Sketches the keys of [begin, end) as those from number `at` on of a segment."""
+        pieces = rows.pieces(begin, end)
+        native.sketch_into(
+            segment,
+            at,
+            [own for own, _ in pieces],
+            self.native,
+            stride=self.spec.stride,
+            centred=self.spec.centre,
+            row_centres=[centre for _, centre in pieces if centre is not None],
+        )
+
+    def new_block(self, rows: Rows, first: int, keys: int) -> _Block:
+        """Room for so many keys from position `first` on; like rows, the first block begins small and doubles."""
+        shapes = self._shapes(rows.kv_heads, block_capacity(keys) if first == 0 else native.BLOCK_ROWS)
+        return _Block(tuple(rows.arena.empty(*each) for each in shapes), first)
+
+    def _shapes(self, kv_heads: int, keys: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        return native.sketch_shapes(kv_heads, max(keys, self.spec.stride), self.native, self.spec.stride)
+
+    def empty(self) -> SketchIndex:
+        return SketchIndex(self)
+
+    def restored(self, tensors: Mapping[str, Tensor], end: int, arena: Arena) -> SketchIndex:
+        blocks = []
+        for i, first in enumerate(range(0, end, native.BLOCK_ROWS)):
+            parts = tuple(arena.hold(tensors[f"{i}.{name}"]) for name in ("words", "scales", "centres"))
+            blocks.append(_Block(parts, first, min(end - first, native.BLOCK_ROWS)))
+        return SketchIndex(self, tuple(blocks), end)
+
+    def nbytes(self, costs: Costs, keys: int) -> int:
+        capacity = native.BLOCK_ROWS if keys > native.BLOCK_ROWS else block_capacity(keys)
+        block = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._shapes(costs.kv_heads, capacity))
+        return -(-keys // native.BLOCK_ROWS) * block
+
+    def reference(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        policy: DrawPolicy,
+        *,
+        sinks: int,
+        end: int,
+        layer: int,
+        first_head: int,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[AttentionState, list[Sample]]:
+        return reference.attend_sketch(
+            query,
+            keys,
+            values,
+            bits=self.bits,
+            budget=policy.rows(end - sinks),
+            epsilon=policy.epsilon,
+            sinks=sinks,
+            recent=keys.shape[1] - end,
+            stride=self.spec.stride,
+            seed=policy.seed,
+            layer=layer,
+            first_head=first_head,
+            centre=self.spec.centre,
+            scale=scale,
+            softcap=softcap,
+        )
