@@ -165,7 +165,7 @@ class _Bench(Layer):
         memory = [store.nbytes() for store in sampled]
         index_bytes = sum(each.index for each in memory)
         indexed = sum(store.indexed_to - config.sinks for store in sampled)
-        lsh, sketch = config.sampler == "lsh", config.sampler == "sketch"
+        lsh, sketch = config.hashes, config.sketches
         return Result(
             context=self.context,
             sampler=config.sampler,

@@ -141,7 +141,7 @@ class Decoder:
                 raise ValueError(
                     f"context={context} has nothing to sample; it must exceed {config.sinks + config.recent}"
                 )
-        full = [method for method in methods if method.config.sampler == "full"]
+        full = [method for method in methods if not method.config.samples]
         sampled = [method for method in methods if method not in full]
         shapes = layer_shapes(self.model_config, EXACT)
         fixed = 2 * context * shapes[0].kv_heads * shapes[0].head_dim * self.dtype.itemsize  # made once, then copied
@@ -221,7 +221,7 @@ class Decoder:
                     on_round()
         times = [_Times.of(clock, _index_seconds(cache)) for cache, clock in zip(caches, clocks, strict=True)]
         full = next(
-            (t.token for t, method in zip(times, methods, strict=True) if method.config.sampler == "full"), None
+            (t.token for t, method in zip(times, methods, strict=True) if not method.config.samples), None
         )
         return [
             self._result(method, cache, context, each, build, full)

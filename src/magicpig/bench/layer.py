@@ -129,13 +129,13 @@ class Layer:
         return made
 
     def body(self, config: Config) -> int:
-        """How many keys may be left out: all but the sinks and the recent window."""
-        return max(0, self.context - config.sinks - config.recent)
+        """How many keys may be left out: whole strides that leave the recent window, but for the sinks."""
+        return max(0, (self.context - config.recent) // config.block * config.block - config.sinks)
 
     def leaves_out(self, config: Config) -> bool:
         """Whether a setting reads less than everything: no budget is as large as the body, nor is there none."""
         body = self.body(config)
-        return body > 0 and (config.sampler == "lsh" or config.rows(body) < body)
+        return body > 0 and (config.hashes or config.rows(body) < body)
 
     def step(self, stores: list[KVStore], step: int) -> Tensor:
         """One decode step: appends its token and attends. Returns (B, H, D)."""

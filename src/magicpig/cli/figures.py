@@ -98,7 +98,7 @@ def figures(
     }
     compared = matrices.Matrix(matrices.parse_tasks(tasks), methods=methods, **common)
     ablation = matrices.Matrix(matrices.parse_tasks(needles), methods=accuracy.centring_methods(**shared), **common)
-    if all(method.config.sampler == "full" for method in methods):
+    if all(not method.config.samples for method in methods):
         raise InputError("--samplers: there is nothing to compare with full attention")
     directory = or_pocket(model)
     try:
@@ -145,7 +145,7 @@ def _attention(
     from magicpig.generation import load
     from magicpig.provenance import provenance
 
-    methods = [method for method in compared.methods if method.config.sampler != "full"] if "3" in wanted else []
+    methods = [method for method in compared.methods if method.config.samples] if "3" in wanted else []
     with work_progress(notes) as progress:
         bar = progress.add_task("Loading the model", total=texts * len(compared.tasks))
         mass, cosines, errors = measure_attention(

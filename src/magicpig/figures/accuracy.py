@@ -63,7 +63,7 @@ def centring_rows(results: Results, matrix: Matrix) -> list[dict[str, Any]]:
         if cell.task == AVERAGE:
             config = configs[cell.sampler]
             row = asdict(cell) | {"sampler": config.sampler, "method": cell.sampler, "setting": None, "centre": None}
-            if config.sampler == "lsh":
+            if config.hashes:
                 row |= {"setting": f"K = {config.K}, L = {config.L}", "centre": config.centre}
             rows.append(row)
     return rows

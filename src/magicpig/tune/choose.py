@@ -55,7 +55,7 @@ class LayerChoice:
     @property
     def is_dense(self) -> bool:
         """Whether full attention was chosen."""
-        return self.chosen.config.sampler == "full"
+        return not self.chosen.config.samples
 
     def ms(self, measured: Measured) -> float:
         """Milliseconds of a step."""

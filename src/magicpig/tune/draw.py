@@ -79,7 +79,7 @@ def _draw_layers(axes: Axes, layers: Sequence[LayerChoice]) -> None:
 
 def _look(config: Config) -> Look:
     """How a setting's family is drawn: the settings on one curve differ in how many rows they read."""
-    if config.sampler == "lsh":
+    if config.hashes:
         return Look("LSH sampling", BLUE, "o")
     assert config.bits is not None  # what was measured says it
     colour, marker, dashes = BITS[config.bits]

@@ -58,9 +58,9 @@ def all_rows(layers: Sequence[LayerChoice]) -> list[dict[str, Any]]:
 
 def name(config: Config) -> str:
     """A setting in a few words."""
-    if config.sampler == "full":
+    if not config.samples:
         return "full attention"
-    if config.sampler == "lsh":
+    if config.hashes:
         return f"lsh {config.K},{config.L}"
     grows = "" if config.epsilon is None else f" to {100 * config.epsilon:g}%"
     bits = "" if config.bits is None else f", {config.bits} bit"
