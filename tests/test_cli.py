@@ -575,12 +575,13 @@ def test_a_chat_template_that_does_not_end(broken, monkeypatch):
     assert_refused(generate(broken, "--chat"), broken, "the chat template fails: Range too big")
 
 
-def test_memory_that_native_code_does_not_get(model_dir, monkeypatch):
+@pytest.mark.parametrize("reason", ["std::bad_alloc", ""])
+def test_memory_that_is_not_given(reason, model_dir, monkeypatch):
     def fail(*_, **__):
-        raise MemoryError("std::bad_alloc")
+        raise MemoryError(reason)
 
     monkeypatch.setattr(generation, "load", fail)
-    assert_refused(generate(model_dir), "there is not enough memory: std::bad_alloc")
+    assert_refused(generate(model_dir), f"there is not enough memory: {reason or 'Python asked'}")
 
 
 def test_tokenizer_of_another_model(broken):
@@ -1094,6 +1095,19 @@ def test_bench_pins_each_thread_to_a_core():
     pinned = cpus_of_threads(OMP_NUM_THREADS="2")
     assert len(set(pinned)) == 2
     assert len(set(cpus_of_threads(OMP_NUM_THREADS="2", OMP_PROC_BIND="false"))) == 1
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(None, None), (1.5, "2")])
+def test_threads_follow_the_quota_of_the_container(quota, expected, monkeypatch):
+    monkeypatch.setattr(pinning, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(pinning, "default_threads", lambda: 2)
+    monkeypatch.delitem(sys.modules, "torch")  # else it is too late
+    monkeypatch.setenv("MAGICPIG_THREADS", "7")  # what the user has set stays
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    pinning.follow_cpu_quota()
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+    assert os.environ["MAGICPIG_THREADS"] == "7"
 
 
 def test_only_measurements_pin(monkeypatch):
