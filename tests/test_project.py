@@ -109,7 +109,7 @@ def _files(place: Path) -> list[Path]:
 # Factories of torch that take the caller's default dtype or device where none is given.
 FACTORIES = {
     "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "complex", "empty", "empty_permuted",
-    "empty_strided", "eye", "frombuffer", "full", "hamming_window", "hann_window", "kaiser_window", "linspace",
+    "empty_strided", "eye", "full", "hamming_window", "hann_window", "kaiser_window", "linspace",
     "logspace", "normal", "ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor",
     "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip

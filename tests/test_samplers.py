@@ -316,7 +316,7 @@ def test_too_short_for_a_body_is_exact():
 @pytest.mark.parametrize("name", [*CHOOSING, "window"])
 @pytest.mark.parametrize("kernels", ["native", "reference"])
 def test_there_may_be_no_exact_rows(name, kernels):
-    query, keys, values = tensors(100)
+    query, keys, values = tensors(256)
     output, lse, info = attend(query, keys, values, sampler=name, sinks=0, recent=0, budget=20, kernels=kernels)
     if name == "window":
         assert output.eq(0).all()
@@ -388,7 +388,7 @@ def test_decoding_goes_on_as_one_call_over_all_tokens(name):
             right = attend_rows(query[t, h : h + 1], k[h // R, rows], v[h // R, rows], scale=0.2, log_u=log_u)
             torch.testing.assert_close(state.output[0, h], right.output[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(state.lse[0, h], right.lse[0], rtol=1e-5, atol=1e-5)
-    assert len(bodies) == 8
+    assert len(bodies) == 9  # none, and eight
 
 
 @pytest.mark.parametrize("name", [*CHOOSING, "window"])
@@ -427,7 +427,8 @@ def test_pages_are_those_of_the_body_whatever_happened():
     keys, values = torch.randn(G, 5000, D), torch.randn(G, 5000, D)
 
     def assert_right(store: KVStore, keys: Tensor) -> None:
-        assert torch.equal(store.index.tensors()["pages"], page_ranges(keys[:, : store.indexed_to]))
+        pages = store.index.tensors().get("pages", torch.empty(2, G, 0, D))
+        assert torch.equal(pages, page_ranges(keys[:, : store.indexed_to]))
 
     store = store_of(keys[:, :4200], values[:, :4200], config)  # pages lie across blocks of rows
     store.settle()

@@ -27,6 +27,6 @@ def test_shipped_capture(path):
         exact = exact_outputs(attention)
         for each in estimate(attention, Config(sampler="full"), exact):
             assert each.error < 1e-4
-        shares = [each.share for each in estimate(attention, Config(K=4, L=60), exact)]
+        shares = [each.share for each in estimate(attention, Config(K=4, L=60, block=16), exact)]
         assert all(0 <= share < 1 for share in shares)
         assert max(shares) > 0

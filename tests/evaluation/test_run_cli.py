@@ -106,8 +106,8 @@ def test_settings_of_all_samplers(model_dir, tmp_path):
     options = ("--dense-layers", "none", "--exact-below", 5000, "--dtype", "bfloat16", "--seed", 5)
     assert ruler(model_dir, path, *options, matrix=("--lengths", "1K", "--tasks", "vt")).exit_code == 0
     settings = json.loads(path.read_text().splitlines()[0])["settings"]
-    assert settings["samplers"]["lsh"]["dense_layers"] == []
-    assert settings["samplers"]["lsh"]["exact_below"] == 5000
+    assert settings["samplers"]["sketch"]["dense_layers"] == []
+    assert settings["samplers"]["sketch"]["exact_below"] == 5000
     assert settings["dtype"] == "bfloat16"
     assert settings["seed"] == 5
 
@@ -194,7 +194,7 @@ def test_every_sampler_under_both_protocols(model_dir, tmp_path):
         if sampler in ("full", "window"):
             assert line["share_mean"] == {"full": None, "window": 0.0}[sampler]
         elif sampler in others:
-            assert 0.02 < line["share_mean"] < 0.06  # pages of 16 keys are coarse
+            assert 0.02 < line["share_mean"] < 0.07  # pages of 16 keys are coarse, and so are strides of 256
             assert line["share_mean"] <= line["share_max"] < 0.1
         if sampler in ("full", "window", "topk"):
             assert line["index_bytes"] == 0

@@ -192,7 +192,8 @@ def decode_step(
     if len(ready) == len(stores):
         state, _, _, found = _step(query, keys, values, stores, scale, softcap, sink_logits)
     else:
-        state = AttentionState(torch.full_like(query, math.nan), torch.full(query.shape[:2], math.nan, device="cpu"))
+        lse = torch.full(query.shape[:2], math.nan, dtype=torch.float32, device="cpu")
+        state = AttentionState(torch.full_like(query, math.nan), lse)
         if ready:
             q, k, v = (x[ready] for x in (query, keys, values))
             own, _, _, errors_of = _step(q, k, v, [stores[b] for b in ready], scale, softcap, sink_logits)

@@ -220,9 +220,7 @@ class Decoder:
                 else:
                     on_round()
         times = [_Times.of(clock, _index_seconds(cache)) for cache, clock in zip(caches, clocks, strict=True)]
-        full = next(
-            (t.token for t, method in zip(times, methods, strict=True) if not method.config.samples), None
-        )
+        full = next((t.token for t, method in zip(times, methods, strict=True) if not method.config.samples), None)
         return [
             self._result(method, cache, context, each, build, full)
             for method, cache, each, build in zip(methods, caches, times, builds, strict=True)

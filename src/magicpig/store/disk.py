@@ -228,7 +228,8 @@ def _mapped(memory: Any, base: int, entry: Mapping[str, Any]) -> Tensor:
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=base + entry["data_offsets"][0]).view(shape)
+    mapped = torch.frombuffer(memory, dtype=dtype, count=count, offset=base + entry["data_offsets"][0])
+    return mapped.view(shape)
 
 
 def _digest(fd: int, size: int) -> bytes:

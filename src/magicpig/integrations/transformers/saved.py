@@ -142,7 +142,7 @@ def _fill(
 
 def _chains(tokens: Any, cache: MagicPigCache) -> list[list[str]]:
     """The hashes of each sequence's tokens, (B, positions) or of one sequence (positions,), without padding."""
-    ids = torch.as_tensor(tokens, device="cpu")
+    ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
     ids = ids[None] if ids.ndim == 1 else ids
     layer: Any = next((layer for layer in cache.layers if hasattr(layer, "stores")), None)
     rows = len(layer.stores) if layer is not None else len(ids)
