@@ -71,7 +71,7 @@ def test_loops_take_threads_of_their_own_where_torch_is_told_to_start_too_many()
         large = torch.ones(1 << 20)
         torch.set_num_threads(native.MAX_THREADS + 1)
         native.stream_read(large)
-        state = native.decode_step([store.view], None, keys[None, :, 0].contiguous(), None, None, scale=0.2)
+        state = native.decode_step([store.view], keys[None, :, 0].contiguous(), None, None, scale=0.2)
         print(native.threads(), bool(state.output.isfinite().all()))
     """
     assert run(code, MAGICPIG_THREADS="2") == "2 True"
