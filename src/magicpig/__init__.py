@@ -1,6 +1,7 @@
 """Sampled attention for long contexts: keys are drawn by locality-sensitive hashing and weighted without bias.
 
-The method is MagicPIG (arXiv 2410.16179). `attend` works on tensors, `attach` on transformers models.
+The method is MagicPIG (arXiv 2410.16179). `attend` works on tensors, `attach` on transformers models, and `LLM`
+answers many prompts at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from magicpig.config import Config
+    from magicpig.engine.llm import LLM
+    from magicpig.engine.request import SamplingParams
     from magicpig.functional import attend
 
     # From their modules: one is named as its function, which the checker takes for the function's first definition.
@@ -18,12 +21,23 @@ if TYPE_CHECKING:
     from magicpig.integrations.transformers.errors import UnsupportedModelError
 
 __version__ = "0.1.0"
-__all__ = ["Config", "MagicPigCache", "UnsupportedModelError", "attach", "attend", "detach"]
+__all__ = [
+    "LLM",
+    "Config",
+    "MagicPigCache",
+    "SamplingParams",
+    "UnsupportedModelError",
+    "attach",
+    "attend",
+    "detach",
+]
 
 # Imported when first asked for: torch and transformers take seconds, and `magicpig --help` needs neither.
 _HOMES = {
+    "LLM": "magicpig.engine.llm",
     "Config": "magicpig.config",
     "MagicPigCache": "magicpig.integrations.transformers",
+    "SamplingParams": "magicpig.engine.request",
     "UnsupportedModelError": "magicpig.integrations.transformers",
     "attach": "magicpig.integrations.transformers",
     "attend": "magicpig.functional",

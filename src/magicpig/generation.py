@@ -347,11 +347,19 @@ def greedy(
 
 def stop_tokens(model: Model, network: Any) -> frozenset[int]:
     """The tokens that end an answer: what the model's generation settings say, else the tokenizer's end of text."""
+    try:
+        return end_tokens(model.tokenizer, network)
+    except ModelError as error:
+        raise ModelError(f"{model.directory}: {error}") from None
+
+
+def end_tokens(tokenizer: Any, network: Any) -> frozenset[int]:
+    """As `stop_tokens`, for a model that was not opened from a directory."""
     stop = network.generation_config.eos_token_id
-    stop = model.tokenizer.eos_token_id if stop is None else stop
+    stop = tokenizer.eos_token_id if stop is None else stop
     tokens = [] if stop is None else stop if isinstance(stop, list) else [stop]
     if not all(isinstance(token, int) for token in tokens):
-        raise ModelError(f"{model.directory}: eos_token_id={shown(stop)}: must be a token or a list of tokens")
+        raise ModelError(f"eos_token_id={shown(stop)}: must be a token or a list of tokens")
     return frozenset(tokens)
 
 

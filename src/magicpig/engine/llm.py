@@ -1,0 +1,155 @@
+"""`LLM(model).generate(prompts)`: many prompts at once, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from magicpig.config import Config
+from magicpig.engine.engine import Engine, EngineOptions
+from magicpig.engine.observer import Observer
+from magicpig.engine.request import Collector, Completion, Delta, Request, SamplingParams
+from magicpig.engine.template import chat_prompt
+from magicpig.errors import ArgumentError
+from magicpig.generation import load, open_model
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model that answers many prompts at once, each with its own settings, as it would answer each alone.
+
+    model: the directory of a transformers model, or a network in evaluation mode and then `tokenizer` as well.
+    config: how answers attend. dtype: of the weights, of a directory. options: by name, those of `EngineOptions`.
+    Raises ModelError for directories that cannot be used, UnsupportedModelError for models that cannot.
+
+    Use it in a `with` statement, or call `close`, to get a network back as it was.
+    """
+
+    def __init__(
+        self,
+        model: Path | str | Any,
+        tokenizer: Any = None,
+        config: Config | None = None,
+        *,
+        dtype: str = "auto",
+        observer: Observer | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(model, (str, Path)):
+            opened = open_model(Path(model))
+            tokenizer = opened.tokenizer if tokenizer is None else tokenizer
+            model = load(opened, dtype=dtype)
+        elif tokenizer is None:
+            raise ArgumentError("tokenizer is missing; a network does not know its own")
+        self.tokenizer = tokenizer
+        self.engine = Engine(model, tokenizer, config, EngineOptions(**options), observer=observer)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        config: Config | None = None,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """Answers all prompts, in their order. params: for all, or one for each.
+
+        prompts: texts, or token ids. Raises, before anything is computed, ArgumentError for a prompt that cannot be
+        answered; and what ends an answer early.
+        """
+        every: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(every)
+        if len(params) != len(every):
+            raise ArgumentError(f"params has {len(params)} entries for {len(every)} prompts")
+        return self.run(
+            [Request(self._encode(prompt), own, config) for prompt, own in zip(every, params, strict=True)],
+            progress=progress,
+        )
+
+    def chat(
+        self,
+        conversations: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        config: Config | None = None,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """As `generate`, for conversations: lists of messages {"role", "content"}, in the model's chat template."""
+        one = bool(conversations) and isinstance(conversations[0], Mapping)
+        every: list[Any] = [conversations] if one else list(conversations)
+        prompts = [chat_prompt(self.tokenizer, messages) for messages in every]
+        return self.generate(prompts, params, config=config, progress=progress)
+
+    def run(self, requests: Sequence[Request], *, progress: bool = True) -> list[Completion]:
+        """As `generate`, for requests as they are."""
+        for request in requests:
+            self.engine.check(request)
+        collectors = [Collector(request) for request in requests]
+        open_, failures = len(requests), []
+        waiting = list(zip(requests, collectors, strict=True))[::-1]
+        with _progress(len(requests), shown=progress) as bar:
+
+            def deliver(collector: Collector, delta: Delta) -> None:
+                nonlocal open_
+                if delta.error is not None:
+                    failures.append(delta.error)
+                elif collector.add(delta):
+                    open_ -= 1
+                    bar.update(1)
+                if delta.tokens:
+                    bar.set_postfix_str(f"{self.engine.unfinished} running", refresh=False)
+
+            try:
+                while open_ and not failures:
+                    while waiting and len(self.engine.scheduler.waiting) < self.engine.scheduler.limits.running:
+                        request, collector = waiting.pop()
+                        self.engine.submit(request, partial(deliver, collector))
+                    self.engine.step()
+            finally:
+                for request in requests:
+                    self.engine.cancel(request.id)
+                self.engine.step()
+        if failures:
+            raise failures[0]
+        return [collector.completion() for collector in collectors]
+
+    def close(self) -> None:
+        """Gives the network back as it was."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
+        return tuple(prompt)
+
+
+def _is_one(prompts: Any) -> bool:
+    return isinstance(prompts, str) or bool(len(prompts) and isinstance(prompts[0], int))
+
+
+def _progress(total: int, *, shown: bool) -> AbstractContextManager[Any]:
+    if not shown:
+        return nullcontext(_NoBar())
+    from tqdm.auto import tqdm
+
+    bar: AbstractContextManager[Any] = tqdm(total=total, desc="Answering", unit="prompt", dynamic_ncols=True)
+    return bar
+
+
+class _NoBar:
+    def update(self, n: int) -> None: ...
+    def set_postfix_str(self, text: str, refresh: bool) -> None: ...
