@@ -18,6 +18,7 @@ from magicpig.cli.evaluate import evaluate
 from magicpig.cli.figures import figures
 from magicpig.cli.generate import generate
 from magicpig.cli.pocket import pocket
+from magicpig.cli.serve import serve
 from magicpig.cli.tune import tune
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (generate, demo, tune, capture, figures, doctor):
     app.command(cls=Command)(command)
+app.command(cls=Command, context_settings={"auto_envvar_prefix": "MAGICPIG_SERVE"})(serve)
 
 app.add_typer(measure, name="bench")
 app.add_typer(evaluate, name="eval")

@@ -76,7 +76,7 @@ def config_from(context: typer.Context, file: Path | None, **settings: Any) -> C
 
 def _is_typed(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP")
 
 
 def or_pocket(model: Path | None, notes: Console | None = None) -> Path:

@@ -1,0 +1,43 @@
+"""From options to a server that listens, and to one that has ended in order."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from magicpig.engine.engine import Engine
+
+logger = logging.getLogger("magicpig.server")
+
+
+class Server(uvicorn.Server):
+    """At the first signal to end, new requests are refused (503) and those that run get `drain` seconds to finish.
+
+    Those that do not are told so, in their answer, before their connections are closed. A second signal ends at once.
+    """
+
+    def __init__(self, app: FastAPI, engine: Engine, *, drain: float, **options: object) -> None:
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, **options))  # type: ignore[arg-type]
+        self._engine, self._drain = engine, drain
+        self._closer: threading.Thread | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Instead of uvicorn's, which would raise the signal again in the end."""
+        if self._closer is not None:
+            self.should_exit = self.force_exit = True
+        else:
+            name = signal.Signals(sig).name
+            logger.info("%s: %d requests may finish in %.0f s", name, self._engine.unfinished, self._drain)
+            self._closer = threading.Thread(target=self._close, daemon=True)
+            self._closer.start()
+
+    def _close(self) -> None:
+        left = self._engine.close(drain=self._drain)
+        if left:
+            logger.warning("%d requests were not finished", left)
+        self.should_exit = True

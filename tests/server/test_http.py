@@ -1,0 +1,303 @@
+"""What is not OpenAI's: keys, limits, hanging up, malformed requests, metrics, the end."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from magicpig.server.middleware import JsonLines
+
+ASK = {"model": "pocket", "prompt": "The number is", "max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def client(live):
+    with live.client() as client:
+        yield client
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.01)
+
+
+def test_health_version_docs_and_models(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    assert "version" in client.get("/version").json()
+    assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 131072
+    schema = client.get("/openapi.json").json()
+    assert set(schema["paths"]) >= {"/v1/completions", "/v1/chat/completions", "/tokenize", "/metrics"}
+    assert client.get("/docs").status_code == 200
+
+
+def test_tokenize_and_back(client, live):
+    told = client.post("/tokenize", json={"prompt": "The grass is green", "return_token_strs": True}).json()
+    assert told["tokens"] == live.tokenizer("The grass is green")["input_ids"]
+    assert (told["count"], told["max_model_len"], len(told["token_strs"])) == (
+        len(told["tokens"]),
+        131072,
+        told["count"],
+    )
+    bare = client.post("/tokenize", json={"prompt": "The grass is green", "add_special_tokens": False}).json()
+    assert client.post("/detokenize", json={"tokens": bare["tokens"]}).json() == {"prompt": "The grass is green"}
+    assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    chat = client.post("/tokenize", json={"messages": [{"role": "user", "content": "The grass is green"}]}).json()
+    assert chat["tokens"] == told["tokens"]
+
+
+MALFORMED = {
+    "no JSON": b"{",
+    "empty": b"",
+    "not UTF-8": b'{"prompt": "\xff\xfe"}',
+    "half a character": b'{"prompt": "\\ud800", "max_tokens": 1}',
+    "deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a list": b"[]",
+    "null": b"null",
+    "no prompt": b"{}",
+    "no prompts": b'{"prompt": []}',
+    "an empty list of ids": b'{"prompt": [[]]}',
+    "wrong types": b'{"prompt": {"text": "x"}}',
+    "mixed": b'{"prompt": ["x", 5]}',
+    "negative token": b'{"prompt": [-1]}',
+    "unknown token": b'{"prompt": [99999]}',
+    "huge token": b'{"prompt": [99999999999999999999999]}',
+    "negative": b'{"prompt": "x", "max_tokens": -1}',
+    "absurd": b'{"prompt": "x", "max_tokens": 1e300}',
+    "too many": b'{"prompt": "x", "max_tokens": 100000000000000000000}',
+    "no number": b'{"prompt": "x", "temperature": NaN}',
+    "infinite": b'{"prompt": "x", "temperature": 1e999}',
+    "text for a number": b'{"prompt": "x", "n": "many"}',
+    "no answers": b'{"prompt": "x", "n": 0}',
+    "bias of nothing": b'{"prompt": "x", "logit_bias": {"a": 1}}',
+    "bias of an unknown token": b'{"prompt": "x", "logit_bias": {"99999": 1}}',
+    "bias too large": b'{"prompt": "x", "logit_bias": {"5": 1e9}}',
+    "stops": b'{"prompt": "x", "stop": {}}',
+    "many stops": json.dumps({"prompt": "x", "stop": [str(i) for i in range(100)]}).encode(),
+    "suffix": b'{"prompt": "x", "suffix": "y"}',
+    "best_of": b'{"prompt": "x", "best_of": 3}',
+    "bad setting": b'{"prompt": "x", "magicpig": {"budget": -1}}',
+    "setting of a wrong type": b'{"prompt": "x", "magicpig": {"layers": 5}}',
+    "a layer that is not there": b'{"prompt": "x", "magicpig": {"layers": {"9": {"budget": 3}}}}',
+    "not an object": b'{"prompt": "x", "magicpig": "sketch"}',
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_requests_are_refused_in_words(client, name):
+    answer = client.post("/v1/completions", content=MALFORMED[name], headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": []},
+        {"messages": "hello"},
+        {"messages": [{"content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": [{"role": "user", "content": ""}], "max_tokens": 0, "add_generation_prompt": False, "n": 1000},
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}},
+        {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 50, "logprobs": True},
+        {"messages": [{"role": "user", "content": "x"}], "stream_options": {"include_usage": True}},
+    ],
+)
+def test_malformed_chats(client, body):
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_other_mistakes(client):
+    for method, path, status in [("GET", "/v1/completions", 405), ("GET", "/nowhere", 404), ("POST", "/tokenize", 400)]:
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+    assert client.post("/tokenize", json={}).status_code == 400
+    assert client.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+    assert client.post("/v1/completions", json=ASK | {"unknown": {"x": [1]}, "user": "me"}).status_code == 200
+
+
+def test_request_ids_are_kept_or_made(client):
+    answer = client.post("/v1/completions", json=ASK, headers={"X-Request-Id": "mine-1"})
+    assert answer.headers["X-Request-Id"] == "mine-1"
+    assert answer.json()["id"] == "cmpl-mine-1"
+    made = client.get("/health", headers={"X-Request-Id": "no\tgood id"}).headers["X-Request-Id"]
+    assert len(made) == 32
+
+
+def test_a_client_that_hangs_up_frees_its_memory(live, client):
+    for stream in (True, False):
+        body = json.dumps(ASK | {"max_tokens": 50_000, "stream": stream, "ignore_eos": True}).encode()
+        with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port)) as raw:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            wait_for(lambda: live.engine.scheduler.running)
+            if stream:
+                assert raw.recv(100)
+        gone = time.monotonic()
+        wait_for(lambda: live.engine.unfinished == 0)
+        assert time.monotonic() - gone < 5
+        assert live.engine.scheduler.reserved == 0
+
+
+def test_slow_and_broken_clients_do_not_matter(live, client):
+    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port)) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        assert client.post("/v1/completions", json=ASK).status_code == 200
+    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port)) as raw:
+        raw.sendall(b"\x00\x01\x02 nonsense\r\n\r\n")
+        assert b"400" in raw.recv(100)
+    assert client.get("/health").status_code == 200
+
+
+def test_metrics_count_what_was_done(client):
+    def value(name):
+        lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith(name)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    before = {name: value(name) for name in ("magicpig_new_tokens_total", "magicpig_first_token_seconds_count")}
+    answer = client.post("/v1/completions", json=ASK | {"n": 2, "ignore_eos": True}).json()
+    wait_for(lambda: value("magicpig_new_tokens_total") == before["magicpig_new_tokens_total"] + 8)
+    assert answer["usage"]["completion_tokens"] == 8
+    assert value("magicpig_first_token_seconds_count") == before["magicpig_first_token_seconds_count"] + 2
+    assert value("magicpig_running") == 0
+    assert value('magicpig_answers_total{finish="abort"}') >= 1
+
+
+def test_keys(serve):
+    live = serve({"api_keys": ("first-key", "schlüssel")})
+    with live.client() as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first-key"}, {"Authorization": ""}):
+            for path in ("/v1/models", "/metrics", "/nowhere"):
+                answer = client.get(path, headers=headers)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert client.get("/health").status_code == 200
+        for key in (b"first-key", "schlüssel".encode()):
+            assert client.get("/v1/models", headers={b"Authorization": b"Bearer " + key}).status_code == 200
+
+
+def test_large_bodies_and_other_origins(serve):
+    live = serve({"max_body": 1000, "cors_origins": ("http://page.example",)})
+    with live.client() as client:
+        large = json.dumps(ASK | {"prompt": "x" * 2000}).encode()
+        for content in (large, (part for part in (large[:900], large[900:]))):
+            answer = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+        asked = {"Origin": "http://page.example", "Access-Control-Request-Method": "POST"}
+        assert (
+            client.options("/v1/completions", headers=asked).headers["access-control-allow-origin"] == asked["Origin"]
+        )
+        other = client.get("/health", headers={"Origin": "http://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_too_many_requests_are_told_to_come_back(serve):
+    live = serve(engine={"running": 1, "waiting": 1, "token_budget": 8})
+    long = ASK | {"max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    with live.client() as client, client.stream("POST", "/v1/completions", json=long) as first:
+        pieces = first.iter_bytes()  # kept, since the stream is closed with it
+        assert next(pieces)
+        with live.client() as other, other.stream("POST", "/v1/completions", json=long):
+            wait_for(lambda: live.engine.scheduler.waiting)
+            with live.client() as third:
+                answer = third.post("/v1/completions", json=ASK)
+                assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+                assert answer.json()["error"]["code"] == "queue_full"
+                # Of a request with several prompts, none runs when one is refused.
+                assert third.post("/v1/completions", json=ASK | {"prompt": ["a", "b"]}).status_code == 429
+                assert live.engine.unfinished == 2
+
+
+def test_time_outs_are_told_in_whole_answers_and_in_streams(serve):
+    live = serve(engine={"timeout": 0.5})
+    long = ASK | {"max_tokens": 50_000, "ignore_eos": True}
+    with live.client() as client:
+        answer = client.post("/v1/completions", json=long)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        lines = client.post("/v1/completions", json=long | {"stream": True}).text.strip().split("\n\n")
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert lines[-1] == "data: [DONE]"
+
+
+def test_the_end_lets_requests_finish_and_refuses_new_ones(serve):
+    live = serve(drain=30.0)
+    done = []
+    body = ASK | {"max_tokens": 300, "ignore_eos": True}
+
+    def ask():
+        with live.client() as client:
+            done.append(client.post("/v1/completions", json=body))
+
+    asking = threading.Thread(target=ask)
+    with live.client() as late:
+        assert late.get("/health").status_code == 200
+        asking.start()
+        wait_for(lambda: live.engine.scheduler.running)
+        live.server.handle_exit(signal.SIGTERM, None)
+        wait_for(lambda: not live.engine.accepting)
+        answer = late.post("/v1/completions", json=ASK)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert late.get("/health").json() == {"status": "draining"}
+    asking.join()
+    assert done[0].json()["usage"]["completion_tokens"] == 300
+    wait_for(lambda: not live.engine.alive)
+
+
+def test_the_end_is_told_to_requests_that_do_not_finish(serve):
+    live = serve(drain=0.2)
+    body = ASK | {"max_tokens": 50_000, "ignore_eos": True, "stream": True}
+    with live.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        live.server.handle_exit(signal.SIGINT, None)
+        rest = [line for line in lines if line]
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert rest[-1] == "data: [DONE]"
+
+
+def test_a_dead_engine_is_not_healthy(serve):
+    live = serve()
+    with live.client() as client:
+        live.engine.close()
+        assert client.get("/health").status_code == 503
+        assert client.post("/v1/completions", json=ASK).status_code == 503
+
+
+def test_a_bug_is_told_without_its_details(serve, monkeypatch, caplog):
+    live = serve()
+
+    def broken(requests):
+        raise KeyError("a secret")
+
+    monkeypatch.setattr(live.engine, "stream", broken)
+    with live.client() as client:
+        answer = client.post("/v1/completions", json=ASK)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in answer.text
+    assert "a secret" in caplog.text
+
+
+def test_log_lines_are_json_with_request_ids():
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(JsonLines())
+    record = logging.LogRecord("magicpig.server", logging.INFO, "f", 1, "%s done", ("GET /x",), None)
+    record.request_id, record.seconds = "abc", 0.5
+    handler.handle(record)
+    line = json.loads(out.getvalue())
+    assert line["message"] == "GET /x done"
+    assert (line["level"], line["request_id"], line["seconds"]) == ("info", "abc", 0.5)
+    assert line["time"].endswith("Z")
