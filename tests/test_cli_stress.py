@@ -24,6 +24,8 @@ ENDLESS = "9" * 5000  # beyond what Python turns into a number
 LONG = "x" * 100_000
 COMMANDS = [
     ["generate", "--prompt", "x"],
+    ["serve", "missing"],
+    ["chat", "missing"],
     ["demo"],
     ["tune", "--text", "missing"],
     ["capture", "--out", "missing/out", "--task", "fwe"],
@@ -33,6 +35,7 @@ COMMANDS = [
     ["bench", "certificates"],
     ["bench", "decode"],
     ["bench", "frontier"],
+    ["bench", "serving", "--url", "http://127.0.0.1:9/v1", "--requests", "1"],
     ["eval", "ruler", "--out", "missing/out"],
     ["eval", "show", "missing"],
     ["eval", "tasks"],
@@ -40,7 +43,7 @@ COMMANDS = [
     ["pocket", "train", "--out", "missing/out"],
     ["pocket", "card", "missing", "--model", "missing"],
 ]
-GROUPS = {"bench": "attention, certificates, decode, frontier", "eval": "ruler, show", "pocket": "train, card"}
+GROUPS = {"bench": "attention, certificates, decode, frontier, serving", "eval": "ruler, show", "pocket": "train, card"}
 
 
 def run(*arguments, input=None):

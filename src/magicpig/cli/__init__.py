@@ -10,6 +10,7 @@ import typer
 
 from magicpig.cli.bench import follow_cpu_quota, measure, pin_threads
 from magicpig.cli.capture import capture
+from magicpig.cli.chat import chat
 from magicpig.cli.commands import Command, end_in_order, prepare_streams
 from magicpig.cli.demo import demo
 from magicpig.cli.doctor import doctor
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, demo, tune, capture, figures, doctor):
+for command in (generate, chat, demo, tune, capture, figures, doctor):
     app.command(cls=Command)(command)
 app.command(cls=Command, context_settings={"auto_envvar_prefix": "MAGICPIG_SERVE"})(serve)
 

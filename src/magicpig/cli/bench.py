@@ -11,6 +11,7 @@ from magicpig.cli.bench_attention import attention
 from magicpig.cli.bench_certificates import certificates
 from magicpig.cli.bench_decode import decode
 from magicpig.cli.bench_frontier import frontier
+from magicpig.cli.bench_serving import serving
 from magicpig.cli.commands import Command, CommandGroup
 from magicpig.cli.options import MOST_THREADS
 from magicpig.machine import cpu_quota, default_threads
@@ -18,7 +19,7 @@ from magicpig.machine import cpu_quota, default_threads
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 measure = typer.Typer(cls=CommandGroup, help="Measure, in a way that can be repeated and compared.")
-for command in (attention, certificates, decode, frontier):
+for command in (attention, certificates, decode, frontier, serving):
     measure.command(cls=Command)(command)
 
 
