@@ -106,7 +106,7 @@ def test_command(endpoint, tmp_path):
     assert [(one["sampler"], one["concurrency"], one["errors"]) for one in told] == [
         ("full", 1, 0), ("full", 2, 0), ("broken", 1, 2), ("broken", 2, 2)
     ]  # fmt: skip
-    assert "new tokens/s" in result.output
+    assert "tokens/s" in result.output  # the heading may take two lines
     failed = CliRunner().invoke(app, ["bench", "serving", "--url", "http://127.0.0.1:9/v1", "--requests", "1"])
     assert failed.exit_code == 2
     assert "nothing was answered" in failed.output

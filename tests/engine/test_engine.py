@@ -88,7 +88,7 @@ def test_each_request_attends_by_its_own_settings(llm, prompts, alone):
 def test_preempted_requests_lose_nothing(config, llm, prompts, alone):
     expected = [alone("llama", config, prompt) for prompt in (prompts[-1], prompts[0])]
     engine = llm("llama", config, token_budget=16, running=4).engine
-    engine.scheduler.limits = type(engine.scheduler.limits)(memory=engine.size(config, 256), token_budget=16, running=4)
+    engine.scheduler.limits = type(engine.scheduler.limits)(memory=engine.size(config, 150), token_budget=16, running=4)
     low, high = Answers(), Answers()
     engine.submit(request(prompts[-1], priority=1), low)
     while len(low.tokens) < 9:
@@ -379,7 +379,7 @@ def test_nothing_but_the_prompts_logprobs(llm, prompts):
 
 def test_prompt_logprobs_survive_preemption(llm, prompts):
     engine = llm("llama", FULL, token_budget=32, running=4).engine
-    engine.scheduler.limits = type(engine.scheduler.limits)(memory=engine.size(FULL, 256), token_budget=32, running=4)
+    engine.scheduler.limits = type(engine.scheduler.limits)(memory=engine.size(FULL, 150), token_budget=32, running=4)
     low = Answers()
     engine.submit(request(prompts[-1], priority=1, prompt_logprobs=0), low)
     engine.step()
