@@ -18,7 +18,7 @@ PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-slow test-all test-levels test-lowest test-newest clang sanitize lint format stub constraints \
+.PHONY: setup demo test test-slow test-all test-levels test-lowest test-newest clang test-clang sanitize lint format stub constraints \
   wheel clean
 .DEFAULT_GOAL := setup
 
@@ -72,6 +72,8 @@ clang: setup
 	CXX=clang++ $(BIN)/cmake -S . -B build/clang -G Ninja -DPython_EXECUTABLE='$(abspath $(BIN)/python)' \
 	  -DMAGICPIG_EMULATE=ON
 	$(BIN)/cmake --build build/clang
+
+test-clang: clang
 	$(BIN)/python .ci/with_native.py build/clang/_native.abi3.so --no-cov -q -m 'not slow' tests/kernels $(ARGS)
 
 lint: setup
