@@ -194,7 +194,7 @@ def test_every_sampler_under_both_protocols(model_dir, tmp_path):
         if sampler in ("full", "window"):
             assert line["share_mean"] == {"full": None, "window": 0.0}[sampler]
         elif sampler in others:
-            assert 0.02 < line["share_mean"] < 0.07  # pages of 16 keys are coarse, and so are strides of 256
+            assert 0.02 < line["share_mean"] < (0.07 if sampler == "quest" else 0.06)  # pages of 16 keys are coarse
             assert line["share_mean"] <= line["share_max"] < 0.1
         if sampler in ("full", "window", "topk"):
             assert line["index_bytes"] == 0
