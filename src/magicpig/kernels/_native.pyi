@@ -150,18 +150,6 @@ def sketch(
     scales: int,
     centres: int,
 ) -> None: ...
-def copy_sketch(
-    words: int,
-    scales: int,
-    count: int,
-    blocks: int,
-    heads: int,
-    key_words: int,
-    to_words: int,
-    to_scales: int,
-    first: int,
-    to_blocks: int,
-) -> None: ...
 def weigh(
     sampler: SketchSampler,
     queries: int,

@@ -433,15 +433,6 @@ NB_MODULE(_native, m) {
       },
       "dtype"_a, "rows"_a, "count"_a, "row_bytes"_a, "row_centres"_a, "sampler"_a, "first"_a, "blocks"_a,
       "stride_shift"_a, "centred"_a, "words"_a, "scales"_a, "centres"_a, Unlocked());
-  m.def(
-      "copy_sketch",
-      [](Address words, Address scales, int64_t count, int64_t blocks, int heads, int key_words, Address to_words,
-         Address to_scales, int64_t first, int64_t to_blocks) {
-        copy_sketch(at<const uint32_t>(words), at<const uint16_t>(scales), count, blocks, heads, key_words,
-                    at<uint32_t>(to_words), at<uint16_t>(to_scales), first, to_blocks);
-      },
-      "words"_a, "scales"_a, "count"_a, "blocks"_a, "heads"_a, "key_words"_a, "to_words"_a, "to_scales"_a, "first"_a,
-      "to_blocks"_a, Unlocked());
   m.def("weigh", &weigh_sketch, "sampler"_a, "queries"_a, "heads"_a, "scale"_a, "softcap"_a, "words"_a, "scales"_a,
         "centres"_a, "count"_a, "sinks"_a, "stride_shift"_a, "weights"_a, "whole"_a, "offsets"_a, Unlocked());
   m.def("draw", &draw_sketch, "weights"_a, "count"_a, "sinks"_a, "budget"_a, "seed"_a, "layer"_a, "head"_a,

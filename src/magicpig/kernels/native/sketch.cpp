@@ -60,22 +60,6 @@ struct GroupTree {
   }
 };
 
-// Copies the codes and scales of keys `at` .. of one head's sketch to keys `to_at` .. of another.
-void copy_keys(const uint32_t* words, const uint16_t* scales, int64_t at, int64_t count, int key_words,
-               uint32_t* to_words, uint16_t* to_scales, int64_t to_at) {
-  std::copy_n(scales + at, count, to_scales + to_at);
-  // Runs of lanes that stay together on both sides.
-  for (const int64_t end = at + count; at < end;) {
-    const int64_t lane = at % kSketchKeys, to_lane = to_at % kSketchKeys;
-    const int64_t n = std::min({end - at, kSketchKeys - lane, kSketchKeys - to_lane});
-    const uint32_t* from = words + (at - lane) * key_words + lane;
-    uint32_t* to = to_words + (to_at - to_lane) * key_words + to_lane;
-    for (int word = 0; word < key_words; ++word) std::copy_n(from + word * kSketchKeys, n, to + word * kSketchKeys);
-    at += n;
-    to_at += n;
-  }
-}
-
 }  // namespace
 
 SketchLayout SketchSampler::layout() const {
@@ -132,15 +116,6 @@ void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales, uint16
       run.pack(turned.data() + i * dim, rotation, job.sampler.bits, job.sampler.distance,
                static_cast<int>((begin + i) % kSketchKeys), to, scales + head * job.blocks * kSketchKeys + begin + i);
     }
-  });
-}
-
-void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, int64_t blocks, int heads, int key_words,
-                 uint32_t* to_words, uint16_t* to_scales, int64_t first, int64_t to_blocks) {
-  const int64_t block_words = static_cast<int64_t>(key_words) * kSketchKeys;
-  parallel(heads, [&](int64_t head) {
-    copy_keys(words + head * blocks * block_words, scales + head * blocks * kSketchKeys, 0, count, key_words,
-              to_words + head * to_blocks * block_words, to_scales + head * to_blocks * kSketchKeys, first);
   });
 }
 

@@ -45,10 +45,6 @@ struct SketchJob {
 // bfloat16.
 void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales, uint16_t* centres);
 
-// Copies the codes and scales of `count` keys of every head to lanes `first` .. of a larger segment.
-void copy_sketch(const uint32_t* words, const uint16_t* scales, int64_t count, int64_t blocks, int heads, int key_words,
-                 uint32_t* to_words, uint16_t* to_scales, int64_t first, int64_t to_blocks);
-
 // A query head, turned and rounded to whole numbers.
 struct SketchQuery {
   int8_t values[kMaxDim];
