@@ -96,8 +96,8 @@ format: setup
 # For every Python that the package supports. Which index it asks is the affair of whoever runs it.
 constraints: $(STAMPS)/venv
 	$(PIP) install --upgrade uv
-	$(BIN)/uv pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-emit-index-url \
-	  --python-version 3.10 --custom-compile-command 'make constraints' \
+	$(BIN)/uv pip compile --quiet --universal --upgrade --extra dev --extra serve --extra studies \
+	  --no-annotate --no-emit-index-url --python-version 3.10 --custom-compile-command 'make constraints' \
 	  --output-file requirements/constraints.txt pyproject.toml requirements/build.in
 
 wheel: setup
@@ -118,8 +118,8 @@ $(STAMPS)/build-tools: $(STAMPS)/venv requirements/build.in $(CONSTRAINTS)
 	touch $@
 
 $(STAMPS)/install: $(STAMPS)/build-tools pyproject.toml $(NATIVE)
-	$(PIP) install $(PINNED) --no-build-isolation --check-build-dependencies --editable '.[dev]' \
-	  -C build-dir=$(BUILD) -C cmake.define.MAGICPIG_EMULATE=ON
+	$(PIP) install $(PINNED) --no-build-isolation --check-build-dependencies \
+	  --editable '.[dev,serve,studies]' -C build-dir=$(BUILD) -C cmake.define.MAGICPIG_EMULATE=ON
 	$(if $(CONSTRAINTS),cp $(CONSTRAINTS),: >) $(STAMPS)/constraints.txt
 	touch $@
 

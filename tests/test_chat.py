@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from magicpig import LLM, Config, pocket
+from magicpig import LLM, Config
 from magicpig.cli import app
 from magicpig.cli.chat import Session
 from magicpig.engine.errors import ContextLengthError
 from magicpig.engine.runner import Outcome
 from magicpig.errors import NotFiniteError
+from magicpig.studies import pocket
 
 DOCUMENT = (
     "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "

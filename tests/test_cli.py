@@ -16,16 +16,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import magicpig.cli.bench as pinning
-from magicpig import doctor, generation, machine, pocket
-from magicpig.bench import layer
-from magicpig.bench.shapes import SHAPES
-from magicpig.capture import load_capture
+import magicpig.cli.threads as pinning
+from magicpig import doctor, generation, machine
 from magicpig.cli import app, main
 from magicpig.cli.files import OutputFile
 from magicpig.config import Config
 from magicpig.config_file import to_text
 from magicpig.kernels import native
+from magicpig.studies import pocket
+from magicpig.studies.bench import layer
+from magicpig.studies.bench.shapes import SHAPES
+from magicpig.studies.capture import load_capture
 
 WORDS = 62
 LIMIT = 20_000
@@ -996,7 +997,7 @@ def test_bench_frontier_leaves_nothing_behind_when_it_fails(monkeypatch, tmp_pat
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("magicpig.bench.frontier.measure", interrupt)
+    monkeypatch.setattr("magicpig.studies.bench.frontier.measure", interrupt)
     result = bench_frontier("--json", tmp_path / "a.json", "--figure", tmp_path / "b")
     assert result.exit_code != 0
     assert list(tmp_path.iterdir()) == []
@@ -1077,7 +1078,7 @@ def test_bad_bench_certificates_options(arguments, cause):
 
 PRINT_BINDINGS = """
 import sys
-from magicpig.cli.bench import pin_threads
+from magicpig.cli.threads import pin_threads
 pin_threads()
 import torch
 torch.ones(1 << 20).sin()
@@ -1202,7 +1203,7 @@ def test_an_interrupted_training_says_how_it_goes_on(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("magicpig.pocket.train.train", interrupt)
+    monkeypatch.setattr("magicpig.studies.pocket.train.train", interrupt)
     result = run("pocket", "train", "--out", tmp_path)
     assert result.exit_code == 130
     said = " ".join(result.stderr.split())

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from magicpig.cli import app
 from magicpig.cli.errors import LONGEST
 from magicpig.config import Config
-from magicpig.evaluation.results import FORMAT
+from magicpig.studies.evaluation.results import FORMAT
 
 HUGE = "9" * 30  # beyond 64 bits
 ENDLESS = "9" * 5000  # beyond what Python turns into a number

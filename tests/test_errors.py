@@ -11,7 +11,7 @@ from magicpig.errors import MagicPigError
 
 SOURCE = Path(magicpig.__file__).parent
 FOREIGN = {  # not for users: control flow inside one module
-    "magicpig.evaluation.results._FieldError",
+    "magicpig.studies.evaluation.results._FieldError",
     "magicpig.generation._TimeIsUpError",
 }
 

@@ -51,7 +51,9 @@ def test_everything_that_make_installs_has_an_exact_version():
     assert [line for line in pinned if not re.fullmatch(r"[\w.-]+==[\w.+]+( ; [^/]+)?", line)] == []
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    wanted = [*project["dependencies"]]
+    for extra in ("dev", "serve", "studies"):
+        wanted += project["optional-dependencies"][extra]
     wanted += [line for line in (ROOT / "requirements/build.in").read_text().splitlines() if line[:1] not in ("#", "")]
     assert {_named(line) for line in wanted} - {_named(line) for line in pinned} == set()
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from magicpig import MagicPigCache, pocket
+from magicpig import MagicPigCache
+from magicpig.studies import pocket
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from magicpig import Config, attend
 from magicpig.attention.step import attend_stores, decode_step
-from magicpig.bench.synthetic import synthetic_context
 from magicpig.kernels import native, reference
 from magicpig.kernels.attend import reference as rows
 from magicpig.store import KVStore
 from magicpig.store.planner import LayerShape, plan
+from magicpig.studies.bench.synthetic import synthetic_context
 from magicpig.types import AttentionState, Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -29,7 +29,7 @@ from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigErro
 from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
 from magicpig.integrations.transformers.compat import cache_argument, cache_of
 from magicpig.integrations.transformers.shapes import token_limit
-from magicpig.model_directory import ModelError, brings_code, check_directory
+from magicpig.model_dir import ModelError, brings_code, check_directory
 from magicpig.wording import printable, shown
 
 GREEDY = ("temperature", "top_p", "top_k")  # means nothing to it

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from magicpig import Config, attach, detach, pocket
+from magicpig import Config, attach, detach
 from magicpig.engine.llm import LLM
+from magicpig.studies import pocket
 
 VOCABULARY = 97
 SPECIAL: dict[str, dict[str, Any]] = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from magicpig import LLM, SamplingParams, pocket
+from magicpig import LLM, SamplingParams
 from magicpig.engine.errors import ContextLengthError
 from magicpig.engine.template import chat_prompt
 from magicpig.errors import ArgumentError, NotFiniteError
+from magicpig.studies import pocket
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 

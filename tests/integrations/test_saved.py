@@ -147,8 +147,8 @@ def test_a_prompt_of_32k_tokens_serves_another_process(tmp_path: Path) -> None:
     """The next tokens are the same, and the first of them comes in an eighth of the time that reading takes."""
     from transformers import AutoModelForCausalLM
 
-    from magicpig import pocket
     from magicpig.generation import fill
+    from magicpig.studies import pocket
 
     model = attach(AutoModelForCausalLM.from_pretrained(pocket.path(), dtype=torch.float32).eval())
     ids = torch.randint(10, 250, (32_768,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from magicpig import Config, pocket
+from magicpig import Config
 from magicpig.engine.engine import Engine, EngineOptions
 from magicpig.server.app import ServerOptions, create_app
 from magicpig.server.metrics import Metrics
 from magicpig.server.run import Server
+from magicpig.studies import pocket
 
 
 @lru_cache(maxsize=1)

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from magicpig.bench.synthetic import synthetic_context
 from magicpig.kernels.attend.reference import attend, merge, predicted_error
 from magicpig.kernels.sketch import reference as sketch
+from magicpig.studies.bench.synthetic import synthetic_context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

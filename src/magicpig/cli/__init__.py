@@ -8,19 +8,21 @@ from typing import Annotated
 
 import typer
 
-from magicpig.cli.bench import follow_cpu_quota, measure, pin_threads
-from magicpig.cli.capture import capture
 from magicpig.cli.chat import chat
 from magicpig.cli.commands import Command, end_in_order, prepare_streams
-from magicpig.cli.demo import demo
 from magicpig.cli.doctor import doctor
 from magicpig.cli.errors import OneLineErrors
-from magicpig.cli.evaluate import evaluate
-from magicpig.cli.figures import figures
 from magicpig.cli.generate import generate
-from magicpig.cli.pocket import pocket
 from magicpig.cli.serve import serve
-from magicpig.cli.tune import tune
+from magicpig.cli.studies.bench import measure
+from magicpig.cli.studies.capture import capture
+from magicpig.cli.studies.command import PANEL, StudyCommand
+from magicpig.cli.studies.demo import demo
+from magicpig.cli.studies.evaluate import evaluate
+from magicpig.cli.studies.figures import figures
+from magicpig.cli.studies.pocket import pocket
+from magicpig.cli.studies.tune import tune
+from magicpig.cli.threads import follow_cpu_quota, pin_threads
 
 app = typer.Typer(
     name="magicpig",
@@ -30,13 +32,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, demo, tune, capture, figures, doctor):
+for command in (generate, chat):
     app.command(cls=Command)(command)
 app.command(cls=Command, context_settings={"auto_envvar_prefix": "MAGICPIG_SERVE"})(serve)
+app.command(cls=Command)(doctor)
 
-app.add_typer(measure, name="bench")
-app.add_typer(evaluate, name="eval")
-app.add_typer(pocket, name="pocket")
+for study in (demo, tune, capture, figures):
+    app.command(cls=StudyCommand, rich_help_panel=PANEL)(study)
+for name, group in {"bench": measure, "eval": evaluate, "pocket": pocket}.items():
+    app.add_typer(group, name=name, rich_help_panel=PANEL)
 
 
 def _print_version(wanted: bool) -> None:

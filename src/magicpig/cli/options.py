@@ -12,7 +12,7 @@ import typer
 from magicpig.cli.errors import InputError
 from magicpig.config import Config
 from magicpig.config_file import load_config
-from magicpig.model_directory import ModelError, check_directory
+from magicpig.model_dir import ModelError, check_directory
 from magicpig.wording import shown
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def or_pocket(model: Path | None, notes: Console | None = None) -> Path:
 
     Raises InputError without that one, ModelError for a directory that cannot be one; before torch is imported.
     """
-    from magicpig import pocket
+    from magicpig.studies import pocket
 
     try:
         chosen = pocket.path() if model is None else model

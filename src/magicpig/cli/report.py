@@ -6,16 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from magicpig.evaluation.matrix import Matrix
-    from magicpig.evaluation.results import Results
-    from magicpig.generation import Model
     from magicpig.integrations.transformers import CacheReport
 
 TOTALS = (
@@ -56,36 +50,3 @@ def prefill_progress(console: Console) -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
-
-
-def work_progress(console: Console) -> Progress:
-    """A bar for one task whose description says what is going on; nothing at all where nobody watches."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def run_evaluation(model: Model, matrix: Matrix, path: Path, console: Console, **how: Any) -> Results:
-    """`evaluation.run.evaluate` with ``how`` it is done, under a progress bar; says how to go on when interrupted."""
-    from magicpig.evaluation.run import evaluate
-
-    with work_progress(console) as progress:
-        bar = progress.add_task("Preparing", total=None)
-        try:
-            return evaluate(
-                model,
-                matrix,
-                path,
-                **how,
-                on_start=lambda done, total: progress.reset(bar, completed=done, total=total),
-                on_step=lambda step, work: progress.update(bar, description=escape(step), advance=work),
-            )
-        except KeyboardInterrupt:
-            console.print(f"What is finished is in {escape(str(path))}; the same command goes on from there.")
-            raise

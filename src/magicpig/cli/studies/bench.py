@@ -1,0 +1,17 @@
+"""`magicpig bench`: numbers that others can repeat."""
+
+from __future__ import annotations
+
+import typer
+
+from magicpig.cli.commands import CommandGroup
+from magicpig.cli.studies.bench_attention import attention
+from magicpig.cli.studies.bench_certificates import certificates
+from magicpig.cli.studies.bench_decode import decode
+from magicpig.cli.studies.bench_frontier import frontier
+from magicpig.cli.studies.bench_serving import serving
+from magicpig.cli.studies.command import StudyCommand
+
+measure = typer.Typer(cls=CommandGroup, help="Measure, in a way that can be repeated and compared.")
+for command in (attention, certificates, decode, frontier, serving):
+    measure.command(cls=StudyCommand)(command)

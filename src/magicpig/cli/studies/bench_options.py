@@ -1,0 +1,136 @@
+"""What the benchmarks' options and results have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from magicpig.cli.errors import InputError
+from magicpig.cli.files import OutputFile, check_readable
+from magicpig.cli.options import MOST_THREADS, MOST_TOKENS, Dtype
+from magicpig.config import Config
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from magicpig.studies.capture import Capture
+    from magicpig.studies.evaluation.matrix import Method
+
+DEFAULTS = Config()
+MOST_HEADS = 65_536
+
+Contexts = Annotated[str, typer.Option(help="Tokens in the cache, as 32768 or 32K; several separated by commas.")]
+Samplers = Annotated[
+    str,
+    typer.Option(
+        help="Samplers separated by commas, each with settings behind a colon if it has any: lsh:K=9,L=120,sketch:256,"
+        "kv_dtype=int8."
+    ),
+]
+Budget = Annotated[float, typer.Option(help="Rows that samplers without a budget of their own read per head.")]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of a coordinate in sketches that say nothing else.", show_default="4 to 2, by the length of a head"
+    ),
+]
+Sets = Annotated[
+    list[Path] | None, typer.Option("--set", help="A file of `magicpig capture`; may be given several times.")
+]
+SyntheticContexts = Annotated[
+    str, typer.Option(help="Lengths of synthetic contexts, as 131072 or 128K, separated by commas; or none.")
+]
+SyntheticHeads = Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Query heads of synthetic contexts.")]
+SyntheticKvHeads = Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Key/value heads of synthetic contexts.")]
+SyntheticHeadDim = Annotated[
+    int, typer.Option(min=1, max=MOST_TOKENS, help="Length of a query, key or value of synthetic contexts.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads; as many as torch takes by default.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file; - is standard output.")]
+
+
+def methods(samplers: str, allowed: tuple[str, ...], **settings: Any) -> list[Method]:
+    """The samplers asked for, with ``settings`` where they have none of their own. Raises InputError, MatrixError."""
+    from magicpig.studies.evaluation.matrix import parse_methods
+
+    # However short the context, it is the sampled step that is to be measured.
+    found = parse_methods(samplers, exact_below=0, **settings)
+    for method in found:
+        if method.config.sampler not in allowed or method.config.layers:
+            raise InputError(f"--samplers {method.name!r} cannot be measured here; allowed: {', '.join(allowed)}")
+    return list(found)
+
+
+def synthetic_lengths(contexts: str) -> tuple[int, ...]:
+    """Lengths separated by commas, or none. Raises MatrixError."""
+    from magicpig.studies.evaluation.matrix import parse_lengths
+
+    return () if contexts == "none" else parse_lengths(contexts, "--contexts")
+
+
+def check_sets(sets: Sequence[Path] | None, lengths: Sequence[int]) -> None:
+    """Raise InputError if neither contexts of these lengths nor captured ones are to be measured, or one is no file."""
+    if not lengths and not sets:
+        raise InputError("--contexts none leaves nothing to measure; give --set")
+    for path in sets or []:
+        check_readable(path)
+
+
+def load_sets(sets: Sequence[Path] | None) -> dict[Path, Capture]:
+    """The captured attention in these files. Raises CaptureError."""
+    from magicpig.studies.capture import load_capture
+
+    return {path: load_capture(path) for path in sets or []}
+
+
+def write_results(
+    described: Mapping[str, Any], results: Sequence[Mapping[str, Any]], file: OutputFile, *, to_stdout: bool
+) -> None:
+    """One JSON object: what was measured how, and the results."""
+    answer = json.dumps({**described, "results": list(results)}, indent=2)
+    if to_stdout:
+        print(answer)
+    file.write(answer + "\n")
+
+
+class Counted(Protocol):
+    """A result that says how many calls it is made of."""
+
+    @property
+    def calls(self) -> int: ...
+    @property
+    def quiet_calls(self) -> int: ...
+
+
+def say_if_busy(console: Console, results: Iterable[Counted]) -> None:
+    """Tell who reads the times if other programs got in between."""
+    from magicpig.studies.bench.quiet import Quiet
+
+    every = list(results)
+    if note := str(Quiet(sum(each.calls for each in every), sum(each.quiet_calls for each in every))):
+        console.print(f"[yellow]{note}")
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """The type of that name. Raises InputError for the one that only a model decides."""
+    import torch
+
+    if dtype is Dtype.auto:
+        raise InputError("--dtype auto is for models; choose float32, bfloat16 or float16")
+    found: torch.dtype = getattr(torch, dtype.value)
+    return found
+
+
+def short_length(tokens: int) -> str:
+    """32768 as 32K, as it may be typed."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return str(tokens)

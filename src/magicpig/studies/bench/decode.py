@@ -1,0 +1,321 @@
+"""Tokens per second of `model.generate`, for models of real shapes whose long prompt nobody has to read.
+
+Weights are random, keys and values made up (synthetic.py) and put straight into the stores, the same in every layer:
+the time of a token depends on neither. Queries are what random weights make of random words; they hash like others, so
+about as many keys are sampled as of a trained model. Nothing is said of quality, and prefill is never timed.
+
+Where memory allows, all samplers take turns in one process; otherwise each takes turns with full attention, by this
+library's exact kernel. Caches of one kind of rows are forks of one, so what none of them changes is there once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from magicpig.config import EXACT, Config, KVDtype
+from magicpig.integrations.transformers import MagicPigCache, attach
+from magicpig.integrations.transformers.cache import MagicPigLayer
+from magicpig.integrations.transformers.compat import cache_argument
+from magicpig.integrations.transformers.shapes import layer_shapes
+from magicpig.machine import free_memory
+from magicpig.store.planner import plan
+from magicpig.studies.bench.clocks import PARTS, Clocks
+from magicpig.studies.bench.quiet import Quiet
+from magicpig.studies.bench.shapes import settings
+from magicpig.studies.bench.synthetic import synthetic_context
+from magicpig.studies.evaluation.matrix import Method
+from magicpig.studies.provenance import provenance
+
+_NOISE = 1 << 20  # random numbers that are made; matrices repeat them
+_COMFORT = 0.75  # of the free memory, which other programs use, too
+
+
+@dataclass(frozen=True)
+class Result:
+    """One context and sampler. Milliseconds per token; the parts are medians and add up to about token_ms.
+
+    token_ms: median without indexing, plus index_ms; ratio_full: how many times as long full attention takes.
+    weights_ms, attention_ms, python_ms, generate_ms: see clocks.py; python_us_per_layer: of this package, without its
+    native code. index_ms: of indexing a block of tokens, spread over the block. build_s: indexing the context.
+    sampled_share: of the body, read by a head; None where nothing was sampled. calls: tokens that were timed;
+    quiet_calls: those that never waited for a processor, by which times are told (quiet.py).
+    """
+
+    context: int
+    name: str
+    config: dict[str, object]
+    tokens_per_s: float
+    token_ms: float
+    token_min_ms: float
+    ratio_full: float | None
+    weights_ms: float
+    attention_ms: float
+    index_ms: float
+    python_ms: float
+    generate_ms: float
+    python_us_per_layer: float
+    sampled_share: float | None
+    build_s: float
+    calls: int
+    quiet_calls: int
+    kv_bytes: int
+    index_bytes: int
+
+
+def model_config(name: str, layers: int | None, positions: int) -> PreTrainedConfig:
+    """The configuration of a shape, for texts of ``positions`` tokens. Raises ValueError for what there is not."""
+    shape = settings(name, layers)
+    kind = shape.pop("model_type")
+    config = AutoConfig.for_model(kind, **shape, max_position_embeddings=positions)
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    return config
+
+
+@torch.no_grad()
+def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with uniform random matrices that keep activations of order one, made in seconds."""
+    model: PreTrainedModel
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.empty(_NOISE, dtype=torch.float32, device="cpu")
+    noise = noise.uniform_(-(3**0.5), 3**0.5, generator=generator).to(dtype)
+    for weights in model.parameters():
+        if weights.ndim == 1:  # of a norm
+            weights.fill_(1.0)
+            continue
+        for piece in weights.view(-1).split(_NOISE):
+            torch.mul(noise[: len(piece)], weights.shape[1] ** -0.5, out=piece)
+    model.eval()
+    return model
+
+
+def describe(decoder: Decoder, shape: str, repeats: int) -> dict[str, object]:
+    """Machine, software and settings: what somebody else needs to repeat the measurement."""
+    return {
+        **provenance(),
+        "shape": shape,
+        "sizes": settings(shape, decoder.layers),
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "weights": f"uniform, {_NOISE} random numbers repeated; norms 1",
+        "repeats": repeats,
+        "steps": decoder.steps,
+    }
+
+
+class Decoder:
+    """A model of random weights that generates behind synthetic contexts, by several samplers in turns."""
+
+    def __init__(self, name: str, *, layers: int | None, dtype: torch.dtype, longest: int, steps: int) -> None:
+        config = model_config(name, layers, longest + steps + 2)
+        self.model_config, self.dtype, self.steps = config, dtype, steps
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def layers(self) -> int:
+        return int(self.model_config.num_hidden_layers)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights."""
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(self.model_config, dtype=self.dtype)
+        model.tie_weights()
+        return sum(weights.nbytes for weights in model.parameters())
+
+    def check(self, context: int, methods: Sequence[Method]) -> list[list[Method]]:
+        """The methods as groups that memory lets take turns.
+
+        Raises ValueError for a context that is too short, MemoryError for one that is too long.
+        """
+        for config in (method.config for method in methods):
+            if context <= config.sinks + config.recent:
+                raise ValueError(
+                    f"context={context} has nothing to sample; it must exceed {config.sinks + config.recent}"
+                )
+        full = [method for method in methods if not method.config.samples]
+        sampled = [method for method in methods if method not in full]
+        shapes = layer_shapes(self.model_config, EXACT)
+        fixed = 2 * context * shapes[0].kv_heads * shapes[0].head_dim * self.dtype.itemsize  # made once, then copied
+        fixed += self.weight_bytes() if self._model is None else 0
+        fixed += sum(self._cache_bytes(context, _exact(rows)) for rows in _kinds(methods))
+        each = [self._cache_bytes(context, method.config) for method in sampled]
+        free = free_memory()
+        if (needed := fixed + max(each, default=0)) > free:
+            raise MemoryError(
+                f"context={context} needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
+                f"available; fewer layers than {self.layers} need less"
+            )
+        if fixed + sum(each) <= _COMFORT * free:
+            return [list(methods)]
+        return [[*full, method] for method in sampled]
+
+    def _cache_bytes(self, context: int, config: Config) -> int:
+        shapes, tokens = layer_shapes(self.model_config, config), context + self.steps + 2
+        return plan(shapes, config, sequences=1, tokens=tokens, dtype=self.dtype).total
+
+    def measure(
+        self,
+        context: int,
+        methods: Sequence[Method],
+        *,
+        repeats: int,
+        on_round: Callable[[], None] = lambda: None,
+    ) -> list[Result]:
+        """Generate ``steps`` tokens ``repeats`` times by each method, in turns; one `Result` each.
+
+        on_round is called after every answer. Raises what `check` raises, before anything is made.
+        """
+        groups = self.check(context, methods)
+        if self._model is None:
+            self._model = attach(random_model(self.model_config, self.dtype), EXACT)
+        bases = {rows: self._filled(context, _exact(rows)) for rows in _kinds(methods)}
+        results: dict[str, Result] = {}
+        for group in groups:
+            for result in self._in_turns(bases, group, context, repeats, on_round):
+                results.setdefault(result.name, result)  # full attention is in every group
+        return list(results.values())
+
+    def _filled(self, context: int, exact: Config) -> MagicPigCache:
+        """A cache that holds a synthetic context in every layer, indexed by nothing yet."""
+        shapes = layer_shapes(self.model_config, EXACT)
+        heads, D = shapes[0].kv_heads, shapes[0].head_dim
+        data = synthetic_context(context - 1, heads=heads, kv_heads=heads, head_dim=D, dtype=self.dtype)
+        cache = MagicPigCache(self.model_config, exact)
+        for layer in _layers(cache):
+            layer.lazy_initialization(data.keys[None], data.values[None])
+            layer.stores[0].append(data.keys, data.values)
+            layer.positions = context
+        return cache
+
+    def _in_turns(
+        self,
+        bases: dict[KVDtype, MagicPigCache],
+        methods: Sequence[Method],
+        context: int,
+        repeats: int,
+        on_round: Callable[[], None],
+    ) -> list[Result]:
+        caches, builds = [], []
+        for method in methods:
+            caches.append(bases[method.config.kv_dtype].fork(method.config))
+            start = time.perf_counter()
+            caches[-1].settle()
+            builds.append(time.perf_counter() - start)
+        clocks = [Clocks() for _ in methods]
+        for turn in range(repeats + 1):
+            for cache, clock in zip(caches, clocks, strict=True):
+                self._generate(cache, context, clock)
+                if turn == 0:  # to warm up
+                    clock.tokens.clear()
+                    clock.waited.clear()
+                else:
+                    on_round()
+        times = [_Times.of(clock, _index_seconds(cache)) for cache, clock in zip(caches, clocks, strict=True)]
+        full = next((t.token for t, method in zip(times, methods, strict=True) if not method.config.samples), None)
+        return [
+            self._result(method, cache, context, each, build, full)
+            for method, cache, each, build in zip(methods, caches, times, builds, strict=True)
+        ]
+
+    def _generate(self, cache: MagicPigCache, context: int, clock: Clocks) -> None:
+        assert self._model is not None
+        prompt = torch.zeros(1, context + 1, dtype=torch.int64, device="cpu")
+        prompt[0, -1] = 1 + context % 7  # any word
+        with clock.running(self._model):
+            self._model.generate(  # type: ignore[operator]
+                prompt,
+                **cache_argument(cache),
+                max_new_tokens=self.steps + 1,
+                do_sample=False,
+                streamer=clock,
+            )
+        cache.crop(context - cache.get_seq_length())
+
+    def _result(
+        self,
+        method: Method,
+        cache: MagicPigCache,
+        context: int,
+        times: _Times,
+        build_s: float,
+        full: float | None,
+    ) -> Result:
+        report = cache.report()
+        return Result(
+            context=context,
+            name=method.name,
+            config=method.config.model_dump(mode="json"),
+            tokens_per_s=1 / times.token,
+            token_ms=1e3 * times.token,
+            token_min_ms=1e3 * times.shortest,
+            ratio_full=None if full is None else full / times.token,
+            weights_ms=1e3 * times.parts["weights"],
+            attention_ms=1e3 * times.parts["attention"],
+            index_ms=1e3 * times.parts["index"],
+            python_ms=1e3 * times.parts["python"],
+            generate_ms=1e3 * times.parts["generate"],
+            python_us_per_layer=1e6 * times.parts["python"] / self.layers,
+            sampled_share=report.sampled_share_mean,
+            build_s=build_s,
+            calls=times.quiet.calls,
+            quiet_calls=times.quiet.quiet,
+            kv_bytes=report.kv_bytes,
+            index_bytes=report.index_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds per token: median and least of the whole, medians of the parts."""
+
+    token: float
+    shortest: float
+    parts: dict[str, float]
+    quiet: Quiet
+
+    @classmethod
+    def of(cls, clock: Clocks, index: float) -> _Times:
+        """From a clock's tokens. Few steps index, and then a whole block: ``index`` stands for that time.
+
+        Tokens that waited for a processor do not count, unless all did.
+        """
+        calm = [token for token, waited in zip(clock.tokens, clock.waited, strict=True) if not waited]
+        tokens = calm or clock.tokens
+        whole = [sum(token.values()) - token["index"] + index for token in tokens]
+        parts = {part: statistics.median(token[part] for token in tokens) for part in PARTS}
+        return cls(statistics.median(whole), min(whole), parts | {"index": index}, Quiet(len(clock.tokens), len(calm)))
+
+
+def _kinds(methods: Sequence[Method]) -> set[KVDtype]:
+    return {method.config.kv_dtype for method in methods}
+
+
+def _exact(rows: KVDtype) -> Config:
+    """Full attention over rows of this kind: what a cache is filled by before it is forked."""
+    return Config(sampler="full", kv_dtype=rows)
+
+
+def _layers(cache: MagicPigCache) -> list[MagicPigLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, MagicPigLayer)]
+
+
+def _index_seconds(cache: MagicPigCache) -> float:
+    """Per token, of all layers: indexing a block of tokens that leaves the recent window."""
+    tokens, spent = min(cache.config.block, cache.get_seq_length()), 0.0
+    for layer in _layers(cache):
+        for store in (each.fork() for each in layer.stores if each.settled):
+            new: list[Tensor] = [torch.cat(parts, 1) for parts in zip(*store.blocks(0, tokens), strict=True)]
+            store.append(*new)
+            start = time.perf_counter()
+            store.index_due()
+            spent += time.perf_counter() - start
+    return spent / tokens
