@@ -1,11 +1,16 @@
 """Every test starts from one random state and on poisoned scratch; those that ask for `isa` or `pool` run on each."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import pytest
 import torch
+import typer.testing
 
 from magicpig.kernels import native
+
+# Commands are called thousands of times, and typer makes all of them anew for each call: 45 ms, most of what it takes.
+typer.testing._get_command = lru_cache(typer.testing._get_command)
 
 # Modules whose results depend on the numbers of the kernels.
 NUMBERS = {

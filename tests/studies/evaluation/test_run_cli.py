@@ -146,7 +146,7 @@ def test_interrupted_in_a_terminal_it_says_how_to_go_on(model_dir, tmp_path):
     terminal, inside = pty.openpty()
     command = [sys.executable, "-m", "magicpig", "eval", "ruler", "--model", model_dir, "--out", path, *MATRIX]
     running = subprocess.Popen(
-        [*command, "--samples", "100"],
+        [*command, "--samples", "25"],
         stdout=inside,
         stderr=inside,
         start_new_session=True,
