@@ -39,7 +39,7 @@ test-all: test test-slow
 
 # What depends on numbers, with each instruction set that this machine has or can emulate as the default.
 test-levels: setup
-	for level in $$($(BIN)/python -c 'from magicpig.kernels.native import isa_levels; print(*isa_levels(True))'); do \
+	for level in $$($(BIN)/python -c 'from magicpig.kernels.library import isa_levels; print(*isa_levels(True))'); do \
 	  MAGICPIG_ISA=$$level $(PYTEST) -m 'numbers and not slow' -q $(ARGS) || exit 1; \
 	done
 

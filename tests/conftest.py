@@ -7,7 +7,7 @@ import pytest
 import torch
 import typer.testing
 
-from magicpig.kernels import native
+from magicpig.kernels import library
 
 # Commands are called thousands of times, and typer makes all of them anew for each call: 45 ms, most of what it takes.
 typer.testing._get_command = lru_cache(typer.testing._get_command)
@@ -50,36 +50,36 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def poisoned_scratch() -> Iterator[None]:
     """Fill the kernels' scratch memory with NaN before each use: reading what was not written shows at once."""
-    native.poison_scratch(True)
+    library.poison_scratch(True)
     yield
-    native.poison_scratch(False)
+    library.poison_scratch(False)
 
 
 def _levels() -> list[str]:
     """Each level that this machine can run; emulated are only those that it cannot run itself."""
-    own = native.isa_levels(True)
+    own = library.isa_levels(True)
     return [level for level in own if level.removesuffix("-emulated") not in set(own) - {level}]
 
 
 @pytest.fixture(params=_levels())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set this machine can run, in use for the test."""
-    before = native.isa()
-    native.use_isa(request.param)
-    assert native.isa() == request.param
+    before = library.isa()
+    library.use_isa(request.param)
+    assert library.isa() == request.param
     yield request.param
-    native.use_isa(before)
+    library.use_isa(before)
 
 
 @pytest.fixture(params=["torch", "std", "serial"])
 def pool(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each thread pool, in use for the test; torch's has two threads."""
-    before = native.pool(), torch.get_num_threads()
-    native.use_pool(request.param)
+    before = library.pool(), torch.get_num_threads()
+    library.use_pool(request.param)
     torch.set_num_threads(2)
-    assert native.pool() == request.param
+    assert library.pool() == request.param
     yield request.param
-    native.use_pool(before[0])
+    library.use_pool(before[0])
     torch.set_num_threads(before[1])
 
 

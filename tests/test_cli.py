@@ -22,7 +22,7 @@ from magicpig.cli import app, main
 from magicpig.cli.files import OutputFile
 from magicpig.config import Config
 from magicpig.config_file import to_text
-from magicpig.kernels import native
+from magicpig.kernels import library
 from magicpig.studies import pocket
 from magicpig.studies.bench import layer
 from magicpig.studies.bench.shapes import SHAPES
@@ -694,14 +694,14 @@ def test_bugs_keep_their_traceback(model_dir, monkeypatch):
 def test_doctor_says_ok():
     result = run("doctor")
     assert result.exit_code == 0
-    assert native.isa() in result.stdout
+    assert library.isa() in result.stdout
     assert re.search(r"^OK +\d+ self-checks", result.stdout, re.MULTILINE)
 
 
 def test_doctor_as_json():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["healthy"] is True
-    assert report["isa"] == native.isa()
+    assert report["isa"] == library.isa()
     assert report["versions"]["torch"] == torch.__version__
 
 

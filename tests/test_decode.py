@@ -12,10 +12,10 @@ from torch import Tensor
 from magicpig.attention.step import LayerDecoder, attend_stores, decode_step, make_ready
 from magicpig.config import Config
 from magicpig.errors import NotFiniteError
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu, library
+from magicpig.kernels.algorithm import attend_full, attend_lsh
 from magicpig.kernels.attend.reference import attend, with_sink_logits
 from magicpig.kernels.hash.reference import make_planes
-from magicpig.kernels.reference import attend_full, attend_lsh
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
 
@@ -368,10 +368,8 @@ def test_stores_of_all_kinds_take_one_step_as_each_would_alone(where, failing, t
         if failing is not None and step == 1:
             new[where][failing, 1, 5] = math.nan
             make_ready(stores)
-            result = native.decode_step([store.view for store in stores], *new.values(), scale=SCALE)
-            assert [native.FAULTS[fault] for fault in result.faults] == [
-                where if b == failing else "" for b in range(B)
-            ]
+            result = cpu.decode_step([store.view for store in stores], *new.values(), scale=SCALE)
+            assert [base.FAULTS[fault] for fault in result.faults] == [where if b == failing else "" for b in range(B)]
             assert stores[failing].length == lengths[failing]
             for x in (result.output, result.lse, result.predicted_error):
                 assert x[failing].isnan().all()
@@ -411,11 +409,11 @@ def test_a_policy_may_change_between_two_steps():
     query = torch.randn(1, H, D)
     fixed = attend_stores(query, [store], scale=SCALE)[1]
     for budget, seed in [(20, 1), (200, 0), (200, 1), (0.5, 0)]:
-        native.set_policy(store.view, budget=budget, seed=seed)
+        cpu.set_policy(store.view, budget=budget, seed=seed)
         _, info = attend_stores(query, [store], scale=SCALE)
         wanted = budget if budget >= 1 else budget * (store.indexed_to - 4)
         assert abs(int(info.rows[0, 0]) - wanted) <= 1
-    native.set_policy(store.view, budget=20)
+    cpu.set_policy(store.view, budget=20)
     assert torch.equal(attend_stores(query, [store], scale=SCALE)[1].ids[0][0], fixed.ids[0][0])
 
 
@@ -483,7 +481,7 @@ def test_pools_and_thread_counts_change_no_bit(pool):
     stores = [*mixed_stores(), make_store(9000, sampled=False)]
     query = torch.randn(len(stores), H, D)
     state, info = attend_stores(query, stores, scale=SCALE)
-    native.use_pool("torch")
+    library.use_pool("torch")
     torch.set_num_threads(1)
     alone, right = attend_stores(query, stores, scale=SCALE)
     assert_same_bits(state, alone)
@@ -491,18 +489,18 @@ def test_pools_and_thread_counts_change_no_bit(pool):
 
 
 def test_levels_differ_by_rounding_only():
-    before = native.isa()
+    before = library.isa()
     stores = [make_store(3000, EVERYTHING), make_store(2000, sampled=False)]
     for store in stores:
         store.settle()
     query = torch.randn(2, H, D)
     try:
         states = []
-        for level in native.isa_levels(True):
-            native.use_isa(level)
+        for level in library.isa_levels(True):
+            library.use_isa(level)
             states.append(attend_stores(query, stores, scale=SCALE)[0])
     finally:
-        native.use_isa(before)
+        library.use_isa(before)
     for state in states[1:]:
         right = AttentionState(states[0].output.double(), states[0].lse.double())
         for b in range(2):
@@ -667,19 +665,19 @@ def run_with(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_unknown_instruction_set_is_refused_with_those_there_are():
-    ran = run_with("from magicpig.kernels import native; native.isa()", MAGICPIG_ISA="sse9")
+    ran = run_with("from magicpig.kernels import library; library.isa()", MAGICPIG_ISA="sse9")
     assert ran.returncode == 1
-    levels = ", ".join(native.isa_levels(True))
+    levels = ", ".join(library.isa_levels(True))
     expected = f"MAGICPIG_ISA=sse9 cannot run here; this machine and build have {levels}"
     assert ran.stderr.splitlines()[-1] == f"magicpig.errors.EnvironmentVariableError: {expected}"
 
 
 def test_unknown_pools_and_thread_counts_are_refused():
     code = (
-        "import os\nfrom magicpig.errors import EnvironmentVariableError\nfrom magicpig.kernels import native\n"
+        "import os\nfrom magicpig.errors import EnvironmentVariableError\nfrom magicpig.kernels import library\n"
         "for pool, threads in [('gpu', ''), ('std', 'many'), ('std', '0'), ('std', '-1'), ('std', '5000')]:\n"
         "    os.environ['MAGICPIG_POOL'], os.environ['MAGICPIG_THREADS'] = pool, threads\n"
-        "    try:\n        native.threads()\n"
+        "    try:\n        library.threads()\n"
         "    except EnvironmentVariableError as error:\n        print(error)"
     )
     allowed = "is not a number from 1 to 1024"
@@ -693,17 +691,17 @@ def test_environment_variables_choose_level_pool_and_threads():
     # The number of threads comes from here or from the machine, not from a constant in the source.
     code = (
         "import torch\nfrom magicpig import Config\nfrom magicpig.attention.step import decode_step\n"
-        "from magicpig.kernels import native\nfrom magicpig.store import KVStore\n"
+        "from magicpig.kernels import library\nfrom magicpig.store import KVStore\n"
         "store = KVStore(1, 8, torch.float32, Config(), sampled=True)\n"
         "x = torch.ones(1, 1, 8)\n"
-        "print(native.isa(), native.pool(), native.threads(), decode_step(x, x, x, [store], scale=1.0).lse.item())"
+        "print(library.isa(), library.pool(), library.threads(), decode_step(x, x, x, [store], scale=1.0).lse.item())"
     )
     ran = run_with(code, MAGICPIG_ISA="portable", MAGICPIG_POOL="std", MAGICPIG_THREADS="3")
     assert ran.stdout.split() == ["portable", "std", "3", "8.0"], ran.stderr
 
 
 def test_the_thread_count_is_torchs(two_threads):
-    assert native.pool() == "torch"
-    assert native.threads() == 2
+    assert library.pool() == "torch"
+    assert library.threads() == 2
     torch.set_num_threads(1)
-    assert native.threads() == 1
+    assert library.threads() == 1

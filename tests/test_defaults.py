@@ -9,7 +9,7 @@ from torch import Tensor
 from magicpig import attend
 from magicpig.attention.step import LayerDecoder, attend_stores, decode_step
 from magicpig.config import Config
-from magicpig.samplers import CHOOSING, sampler_of
+from magicpig.samplers import CHOOSING, shared_sampler
 from magicpig.store import KVStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +21,7 @@ DEFAULTS = [torch.bfloat16, torch.float16, torch.float64, "meta"]
 @pytest.fixture(params=DEFAULTS, ids=str)
 def defaults(request: pytest.FixtureRequest) -> Iterator[None]:
     """In force for the test, which makes its own tensors with `made`."""
-    sampler_of.cache_clear()
+    shared_sampler.cache_clear()
     before = torch.get_default_dtype()
     if request.param == "meta":
         torch.set_default_device("meta")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from magicpig import doctor
-from magicpig.kernels import native
+from magicpig.kernels import library
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def report():
 
 def test_a_sound_machine_is_healthy(report):
     assert report.healthy
-    assert report.isa == native.isa()
+    assert report.isa == library.isa()
     assert report.isa in report.isa_usable
     assert set(report.isa_usable) <= set(report.isa_built)
 
@@ -22,7 +22,7 @@ def test_a_sound_machine_is_healthy(report):
 def test_every_usable_level_is_checked_and_the_used_one_stays(report):
     assert {check.isa for check in report.checks} == set(report.isa_usable)
     assert {check.dtype for check in report.checks} == {"float32", "bfloat16"}
-    assert native.isa() == report.isa
+    assert library.isa() == report.isa
 
 
 def test_wrong_kernels_are_found_out(monkeypatch):
@@ -40,10 +40,10 @@ def test_wrong_kernels_are_found_out(monkeypatch):
 
 def test_the_used_level_stays_when_a_check_raises(monkeypatch):
     monkeypatch.setattr(doctor, "attend", lambda *_, **__: 1 / 0)
-    used = native.isa()
+    used = library.isa()
     with pytest.raises(ZeroDivisionError):
         doctor.self_check(["portable"])
-    assert native.isa() == used
+    assert library.isa() == used
 
 
 def test_nan_is_a_failure(report):

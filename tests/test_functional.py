@@ -10,8 +10,8 @@ from torch import Tensor
 import magicpig
 from magicpig.collision import log_inclusion
 from magicpig.errors import ArgumentError, ArgumentTypeError, NotFiniteError
+from magicpig.kernels.algorithm import index_end
 from magicpig.kernels.hash.reference import segment_centre
-from magicpig.kernels.reference import index_end
 from magicpig.types import StepInfo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,9 +38,9 @@ def centred_body(keys: Tensor, sinks: int, recent: int) -> Tensor:
 # float64 is the reference's alone.
 BOTH_KERNELS = [
     pytest.param(kernels, dtype, id=f"{kernels}-{name}")
-    for kernels in ["native", "reference"]
+    for kernels in ["cpu", "reference"]
     for name, dtype in DTYPES.items()
-    if (kernels, name) != ("native", "fp64")
+    if (kernels, name) != ("cpu", "fp64")
 ]
 
 
@@ -102,7 +102,7 @@ def test_full_attention_is_torchs(kernels, dtype):
         assert info.rows.eq(0).all()
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
 def test_a_sample_of_everything_is_exact_attention(head_dim, kernels, isa):
     # K = 1: a key collides in a table with probability p, and 1 - (1 - p)^1024 is one up to 1e-9 for p > 0.02.
@@ -119,7 +119,7 @@ def test_native_kernels_do_what_the_reference_does(softcap):
     query, keys, values = tensors(700)
     same = 0
     settings = {"K": 5, "L": 30, "softcap": softcap, "seed": 3, "sinks": 7, "recent": 33}
-    ours = attend(query, keys, values, kernels="native", **settings)
+    ours = attend(query, keys, values, kernels="cpu", **settings)
     theirs = attend(query, keys, values, kernels="reference", **settings)
     for b in range(B):
         for h in range(H):
@@ -202,7 +202,7 @@ def test_inputs_are_not_changed_and_may_be_strided():
     assert torch.equal(lse, lse_again)
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 63, 64, 65, 67, 68])
 def test_contexts_of_sinks_and_window_alone_are_exact(N, kernels):
     query, keys, values = tensors(N)
@@ -213,7 +213,7 @@ def test_contexts_of_sinks_and_window_alone_are_exact(N, kernels):
     assert all(len(ids) == 0 for row in info.ids for ids in row)
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 def test_keys_that_are_their_own_mean_are_sampled(kernels):
     # Less the centre they are zero vectors, with code 0 and the weight of a key at a right angle.
     query, keys, values = tensors(72)
@@ -226,7 +226,7 @@ def test_keys_that_are_their_own_mean_are_sampled(kernels):
     assert log_u.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (0, 10), (10, 0), (50, 50)])
 def test_any_sinks_and_window(sinks, recent, kernels):
     query, keys, values = tensors(100)
@@ -236,7 +236,7 @@ def test_any_sinks_and_window(sinks, recent, kernels):
     torch.testing.assert_close(output.double(), sdpa(query, keys, values), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 def test_nothing_sampled_and_nothing_static_is_zero(kernels):
     query, keys, values = tensors(256)
     output, lse, info = attend(query, keys, values, K=16, L=3, min_hits=3, sinks=0, recent=0, kernels=kernels)
@@ -302,7 +302,7 @@ def bad_settings() -> dict[str, tuple[dict[str, object], str]]:
         "sinks": ({"sinks": -1}, r"^sinks=-1: "),
         "recent": ({"recent": -5}, r"^recent=-5: "),
         "sampler": ({"sampler": "top-k"}, r"^sampler='top-k': .*'lsh', 'sketch', 'full', .* or 'uniform-tail'$"),
-        "kernels": ({"kernels": "cuda"}, r"^kernels='cuda' is not one of 'native', 'reference'$"),
+        "kernels": ({"kernels": "cuda"}, r"^kernels='cuda' is not one of 'cpu', 'reference'$"),
         "scale": ({"scale": math.nan}, r"^scale=nan must be finite$"),
         "scale-int": ({"scale": 10**400}, r"^scale=inf must be finite$"),
         "scale-huge": ({"scale": 1e307}, r"^scale=1e\+307 with queries of up to .* gives logits that are not finite$"),
@@ -408,7 +408,7 @@ def test_more_threads_than_torch_can_start_are_refused(monkeypatch):
 
 def test_float64_is_the_references_alone():
     with pytest.raises(ValueError, match=r"^dtype=torch.float64 is not supported; allowed: "):
-        attend(*tensors(100, torch.float64), kernels="native")
+        attend(*tensors(100, torch.float64), kernels="cpu")
 
 
 @pytest.mark.parametrize("name", ["query", "keys", "values"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magicpig import Config
 from magicpig.attention.step import attend_stores, decode_step
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu, library
 from magicpig.kernels.attend import reference
 from magicpig.kernels.tables.reference import lookup_brute_force
 from magicpig.store import KVStore
@@ -41,7 +41,7 @@ def settings_of_a_store(draw: st.DrawFn) -> Config:
     )
 
 
-@pytest.mark.parametrize("level", native.isa_levels(True))
+@pytest.mark.parametrize("level", library.isa_levels(True))
 @given(
     config=settings_of_a_store(),
     dtype=st.sampled_from(sorted(DTYPES)),
@@ -54,8 +54,8 @@ def settings_of_a_store(draw: st.DrawFn) -> Config:
 )
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_a_step_is_the_references(level, config, dtype, kv_heads, group, head_dim, tokens, decoded, softcap):
-    before = native.isa()
-    native.use_isa(level)
+    before = library.isa()
+    library.use_isa(level)
     try:
         torch.manual_seed(tokens)
         store = KVStore(kv_heads, head_dim, DTYPES[dtype], config, sampled=True)
@@ -67,7 +67,7 @@ def test_a_step_is_the_references(level, config, dtype, kv_heads, group, head_di
         store.settle()
         compare(store, torch.randn(kv_heads * group, head_dim), softcap)
     finally:
-        native.use_isa(before)
+        library.use_isa(before)
 
 
 def compare(store: KVStore, query: Tensor, softcap: float | None) -> None:
@@ -95,12 +95,12 @@ def assert_may_be_drawn(store: KVStore, query: Tensor, head: int, sample: Sample
     if not store.settled:
         assert len(sample.ids) == 0
     elif config.sampler == "lsh":
-        sampler, (segment,) = store.sampler.native, store.index.segments
+        sampler, (segment,) = store.sampler.hasher, store.index.segments
         hashed_from = None if segment.centre is None else segment.centre.tensor
-        codes = native.hash_rows([native.interleave_heads(query[None, None])], sampler)[0, :, 0].to(torch.int64)
+        codes = cpu.hash_rows([base.interleave_heads(query[None, None])], sampler)[0, :, 0].to(torch.int64)
         body = torch.cat([keys for keys, _ in stored(store)], 1)[:, : store.indexed_to]
         centres = [] if hashed_from is None else [hashed_from]
-        of_body = native.hash_rows([native.interleave_heads(body)], sampler, centres)
+        of_body = cpu.hash_rows([base.interleave_heads(body)], sampler, centres)
         found = lookup_brute_force(codes, of_body[head].to(torch.int64).T, config.min_hits)
         assert torch.equal(sample.ids, found[found >= config.sinks])
     else:

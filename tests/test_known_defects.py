@@ -11,7 +11,7 @@ from torch import Tensor
 
 from magicpig.attention.step import attend_stores, decode_step
 from magicpig.config import Config
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu, library
 from magicpig.kernels.attend.reference import attend
 from magicpig.store import KVStore
 
@@ -123,7 +123,7 @@ def two_gigabytes():
     # [136 heads, 4096 positions, 512 + 512 floats]: the rows of head 128 begin at 2^31 bytes.
     heads, head_dim = 136, 512
     store = KVStore(heads, head_dim, torch.float32, Config(), sampled=False)
-    nothing = torch.zeros(1, 1, 1).expand(heads, native.BLOCK_ROWS - 1, head_dim)
+    nothing = torch.zeros(1, 1, 1).expand(heads, base.BLOCK_ROWS - 1, head_dim)
     store.append(nothing, nothing)
     query, _, values = token(heads=heads, head_dim=head_dim)
     store.append(query[0, :, None], values[0, :, None])
@@ -145,14 +145,14 @@ def test_rows_more_than_two_gigabytes_into_a_block_are_read(isa, two_gigabytes):
 
 def test_sampled_rows_more_than_two_gigabytes_into_the_store_are_read(isa):
     head_dim = 512
-    blocks = [native.empty((native.BLOCK_ROWS, 2 * head_dim), torch.float32) for _ in range(147)]
+    blocks = [library.empty((base.BLOCK_ROWS, 2 * head_dim), torch.float32) for _ in range(147)]
     assert sum(block.nbytes for block in blocks) > 2**31
     ids = torch.tensor([0, 65_535, 65_536, 131_072, 524_287, 524_288, 600_000])
     rows = torch.randn(len(ids), 2 * head_dim)
     for position, row in zip(ids.tolist(), rows, strict=True):
-        blocks[position // native.BLOCK_ROWS][position % native.BLOCK_ROWS] = row
+        blocks[position // base.BLOCK_ROWS][position % base.BLOCK_ROWS] = row
     query = torch.randn(head_dim)
-    state = native.attend(query, blocks, ids, torch.zeros(len(ids)), scale=0.04)
+    state = cpu.attend(query, blocks, ids, torch.zeros(len(ids)), scale=0.04)
     right = attend(query[None].double(), rows[:, :head_dim].double(), rows[:, head_dim:].double(), scale=0.04)
     torch.testing.assert_close(state.output.double(), right.output[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.lse.double(), right.lse[0], rtol=1e-5, atol=1e-5)
@@ -160,10 +160,10 @@ def test_sampled_rows_more_than_two_gigabytes_into_the_store_are_read(isa):
 
 def test_consecutive_rows_of_more_than_two_gigabytes_are_read_to_the_end():
     head_dim, n = 512, 600_000
-    rows = native.empty((n, 2 * head_dim), torch.float32)
+    rows = library.empty((n, 2 * head_dim), torch.float32)
     assert rows.nbytes > 2**31
     rows[-1] = 1.0
-    state = native.attend_rows(torch.ones(1, head_dim), rows, scale=1.0)
+    state = cpu.attend_rows(torch.ones(1, head_dim), rows, scale=1.0)
     # One logit of 512 against zeros.
     assert state.output.eq(1.0).all()
     assert state.lse.item() == 512.0
@@ -189,7 +189,7 @@ def test_any_number_of_threads_gives_the_same_result(threads):
 
 def test_no_instruction_set_beyond_the_compilers_is_needed():
     # Released: AVX-512 or nothing.
-    assert "portable" in native.isa_levels(True)
+    assert "portable" in library.isa_levels(True)
 
 
 def test_the_index_of_a_key_takes_two_bytes_per_table():
@@ -206,10 +206,10 @@ def test_the_index_of_a_key_takes_two_bytes_per_table():
 def test_weights_of_rare_keys_are_not_cut_off(isa):
     # Released: log(u + 1e-4) and an exp that is garbage below -88. u is e^-20 to e^-300 here.
     keys, values = torch.zeros(100, D), torch.randn(100, D)
-    blocks = [native.interleave(keys, values)]
+    blocks = [cpu.interleave(keys, values)]
     for lowest in [-20.0, -100.0, -300.0]:
         log_u = torch.linspace(lowest, lowest + 5, 100)
-        state = native.attend(torch.randn(D), blocks, torch.arange(100), log_u, scale=1.0)
+        state = cpu.attend(torch.randn(D), blocks, torch.arange(100), log_u, scale=1.0)
         weights = (-log_u.double()).softmax(0)
         # Log probabilities of this size are rounded by 300 * 2^-24 each.
         torch.testing.assert_close(state.output.double(), weights @ values.double(), rtol=1e-4, atol=1e-4)

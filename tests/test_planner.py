@@ -5,7 +5,7 @@ import torch
 
 from magicpig.config import EXACT, Config
 from magicpig.errors import InsufficientMemoryError
-from magicpig.kernels import native
+from magicpig.kernels import base
 from magicpig.samplers import CHOOSING
 from magicpig.store import KVStore
 from magicpig.store.planner import LayerShape, check, plan
@@ -24,7 +24,7 @@ def test_plan_bounds_what_a_store_takes(tokens: int, sampled: bool) -> None:
         store.index_due()
     planned = plan([LayerShape(2, 40, sampled)], CONFIG, sequences=1, tokens=tokens, dtype=torch.float32)
     held = store.nbytes()
-    assert held.rows <= planned.kept.rows <= max(2 * held.rows, held.rows + native.BLOCK_ROWS * 2 * 128 * 4)
+    assert held.rows <= planned.kept.rows <= max(2 * held.rows, held.rows + base.BLOCK_ROWS * 2 * 128 * 4)
     offsets = 2 * CONFIG.L * 4 * (2**CONFIG.K + 1)
     assert held.index <= planned.kept.index <= held.index + 4 * offsets
 
@@ -45,7 +45,7 @@ def test_layers_and_sequences_add_up() -> None:
     three = plan(layers, CONFIG, sequences=3, tokens=10_000, dtype=torch.bfloat16)
     assert three.kept.total == 3 * one.kept.total
     assert three.transient == one.transient
-    full = 3 * native.BLOCK_ROWS * 2 * 2 * 64 * 2
+    full = 3 * base.BLOCK_ROWS * 2 * 2 * 64 * 2
     tails = 2 * CONFIG.block * 2 * 2 * 64 * 2
     assert one.kept.rows == 2 * full + tails + 2 * 128 * 2 * 64 * 2
 

@@ -24,7 +24,7 @@ def step(**settings: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 @pytest.mark.parametrize("settings", FEW.values(), ids=FEW.keys())
 def test_a_sample_of_nothing_predicts_nothing(settings, kernels):
     q, k, v = step(**settings)
@@ -34,7 +34,7 @@ def test_a_sample_of_nothing_predicts_nothing(settings, kernels):
     assert torch.equal(info.predicted_error.isnan(), empty)
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 @pytest.mark.parametrize("sampler", ["lsh", "sketch", "full"])
 def test_attention_that_is_exact_predicts_no_error(sampler, kernels):
     more = {"K": 16, "L": 2} if sampler == "lsh" else {}
@@ -61,7 +61,7 @@ def test_statistics_count_what_is_not_known_apart(isa):
     assert (both.count, both.unknown) == (2 * predicted.count, 2 * unknown)
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 @pytest.mark.parametrize("epsilon", [None, 0.05])
 def test_values_too_large_to_be_squared_are_said_to_be(epsilon, kernels):
     q, (k, v) = torch.randn(1, 4, 1, 64), torch.randn(2, 1, 2, 1500, 64)

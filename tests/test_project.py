@@ -72,7 +72,8 @@ def test_what_is_installed_here_is_what_is_pinned():
 
 
 def test_environment_variables_are_documented():
-    used = {name for path in SOURCES for name in re.findall(r'getenv\("(MAGICPIG_\w+)"', path.read_text())}
+    read = r'(?:getenv|environ\.get)\("(MAGICPIG_\w+)"'
+    used = {name for path in SOURCES for name in re.findall(read, path.read_text())}
     documented = set(re.findall(r"^\| `(MAGICPIG_\w+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE))
     assert used == documented
     assert "MAGICPIG_ISA" in used

@@ -113,7 +113,7 @@ def test_quest_reads_whole_pages(n, rows):
 
 
 @pytest.mark.parametrize("name", CHOOSING)
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 def test_a_budget_of_the_whole_body_is_exact_attention(name, kernels):
     query, keys, values = tensors(300)
     full, full_lse, _ = attend(query, keys, values, sampler="full", kernels=kernels)
@@ -276,7 +276,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def test_a_store_and_plain_tensors_choose_the_same(name, softcap, dtype):
     query, keys, values = tensors(300, dtype)
     settings = {"sampler": name, "budget": 40, "softcap": softcap, "seed": 3, "sinks": 7, "recent": 33}
-    output, lse, info = attend(query, keys, values, kernels="native", **settings)
+    output, lse, info = attend(query, keys, values, kernels="cpu", **settings)
     right, right_lse, right_info = attend(query, keys, values, kernels="reference", **settings)
     for b in range(2):
         for h in range(H):
@@ -307,14 +307,14 @@ def test_too_short_for_a_body_is_exact():
     query, keys, values = tensors(68)
     full, _, _ = attend(query, keys, values, sampler="full")
     for name in SAMPLERS:
-        for kernels in ("native", "reference"):
+        for kernels in ("cpu", "reference"):
             output, _, info = attend(query, keys, values, sampler=name, kernels=kernels)
             torch.testing.assert_close(output, full, rtol=1e-5, atol=1e-5)
             assert info.rows.eq(0).all()
 
 
 @pytest.mark.parametrize("name", [*CHOOSING, "window"])
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 def test_there_may_be_no_exact_rows(name, kernels):
     query, keys, values = tensors(256)
     output, lse, info = attend(query, keys, values, sampler=name, sinks=0, recent=0, budget=20, kernels=kernels)
@@ -326,7 +326,7 @@ def test_there_may_be_no_exact_rows(name, kernels):
         assert info.rows.gt(0).all()
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 def test_hashing_without_centring_hashes_keys_as_they_are(kernels):
     query, keys, values = tensors(400)
     far = keys - 4 * torch.randn(1, G, 1, D)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from magicpig import Config, attend
 from magicpig.attention.step import attend_stores, decode_step
-from magicpig.kernels import native, reference
+from magicpig.kernels import algorithm, base, cpu
 from magicpig.kernels.attend import reference as rows
 from magicpig.store import KVStore
 from magicpig.store.planner import LayerShape, plan
@@ -66,7 +66,7 @@ def test_native_and_reference_draw_alike_for_the_same_seed():
     data = synthetic_context(3000, heads=8, kv_heads=2, head_dim=64)
     query, keys, values = data.queries[0][None, :, None], data.keys[None, :, :3000], data.values[None, :, :3000]
     settings = {"sampler": "sketch", "budget": 200, "bits": 3}
-    output, lse, info = attend(query, keys, values, kernels="native", **settings)
+    output, lse, info = attend(query, keys, values, kernels="cpu", **settings)
     right, right_lse, right_info = attend(query.double(), keys.double(), values.double(), **settings)
     exact, _, _ = attend(query.double(), keys.double(), values.double(), sampler="full")
     common = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(info.ids[0], right_info.ids[0], strict=True)]
@@ -78,7 +78,7 @@ def test_native_and_reference_draw_alike_for_the_same_seed():
     assert right.shape == output.shape
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 def test_a_budget_of_all_rows_is_exact(kernels):
     keys, values = context(2, 300, 40)
     query = torch.randn(1, 4, 1, 40)
@@ -106,7 +106,7 @@ def test_new_tokens_are_sketched_block_by_block_as_if_they_had_been_there():
     (block,) = grown.index.blocks
     segment = block.segment
     assert block.filled == grown.indexed_to
-    whole = native.sketch([native.interleave_heads(keys[:, : grown.indexed_to])], grown.sampler.native, 0, stride=32)
+    whole = cpu.sketch([base.interleave_heads(keys[:, : grown.indexed_to])], grown.sampler.sketcher, 0, stride=32)
     assert torch.equal(segment.words[:, : whole.blocks - 1], whole.words[:, :-1])
     assert torch.equal(segment.scales[:, : whole.count], whole.scales[:, : whole.count])
     strides = whole.count // 32
@@ -135,9 +135,9 @@ def test_where_a_segment_ends_does_not_matter_to_a_sample(first, budget):
     keys, values = context(2, 5400, 32)
     whole = make_store(keys, values, budget=budget)
     parts = whole.fork()
-    rows = [native.interleave_heads(keys[:, a:b]) for a, b in [(0, first), (first, whole.indexed_to)]]
-    cut = [native.sketch([x], whole.sampler.native, a, stride=32) for x, a in zip(rows, [0, first], strict=True)]
-    native.set_sketches(parts.view, cut)
+    rows = [base.interleave_heads(keys[:, a:b]) for a, b in [(0, first), (first, whole.indexed_to)]]
+    cut = [cpu.sketch([x], whole.sampler.sketcher, a, stride=32) for x, a in zip(rows, [0, first], strict=True)]
+    cpu.set_sketches(parts.view, cut)
     query = 2 * torch.randn(1, 4, 32)
     (_, a), (_, b) = (attend_stores(query, [store], scale=0.2) for store in (whole, parts))
     for h in range(4):
@@ -228,7 +228,7 @@ def test_lsh_predicts_its_error_too():
     wide = query.double(), keys.double(), values.double()
     state = AttentionState(output[0, :, 0].double(), lse[0].double())
     samples = [Sample(info.ids[0][h], info.log_u[0][h]) for h in range(4)]
-    right = reference.predicted_errors(state, samples, wide[0][0, :, 0], wide[1][0], wide[2][0], scale=64**-0.5)
+    right = algorithm.predicted_errors(state, samples, wide[0][0, :, 0], wide[1][0], wide[2][0], scale=64**-0.5)
     torch.testing.assert_close(info.predicted_error[0].double(), right, rtol=1e-3, atol=1e-6)
     assert (info.predicted_error > 0).all()
 

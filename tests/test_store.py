@@ -12,7 +12,7 @@ from torch import Tensor
 from magicpig.attention.step import attend_stores, decode_step
 from magicpig.collision import log_inclusion
 from magicpig.config import Config
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu
 from magicpig.kernels.attend.reference import attend
 from magicpig.kernels.tables.reference import lookup_brute_force
 from magicpig.store import KVStore
@@ -53,13 +53,13 @@ def rows_of(store: KVStore) -> tuple[Tensor, Tensor]:
 def hashed(keys: Tensor, config: Config, centre: Tensor | None = None) -> Tensor:
     """Codes (G, L, n) of keys (G, n, D) minus a centre (G, D), by a call of their own."""
     heads, n, head_dim = keys.shape
-    rows = torch.zeros(heads, n, native.padded(head_dim), dtype=keys.dtype)
+    rows = torch.zeros(heads, n, base.padded(head_dim), dtype=keys.dtype)
     rows[:, :, :head_dim] = keys
-    sampler = native.make_sampler(head_dim, config.K, config.L, config.seed)
-    return native.hash_rows([rows], sampler, [] if centre is None else [centre])
+    sampler = cpu.make_sampler(head_dim, config.K, config.L, config.seed)
+    return cpu.hash_rows([rows], sampler, [] if centre is None else [centre])
 
 
-def tables_of(store: KVStore) -> list[native.Segment]:
+def tables_of(store: KVStore) -> list[base.Segment]:
     """The hash tables in position order."""
     return [tables.segment for segment in getattr(store.index, "segments", ()) for tables in segment.tables]
 
@@ -82,14 +82,14 @@ def assert_holds(store: KVStore, keys: Tensor, values: Tensor) -> None:
     at = 0
     for segment in tables_of(store):
         assert segment.first == at
-        assert 0 < segment.count <= native.SEGMENT_ROWS
+        assert 0 < segment.count <= base.SEGMENT_ROWS
         at += segment.count
-        first = segment.first // native.SEGMENT_ROWS * native.SEGMENT_ROWS
-        strides = (min(store.indexed_to, first + native.SEGMENT_ROWS) - first) // config.block
+        first = segment.first // base.SEGMENT_ROWS * base.SEGMENT_ROWS
+        strides = (min(store.indexed_to, first + base.SEGMENT_ROWS) - first) // config.block
         centred_by = min(16, 1 << strides.bit_length() - 1) * config.block
         mean = stored_keys[:, first : first + centred_by].double().mean(1)
         torch.testing.assert_close(segment.centre.double(), mean, atol=1e-5, rtol=1e-5)
-        built = native.build(hashed(keys[:, segment.first : at], config, segment.centre), config.K, segment.first)
+        built = cpu.build(hashed(keys[:, segment.first : at], config, segment.centre), config.K, segment.first)
         assert torch.equal(segment.offsets.to(torch.int64), built.offsets.to(torch.int64))
         assert torch.equal(segment.ids.to(torch.int64), built.ids.to(torch.int64))
     assert at == store.indexed_to
@@ -430,9 +430,9 @@ GENERATED = 100_000
 
 def planned_bytes(length: int, segments: int) -> tuple[int, int]:
     """Most bytes of rows and of index: one block of rows may be begun, a segment's table has 2^K + 1 bucket starts."""
-    row = 2 * native.padded(TINY_D) * 4
+    row = 2 * base.padded(TINY_D) * 4
     tables = TINY.L * (2 * length + segments * 4 * (2**TINY.K + 1))
-    return row * (length + native.BLOCK_ROWS), tables
+    return row * (length + base.BLOCK_ROWS), tables
 
 
 @pytest.mark.slow
@@ -451,7 +451,7 @@ def test_a_hundred_thousand_generated_tokens():
             assert store.nbytes().rows <= rows
             assert store.nbytes().index <= index
             # Of 65536 keys, the whole 4096 and the younger ones.
-            assert len(tables_of(store)) <= 2 * math.ceil(store.length / native.SEGMENT_ROWS)
+            assert len(tables_of(store)) <= 2 * math.ceil(store.length / base.SEGMENT_ROWS)
             assert 64 <= store.length - store.indexed_to <= 64 + 256
     assert store.stats.steps == GENERATED - 300
     # No token was lost or changed, and each is found where the index says.
@@ -460,7 +460,7 @@ def test_a_hundred_thousand_generated_tokens():
 
     stored = rows_of(store)[0][0]
     centres = torch.stack([segment.centre.tensor[0] for segment in store.index.segments])
-    centred = stored - centres[torch.arange(len(stored)) // native.SEGMENT_ROWS]
+    centred = stored - centres[torch.arange(len(stored)) // base.SEGMENT_ROWS]
     for position in planted:
         query = centred[position]
         state, info = attend_stores(20 * query[None, None], [store], scale=1.0)
@@ -493,9 +493,9 @@ def test_segments_stay_few_and_small_whatever_is_appended():
         store.append(x, x)
         store.settle()
         counts = [segment.count for segment in tables_of(store)]
-        assert max(counts) <= native.SEGMENT_ROWS
+        assert max(counts) <= base.SEGMENT_ROWS
         assert sum(counts) == store.indexed_to
-        assert len(counts) <= 2 * math.ceil(store.indexed_to / native.SEGMENT_ROWS)
+        assert len(counts) <= 2 * math.ceil(store.indexed_to / base.SEGMENT_ROWS)
 
 
 def test_more_than_one_segment_samples_what_the_codes_say():
@@ -549,7 +549,7 @@ def test_generated_keys_are_found_with_the_probability_the_law_says():
 def test_bytes_are_those_of_rows_and_tables():
     keys, values = tokens(5000)
     store = store_of(keys, values)
-    row = 2 * native.padded(D) * 2
+    row = 2 * base.padded(D) * 2
     # Appended at once: the second block is as large as the first; and the tail, of a stride.
     assert store.nbytes().rows == G * row * (2 * 4096 + 16)
     assert store.nbytes().index == 0
@@ -563,7 +563,7 @@ def test_bytes_are_those_of_rows_and_tables():
 @pytest.mark.parametrize("n", [1, 256, 257, 1000, 4096])
 def test_short_stores_take_little_memory(n):
     store = store_of(*tokens(n))
-    row = G * 2 * native.padded(D) * 2
+    row = G * 2 * base.padded(D) * 2
     assert store.nbytes().rows <= row * max(256, 2 * n)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from magicpig import machine
 from magicpig.functional import attend
-from magicpig.kernels import native
+from magicpig.kernels import library
 from magicpig.wording import counted
 
 INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
@@ -67,17 +67,17 @@ class Report:
 def examine() -> Report:
     """Look at the machine and check every level it can run. Takes about a second."""
     facts = Report(
-        isa=native.isa(),
-        isa_usable=native.isa_levels(True),
-        isa_built=native.isa_levels(False),
+        isa=library.isa(),
+        isa_usable=library.isa_levels(True),
+        isa_built=library.isa_levels(False),
         cpu=machine.cpu_model(),
         cpu_flags=[flag for flag in INTERESTING_FLAGS if flag in machine.cpu_flags()],
         usable_cpus=machine.usable_cpus(),
         cpu_quota=machine.cpu_quota(),
         physical_cores=machine.physical_cores(),
-        threads=native.threads(),
+        threads=library.threads(),
         torch_threads=torch.get_num_threads(),
-        pool=native.pool(),
+        pool=library.pool(),
         memory_total=machine.total_memory(),
         memory_available=machine.available_memory(),
         memory_limit=machine.cgroup_limit(),
@@ -107,10 +107,10 @@ def self_check(levels: list[str] | None = None, head_dim: int = 80, group: int =
         "samples every key": {"K": 1, "L": 64, "min_hits": 1},
         "sketches every key": {"sampler": "sketch", "budget": 10**6},
     }
-    used, checks = native.isa(), []
+    used, checks = library.isa(), []
     try:
-        for level in native.isa_levels(True) if levels is None else levels:
-            native.use_isa(level)
+        for level in library.isa_levels(True) if levels is None else levels:
+            library.use_isa(level)
             for dtype, tolerance in TOLERANCE.items():
                 inputs = [x.to(dtype) for x in (query, keys, values)]
                 wide_query, wide_keys, wide_values = (x.double() for x in inputs)
@@ -120,7 +120,7 @@ def self_check(levels: list[str] | None = None, head_dim: int = 80, group: int =
                     error = float((output.double() - exact).norm() / exact.norm())
                     checks.append(Check(level, str(dtype).removeprefix("torch."), what, error, tolerance))
     finally:
-        native.use_isa(used)
+        library.use_isa(used)
     return checks
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from magicpig.attention.step import attend_stores, step_info
 from magicpig.config import Config, KVDtype, SamplerName
 from magicpig.errors import ArgumentError, ArgumentTypeError, NotFiniteError
-from magicpig.kernels import native, reference
+from magicpig.kernels import algorithm, base, library
 from magicpig.kernels.rows.reference import from_bytes, to_bytes
 from magicpig.samplers import sampler_of
 from magicpig.settings import DrawPolicy, IndexSpec, Policy
@@ -39,7 +39,7 @@ def attend(
     block: int = 256,
     scale: float | None = None,
     softcap: float | None = None,
-    kernels: Literal["native", "reference"] | None = None,
+    kernels: Literal["cpu", "reference"] | None = None,
 ) -> tuple[Tensor, Tensor, StepInfo]:
     """Attention of one new token over N keys, exact (`sampler="full"`) or from a sample (MagicPIG, arXiv 2410.16179).
 
@@ -49,7 +49,7 @@ def attend(
 
     query: (B, H, 1, D); keys, values: (B, G, N, D) with H a multiple of G; float32, bfloat16, float16 or float64, CPU.
     Settings are those of `Config`; scale defaults to 1 / sqrt(D). There is no length below which sampling is left out.
-    kernels: "native", or "reference" for the plain PyTorch specification (the default for float64).
+    kernels: "cpu", or "reference" for the plain PyTorch specification (the default for float64).
 
     Returns output (B, H, 1, D) in the query's dtype; lse (B, H), natural log of the (estimated) softmax denominator;
     and info, whose ids[b][h] are the sampled positions, log_u[b][h] their log inclusion probabilities, and rows (B, G)
@@ -77,11 +77,11 @@ def attend(
     if softcap is not None and not 0 < softcap < math.inf:
         raise ArgumentError(f"softcap={softcap} must be positive and finite")
     if kernels is None:
-        kernels = "reference" if query.dtype == torch.float64 else "native"
+        kernels = "reference" if query.dtype == torch.float64 else "cpu"
     if kernels == "reference":
         return _attend_reference(query, keys, values, config, scale, softcap)
-    if kernels != "native":
-        raise ArgumentError(f"kernels={kernels!r} is not one of 'native', 'reference'")
+    if kernels != "cpu":
+        raise ArgumentError(f"kernels={kernels!r} is not one of 'cpu', 'reference'")
     stores = []
     for b in range(len(keys)):
         store = KVStore(keys.shape[1], keys.shape[3], keys.dtype, config, sampled=True)
@@ -107,15 +107,15 @@ def _attend_reference(
             k, v = _as_kept(k, config, centred=config.centre), _as_kept(v, config, centred=False)
         if end == 0:
             state, drawn = (
-                reference.attend_full(q, k, v, scale=scale, softcap=softcap),
-                [reference.no_sample()] * len(q),
+                algorithm.attend_full(q, k, v, scale=scale, softcap=softcap),
+                [algorithm.no_sample()] * len(q),
             )
             error = torch.zeros_like(state.lse)
         else:
             place: dict[str, int] = {"sinks": config.sinks, "end": end, "layer": 0, "first_head": 0}
             rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
             state, drawn = sampler.reference(q, k, v, DrawPolicy.of(config), **place, **rule)
-            error = reference.predicted_errors(state, drawn, q, k, v, **rule)
+            error = algorithm.predicted_errors(state, drawn, q, k, v, **rule)
         states.append(state)
         samples.append(drawn)
         errors.append(torch.full_like(error, math.nan) if sampler.chooses and end else error)
@@ -128,7 +128,7 @@ def _as_kept(x: Tensor, config: Config, *, centred: bool) -> Tensor:
     """Keys or values (G, N, D) after a store has rounded their whole strides to whole numbers."""
     x = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     kept = x.shape[1] // config.block * config.block
-    for rows in x[:, :kept].split(native.BLOCK_ROWS, 1):
+    for rows in x[:, :kept].split(base.BLOCK_ROWS, 1):
         centre = rows[:, : config.block].mean(1, keepdim=True) if centred else 0.0
         rows.copy_(from_bytes(*to_bytes(rows - centre)) + centre)
     return x
@@ -136,7 +136,7 @@ def _as_kept(x: Tensor, config: Config, *, centred: bool) -> Tensor:
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> float:
     """Refuses what attention cannot be computed of; returns the scale."""
-    native.check_threads()
+    library.check_threads()
     largest = {name: _largest(name, x, query) for name, x in (("query", query), ("keys", keys), ("values", values))}
     B, H, T, D = query.shape
     if B < 1 or H < 1 or D < 1:
@@ -183,7 +183,7 @@ def _largest(name: str, x: Tensor, query: Tensor) -> float:
         raise ArgumentError(f"{name} is nested or {x.layout}; expected a dense tensor")
     if x.ndim != 4:
         raise ArgumentError(f"{name} has shape {tuple(x.shape)}; expected four dimensions")
-    if x.dtype not in (*native.DTYPES, torch.float64):
+    if x.dtype not in (*base.DTYPES, torch.float64):
         raise ArgumentError(f"{name} has dtype {x.dtype}; allowed: float32, bfloat16, float16, float64")
     if x.device.type != "cpu":
         raise ArgumentError(f"{name} is on {x.device}; attend reads host memory, move it to the cpu")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from magicpig.kernels.algorithm import attend_full, attend_lsh, cosine, index_end
 from magicpig.kernels.attend.reference import attend, merge, with_sink_logits
 from magicpig.kernels.hash.reference import centre_strides, make_planes, segment_centre
-from magicpig.kernels.reference import attend_full, attend_lsh, cosine, index_end
 from magicpig.types import AttentionState
 
 # Sums of up to 1000 float64 terms of size one err by about 1000 * 2**-53 = 1e-13.

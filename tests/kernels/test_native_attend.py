@@ -9,7 +9,7 @@ from torch import Tensor
 from magicpig.attention.step import attend_stores
 from magicpig.collision import log_inclusion
 from magicpig.config import Config
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu
 from magicpig.kernels.attend import reference
 from magicpig.kernels.rows.reference import from_bytes, to_bytes
 from magicpig.store import KVStore
@@ -60,27 +60,27 @@ def assert_states_close(state: AttentionState, right: AttentionState, tolerance:
 
 
 def blocks_of(keys: Tensor, values: Tensor, stored: torch.dtype | None = None) -> list[Tensor]:
-    return [block.contiguous() for block in native.interleave(keys, values, stored).split(native.BLOCK_ROWS)]
+    return [block.contiguous() for block in cpu.interleave(keys, values, stored).split(base.BLOCK_ROWS)]
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_rows_of_every_width(D, stored, isa):
     query, keys, values = draw(4, 1000, D, stored)
-    state = native.attend_rows(query, native.interleave(keys, values, stored), scale=D**-0.5)
+    state = cpu.attend_rows(query, cpu.interleave(keys, values, stored), scale=D**-0.5)
     assert_states_close(state, expected(query, keys, values, scale=D**-0.5))
 
 
 @pytest.mark.parametrize("R", GROUPS)
 def test_groups_of_every_size(R, stored, isa):
     query, keys, values = draw(R, 77, 80, stored)
-    state = native.attend_rows(query, native.interleave(keys, values, stored), scale=0.1)
+    state = cpu.attend_rows(query, cpu.interleave(keys, values, stored), scale=0.1)
     assert_states_close(state, expected(query, keys, values, scale=0.1))
 
 
 @pytest.mark.parametrize("n", COUNTS)
 def test_any_number_of_rows(n, stored, isa):
     query, keys, values = draw(3, n, 64, stored)
-    state = native.attend_rows(query, native.interleave(keys, values, stored), scale=0.125)
+    state = cpu.attend_rows(query, cpu.interleave(keys, values, stored), scale=0.125)
     assert_states_close(state, expected(query, keys, values, scale=0.125))
 
 
@@ -88,15 +88,15 @@ def test_any_number_of_rows(n, stored, isa):
 def test_rows_with_an_offset_per_head_and_a_softcap(softcap, stored, isa):
     query, keys, values = draw(7, 333, 96, stored)
     offset = torch.linspace(-40, 40, 7)
-    rows = native.interleave(keys, values, stored)
-    state = native.attend_rows(query, rows, scale=0.1, offset=offset, softcap=softcap or 0.0)
+    rows = cpu.interleave(keys, values, stored)
+    state = cpu.attend_rows(query, rows, scale=0.1, offset=offset, softcap=softcap or 0.0)
     right = expected(query, keys, values, scale=0.1, offset=offset.double(), softcap=softcap)
     # A float32 logit near 40 is rounded by 40 * 2^-24, far below the tolerance; so is a tanh, times the cap.
     assert_states_close(state, right)
 
 
 def test_no_rows_give_an_empty_state(isa):
-    state = native.attend_rows(torch.randn(3, 64), torch.empty(0, 128), scale=1.0)
+    state = cpu.attend_rows(torch.randn(3, 64), torch.empty(0, 128), scale=1.0)
     assert state.output.eq(0).all()
     assert state.lse.eq(-math.inf).all()
 
@@ -109,7 +109,7 @@ def test_huge_logits(size, stored, isa):
     query, values = torch.ones(2, D), rounded(torch.randn(500, D), stored)
     keys = rounded(1 + 0.1 * torch.rand(500, D), stored)
     scale = size / D
-    state = native.attend_rows(query, native.interleave(keys, values, stored), scale=scale)
+    state = cpu.attend_rows(query, cpu.interleave(keys, values, stored), scale=scale)
     right = expected(query, keys, values, scale=scale)
     # A logit errs by D + 2 roundings of its size; a softmax weight by the difference of two such, relatively.
     error = 1.1 * abs(size) * (D + 2) * EPS
@@ -121,7 +121,7 @@ def test_logits_so_far_apart_that_one_row_takes_all(isa):
     query = torch.tensor([[1.0]])
     keys = torch.tensor([-1e4, 0.0, 3.0, 1e4, -5.0])[:, None]
     values = torch.arange(5.0)[:, None]
-    state = native.attend_rows(query, native.interleave(keys, values), scale=1.0)
+    state = cpu.attend_rows(query, cpu.interleave(keys, values), scale=1.0)
     assert state.output.item() == 3.0
     assert state.lse.item() == 1e4
 
@@ -130,14 +130,14 @@ def test_weights_below_the_underflow_of_exp_add_nothing(isa):
     # The truncating exp of the released implementation returned noise below -88.
     for gap in [80.0, 87.0, 88.0, 89.0, 103.0, 104.0, 1000.0, 1e30]:
         query, keys = torch.tensor([[1.0]]), torch.tensor([[0.0], [-gap]])
-        rows = native.interleave(keys, torch.tensor([[0.0], [1.0]]))
-        assert native.attend_rows(query, rows, scale=1.0).output.item() == pytest.approx(math.exp(-gap), abs=2e-38)
+        rows = cpu.interleave(keys, torch.tensor([[0.0], [1.0]]))
+        assert cpu.attend_rows(query, rows, scale=1.0).output.item() == pytest.approx(math.exp(-gap), abs=2e-38)
 
 
 def test_the_maximum_may_come_last_or_first(isa):
     for keys in [torch.arange(-50.0, 50.0), torch.arange(50.0, -50.0, -1.0)]:
         values = torch.randn(100, 1)
-        state = native.attend_rows(torch.ones(1, 1), native.interleave(keys[:, None], values), scale=1.0)
+        state = cpu.attend_rows(torch.ones(1, 1), cpu.interleave(keys[:, None], values), scale=1.0)
         assert_states_close(state, expected(torch.ones(1, 1), keys[:, None], values, scale=1.0))
 
 
@@ -146,7 +146,7 @@ def test_the_maximum_may_come_last_or_first(isa):
 def test_a_value_that_is_not_finite_is_not_hidden(poison, row, dtype, isa):
     query, keys, values = draw(3, 100, 64, dtype)
     values[row, 7] = poison
-    state = native.attend_rows(query, native.interleave(keys, values), scale=0.125)
+    state = cpu.attend_rows(query, cpu.interleave(keys, values), scale=0.125)
     assert not state.output[:, 7].isfinite().any()
     assert state.output[:, :7].isfinite().all()
 
@@ -156,7 +156,7 @@ def test_samples_of_every_width(D, stored, isa):
     query, keys, values = draw(1, 700, D, stored)
     ids = torch.randperm(700)[:333].sort().values
     log_u = -5 * torch.rand(333)
-    state = native.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=D**-0.5)
+    state = cpu.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=D**-0.5)
     right = expected(query, keys[ids], values[ids], scale=D**-0.5, log_u=log_u.double())
     assert_states_close(state, AttentionState(right.output[0], right.lse[0]))
 
@@ -167,7 +167,7 @@ def test_samples_of_any_size(n, stored, isa):
     query, keys, values = draw(1, tokens, 64, stored)
     ids = torch.randperm(tokens)[:n].sort().values
     log_u = -5 * torch.rand(n)
-    state = native.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.125)
+    state = cpu.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.125)
     right = expected(query, keys[ids], values[ids], scale=0.125, log_u=log_u.double())
     assert_states_close(state, AttentionState(right.output[0], right.lse[0]))
 
@@ -177,7 +177,7 @@ def test_a_sample_across_block_boundaries_reads_the_right_rows(dtype, isa):
     values = torch.zeros(12_300, 40, dtype=dtype)
     ids = torch.tensor([0, 1, 4094, 4095, 4096, 4097, 8191, 8192, 8193, 12_287, 12_288, 12_299])
     values[ids, torch.arange(12)] = 1
-    state = native.attend(torch.randn(40), blocks_of(keys, values), ids, torch.zeros(12), scale=1.0)
+    state = cpu.attend(torch.randn(40), blocks_of(keys, values), ids, torch.zeros(12), scale=1.0)
     # Twelve equal weights, each to its own column: any wrong row would leave a zero.
     assert torch.allclose(state.output, torch.where(torch.arange(40) < 12, 1 / 12, 0.0), atol=1e-7)
 
@@ -188,7 +188,7 @@ def test_log_u_is_subtracted_after_the_softcap(softcap, offset, stored, isa):
     query, keys, values = draw(1, 200, 96, stored)
     ids, log_u = torch.arange(200), -20 * torch.rand(200)
     offsets = torch.tensor([offset])
-    state = native.attend(
+    state = cpu.attend(
         query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.1, offsets=offsets, softcap=softcap or 0.0
     )
     right = expected(
@@ -201,7 +201,7 @@ def test_log_u_is_subtracted_after_the_softcap(softcap, offset, stored, isa):
 def test_rows_of_a_sample_have_the_offset_of_their_block(n, stored, isa):
     query, keys, values = draw(1, 10_000, 40, stored)
     ids, log_u, offsets = torch.randperm(10_000)[:n].sort().values, -5 * torch.rand(n), torch.tensor([3.0, -20.0, 1.0])
-    state = native.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.15, offsets=offsets)
+    state = cpu.attend(query[0], blocks_of(keys, values, stored), ids, log_u, scale=0.15, offsets=offsets)
     logits = 0.15 * keys[ids].double() @ query[0].double() + offsets[ids // 4096].double() - log_u.double()
     assert_states_close(state, AttentionState(logits.softmax(0) @ values[ids].double(), logits.logsumexp(0)))
 
@@ -214,12 +214,12 @@ def test_a_hashed_sample_sees_rows_less_their_centres(D, n, softcap, stored, isa
     query, keys, values = draw(1, 9000, D, torch.float32)
     centres = 30 * torch.nn.functional.normalize(torch.randn(3, D), dim=1)
     keys, values = rounded(keys + centres.repeat_interleave(4096, 0)[:9000], stored), rounded(values, stored)
-    offsets, law = torch.tensor([2.0, 0.0, -1.0]), native.make_law(6, 40, 2)
+    offsets, law = torch.tensor([2.0, 0.0, -1.0]), cpu.make_law(6, 40, 2)
     away = keys.double() - centres.double().repeat_interleave(4096, 0)[:9000]
     cosines = torch.nn.functional.cosine_similarity(away, query.double(), dim=-1)
     # At a cosine of -1, all there is besides 1 in one dimension, nothing is ever drawn.
     ids = (torch.rand(9000) + (cosines < -0.9)).argsort()[:n].sort().values
-    state, log_u = native.attend_hashed(
+    state, log_u = cpu.attend_hashed(
         query[0], blocks_of(keys, values, stored), ids, law,
         scale=0.2, centres=centres, offsets=offsets, keys_of_a_centre=4096, softcap=softcap or 0.0,
     )  # fmt: skip
@@ -240,9 +240,9 @@ def test_a_hashed_sample_sees_rows_less_their_centres(D, n, softcap, stored, isa
 
 def test_a_hashed_sample_without_centres_is_of_the_rows_as_they_are(stored, isa):
     query, keys, values = draw(1, 500, 64, stored)
-    ids, law, blocks = torch.arange(0, 500, 3), native.make_law(6, 40, 2), blocks_of(keys, values, stored)
-    plain, log_u = native.attend_hashed(query[0], blocks, ids, law, scale=0.2)
-    zero, same = native.attend_hashed(query[0], blocks, ids, law, scale=0.2, centres=torch.zeros(1, 64))
+    ids, law, blocks = torch.arange(0, 500, 3), cpu.make_law(6, 40, 2), blocks_of(keys, values, stored)
+    plain, log_u = cpu.attend_hashed(query[0], blocks, ids, law, scale=0.2)
+    zero, same = cpu.attend_hashed(query[0], blocks, ids, law, scale=0.2, centres=torch.zeros(1, 64))
     # Sums of another order
     torch.testing.assert_close(log_u, same, rtol=0, atol=1e-4)
     assert_states_close(plain, AttentionState(zero.output.double(), zero.lse.double()), 1e-4)
@@ -252,7 +252,7 @@ def test_inclusion_probabilities_far_below_the_range_of_floats(stored, isa):
     # u = e^-300 is no float32 at all; its logarithm is an ordinary one.
     query, keys, values = draw(1, 50, 64, stored)
     log_u = torch.linspace(-300, -290, 50)
-    state = native.attend(query[0], blocks_of(keys, values, stored), torch.arange(50), log_u, scale=0.125)
+    state = cpu.attend(query[0], blocks_of(keys, values, stored), torch.arange(50), log_u, scale=0.125)
     right = expected(query, keys, values, scale=0.125, log_u=log_u.double())
     # Logits near 300 are rounded by 300 * 2^-24 = 2e-5 each.
     error = 300 * EPS * 2
@@ -262,7 +262,7 @@ def test_inclusion_probabilities_far_below_the_range_of_floats(stored, isa):
 
 def test_an_empty_sample_is_an_empty_state(isa):
     keys = torch.randn(10, 64)
-    state = native.attend(
+    state = cpu.attend(
         torch.randn(64), blocks_of(keys, keys), torch.empty(0, dtype=torch.int64), torch.empty(0), scale=1.0
     )
     assert state.output.eq(0).all()
@@ -271,9 +271,9 @@ def test_an_empty_sample_is_an_empty_state(isa):
 
 def test_certain_rows_are_exact_attention(stored, isa):
     query, keys, values = draw(1, 5000, 128, stored)
-    rows = native.interleave(keys, values, stored)
-    sampled = native.attend(query[0], blocks_of(keys, values, stored), torch.arange(5000), torch.zeros(5000), scale=0.1)
-    exact = native.attend_rows(query, rows, scale=0.1)
+    rows = cpu.interleave(keys, values, stored)
+    sampled = cpu.attend(query[0], blocks_of(keys, values, stored), torch.arange(5000), torch.zeros(5000), scale=0.1)
+    exact = cpu.attend_rows(query, rows, scale=0.1)
     right = expected(query, keys, values, scale=0.1)
     for state in [sampled, AttentionState(exact.output[0], exact.lse[0])]:
         assert_states_close(state, AttentionState(right.output[0], right.lse[0]))
@@ -284,15 +284,15 @@ def test_certain_rows_are_exact_attention(stored, isa):
 def test_merging_parts_is_attention_over_all(D, cuts, isa):
     query, keys, values = draw(5, 100, D, torch.float32)
     states = [
-        native.attend_rows(query, native.interleave(k, v), scale=0.3)
+        cpu.attend_rows(query, cpu.interleave(k, v), scale=0.3)
         for k, v in zip(keys.split(cuts), values.split(cuts), strict=True)
     ]
-    assert_states_close(native.merge(states), expected(query, keys, values, scale=0.3))
+    assert_states_close(cpu.merge(states), expected(query, keys, values, scale=0.3))
 
 
 def test_merging_empty_states_is_empty(isa):
     empty = AttentionState(torch.zeros(2, 64), torch.full((2,), -math.inf))
-    state = native.merge([empty, empty])
+    state = cpu.merge([empty, empty])
     assert state.output.eq(0).all()
     assert state.lse.eq(-math.inf).all()
 
@@ -304,7 +304,7 @@ def test_merging_parts_of_very_different_weight(isa):
             AttentionState(torch.full((1, 64), 2.0), torch.tensor([high])),
         ]
         for order in [parts, parts[::-1]]:
-            state = native.merge(order)
+            state = cpu.merge(order)
             assert state.lse.item() == high
             assert state.output.eq(2.0).all()
 
@@ -312,7 +312,7 @@ def test_merging_parts_of_very_different_weight(isa):
 def test_merge_is_the_references(isa):
     states = [AttentionState(torch.randn(4, 96), 10 * torch.randn(4)) for _ in range(6)]
     right = reference.merge([AttentionState(s.output.double(), s.lse.double()) for s in states])
-    assert_states_close(native.merge(states), right)
+    assert_states_close(cpu.merge(states), right)
 
 
 PAPER = [(10, 150), (9, 120), (8, 75), (10, 170), (10, 220), (11, 300)]
@@ -320,7 +320,7 @@ PAPER = [(10, 150), (9, 120), (8, 75), (10, 170), (10, 220), (11, 300)]
 
 @pytest.mark.parametrize(("K", "L"), PAPER)
 def test_the_table_of_the_inclusion_law_interpolates_well(K, L):
-    law = native.inclusion_law(K, L, 2).double()
+    law = cpu.inclusion_law(K, L, 2).double()
     assert law.isfinite().all()  # also at -1, where log u is not: nothing could be interpolated towards it
     cosine = torch.linspace(-0.9, 1.0, 200_001, dtype=torch.float64)
     at = (1 + cosine.sign() * (1 - (1 - cosine.abs()).sqrt())) / 2 * (len(law) - 1)
@@ -410,31 +410,31 @@ def assert_same_numbers(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_every_half_widens_as_torch_does(half, isa):
     every = torch.arange(65536).to(torch.uint16).view(half)
-    assert_same_numbers(native.convert(every, torch.float32), every.to(torch.float32))
+    assert_same_numbers(cpu.convert(every, torch.float32), every.to(torch.float32))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_floats_round_to_the_nearest_half_ties_to_even(half, isa):
     # All exponents: zeros, denormals, normals, overflow to infinity, infinities, NaN.
     floats = float_patterns()
-    assert_same_numbers(native.convert(floats, half), floats.to(half))
+    assert_same_numbers(cpu.convert(floats, half), floats.to(half))
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 31, 33, 100])
 def test_conversion_of_any_length(n, dtype, isa):
     x = torch.randn(n)
-    assert_same_numbers(native.convert(x, dtype), x.to(dtype))
-    assert_same_numbers(native.convert(x.to(dtype), torch.float32), x.to(dtype).float())
+    assert_same_numbers(cpu.convert(x, dtype), x.to(dtype))
+    assert_same_numbers(cpu.convert(x.to(dtype), torch.float32), x.to(dtype).float())
 
 
 def test_rows_and_queries_that_do_not_fit_are_refused():
-    rows = native.interleave(torch.randn(5, 64), torch.randn(5, 64))
+    rows = cpu.interleave(torch.randn(5, 64), torch.randn(5, 64))
     with pytest.raises(ValueError, match=r"^rows and queries disagree about the head dimension$"):
-        native.attend_rows(torch.randn(1, 96), rows, scale=1.0)
+        cpu.attend_rows(torch.randn(1, 96), rows, scale=1.0)
     with pytest.raises(ValueError, match=r"^rows must be contiguous$"):
-        native.attend_rows(torch.randn(1, 64), torch.randn(128, 5).T, scale=1.0)
+        cpu.attend_rows(torch.randn(1, 64), torch.randn(128, 5).T, scale=1.0)
     for D in [0, 513]:
         with pytest.raises(ValueError, match=rf"^head_dim={D} is out of range; allowed: 1 to 512$"):
-            native.padded(D)
+            base.padded(D)
     with pytest.raises(ValueError, match=r"^dtype=torch.float64 is not supported; allowed: .*float32"):
-        native.dtype_code(torch.float64)
+        cpu.dtype_code(torch.float64)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from magicpig.attention.step import attend_stores
 from magicpig.config import Config
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu, library
 from magicpig.kernels.hash.reference import hash_vectors, make_planes
 from magicpig.samplers import sampler_of
 from magicpig.settings import IndexSpec
@@ -30,7 +30,7 @@ def random_keys(G: int, n: int, D: int, dtype: torch.dtype) -> Tensor:
 def padded_rows(keys: Tensor, width: int | None = None) -> Tensor:
     """Keys (G, n, D) zero padded to Dp, at the start of rows of `width` >= Dp elements; the rest would hash wrongly."""
     G, n, D = keys.shape
-    Dp = native.padded(D)
+    Dp = base.padded(D)
     rows = torch.full((G, n, width or Dp), 77.0, dtype=keys.dtype)
     rows[:, :, :D] = keys
     rows[:, :, D:Dp] = 0
@@ -39,8 +39,8 @@ def padded_rows(keys: Tensor, width: int | None = None) -> Tensor:
 
 def native_codes(keys: Tensor, K: int, L: int, seed: int = 0, width: int | None = None) -> Tensor:
     """(G, n, L) int64."""
-    sampler = native.make_sampler(keys.shape[2], K, L, seed)
-    return native.hash_rows([padded_rows(keys, width)], sampler).to(torch.int64).mT
+    sampler = cpu.make_sampler(keys.shape[2], K, L, seed)
+    return cpu.hash_rows([padded_rows(keys, width)], sampler).to(torch.int64).mT
 
 
 def bits_of(codes: Tensor, K: int) -> Tensor:
@@ -113,30 +113,30 @@ def test_what_follows_a_key_in_its_row_is_not_hashed(D, isa, dtype):
     keys = random_keys(2, 50, D, dtype)
     codes = native_codes(keys, 10, 13)
     for extra in [1, 7, 64, 96]:
-        assert torch.equal(native_codes(keys, 10, 13, width=native.padded(D) + extra), codes)
+        assert torch.equal(native_codes(keys, 10, 13, width=base.padded(D) + extra), codes)
 
 
 def test_codes_do_not_depend_on_how_keys_are_cut_into_pieces(isa):
     K, L = 10, 7
     rows = padded_rows(random_keys(2, 500, 96, torch.bfloat16))
-    sampler = native.make_sampler(96, K, L, 0)
-    whole = native.hash_rows([rows], sampler).to(torch.int64)
+    sampler = cpu.make_sampler(96, K, L, 0)
+    whole = cpu.hash_rows([rows], sampler).to(torch.int64)
     for cuts in [[1, 499], [47, 48, 49, 356], [499, 1], [192, 193, 115]]:
         # Pieces of a larger block are strided views, as those of a store are.
-        assert torch.equal(native.hash_rows(rows.split(cuts, dim=1), sampler).to(torch.int64), whole)
+        assert torch.equal(cpu.hash_rows(rows.split(cuts, dim=1), sampler).to(torch.int64), whole)
 
 
 def test_every_pool_computes_the_same_codes(pool):
     keys = random_keys(2, 700, 128, torch.bfloat16)
     codes = native_codes(keys, 10, 20)
-    native.use_pool("serial")
+    library.use_pool("serial")
     assert torch.equal(codes, native_codes(keys, 10, 20))
 
 
 @pytest.mark.parametrize("D", [1, 64, 80])
 def test_keys_are_hashed_minus_a_centre(D, isa, dtype):
-    keys, centre, sampler = random_keys(2, 50, D, dtype), torch.randn(2, D), native.make_sampler(D, 10, 13, 0)
-    codes = native.hash_rows([padded_rows(keys)], sampler, [centre]).to(torch.int64).mT
+    keys, centre, sampler = random_keys(2, 50, D, dtype), torch.randn(2, D), cpu.make_sampler(D, 10, 13, 0)
+    codes = cpu.hash_rows([padded_rows(keys)], sampler, [centre]).to(torch.int64).mT
     assert torch.equal(codes, native_codes(keys.float() - centre[:, None], 10, 13))
 
 

@@ -11,14 +11,14 @@ import torch
 from magicpig import Config
 from magicpig.attention.step import decode_step
 from magicpig.errors import ArgumentError, EnvironmentVariableError, NotFiniteError
-from magicpig.kernels import native
+from magicpig.kernels import library
 from magicpig.store import KVStore
 
 STEP = """
     import os, signal, torch
     from magicpig import Config
     from magicpig.attention.step import decode_step
-    from magicpig.kernels import native
+    from magicpig.kernels import cpu, library
     from magicpig.store import KVStore
 
     # So few that torch's own operations need one thread: they wait for ever in a forked child, where none are left.
@@ -57,7 +57,7 @@ def test_a_forked_child_computes_the_same(pool):
             _, status = os.waitpid(grandchild, 0)
             os._exit(0 if ok and status == 0 else 1)
         _, status = os.waitpid(child, 0)
-        print(status, native.pool(), native.threads(), torch.equal(step(), right))
+        print(status, library.pool(), library.threads(), torch.equal(step(), right))
     """
     expected = {"torch": 2, "std": 3, "serial": 1}[pool]
     assert run(code, MAGICPIG_POOL=pool, MAGICPIG_THREADS="3") == f"0 {pool} {expected} True"
@@ -69,10 +69,10 @@ def test_loops_take_threads_of_their_own_where_torch_is_told_to_start_too_many()
         store = KVStore(4, 16, torch.float32, Config(exact_below=0, budget=50), sampled=True)
         store.append(keys, keys)
         large = torch.ones(1 << 20)
-        torch.set_num_threads(native.MAX_THREADS + 1)
-        native.stream_read(large)
-        state = native.decode_step([store.view], keys[None, :, 0].contiguous(), None, None, scale=0.2)
-        print(native.threads(), bool(state.output.isfinite().all()))
+        torch.set_num_threads(library.MAX_THREADS + 1)
+        library.stream_read(large)
+        state = cpu.decode_step([store.view], keys[None, :, 0].contiguous(), None, None, scale=0.2)
+        print(library.threads(), bool(state.output.isfinite().all()))
     """
     assert run(code, MAGICPIG_THREADS="2") == "2 True"
 
@@ -83,7 +83,7 @@ def test_a_pool_has_as_many_threads_as_the_system_allows():
         import resource
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
-        threads = native.threads()
+        threads = library.threads()
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         print(1 < threads < 1000, bool(step().isfinite().all()))
     """
@@ -98,7 +98,10 @@ def test_what_the_kernels_refuse_can_be_told_apart():
     with pytest.raises(NotFiniteError, match=r"^values has entries that are not finite, or too large for the store"):
         store.append(x, x / 0)
     assert store.length == 0
-    for refused, message in ((native.use_isa, "level 'sse9' cannot run here"), (native.use_pool, "pool 'sse9' is not")):
+    for refused, message in (
+        (library.use_isa, "level 'sse9' cannot run here"),
+        (library.use_pool, "pool 'sse9' is not"),
+    ):
         with pytest.raises(ArgumentError, match=rf"^{message}") as caught:
             refused("sse9")
         assert not isinstance(caught.value, (NotFiniteError, EnvironmentVariableError))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu, library
 from magicpig.kernels.rows.layout import RowLayout
 from magicpig.kernels.rows.reference import from_bytes, to_bytes
 
@@ -18,10 +18,10 @@ WIDTHS = [1, 7, 15, 32, 33, 64, 80, 128, 512]
 def written(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """Numbers (G, n, Dp) and scales (G, n) of one half of rows whose memory was full of something else."""
     G, n, D = x.shape
-    rows = torch.full((G, n, native.row_width(D, torch.int8)), 77, dtype=torch.int8)
+    rows = torch.full((G, n, base.row_width(D, torch.int8)), 77, dtype=torch.int8)
     before = rows.clone()
-    native.write_bytes(x, rows, half)
-    width = native.padded(D)
+    cpu.write_bytes(x, rows, half)
+    width = base.padded(D)
     other = slice((1 - half) * width, (2 - half) * width)
     assert torch.equal(rows[:, :, other], before[:, :, other])
     scales = rows[:, :, 2 * width :].view(torch.float32)
@@ -83,7 +83,7 @@ def test_the_largest_floats_that_fit_have_a_scale(isa):
 def test_a_layout_reads_what_it_wrote(stored):
     dtype = torch.bfloat16 if stored == torch.int8 else stored
     layout = RowLayout(40, dtype, stored)
-    rows = native.empty((2, 9, layout.width), stored)
+    rows = library.empty((2, 9, layout.width), stored)
     keys, values = torch.randn(2, 9, 40), torch.randn(2, 9, 40)
     layout.write_keys(rows, keys)
     layout.write_values(rows, values)
@@ -102,12 +102,12 @@ def test_rows_in_bytes_are_little_more_than_half_of_bfloat16():
 
 
 def test_what_does_not_fit_is_refused():
-    rows = torch.zeros(2, 5, native.row_width(40, torch.int8), dtype=torch.int8)
+    rows = torch.zeros(2, 5, base.row_width(40, torch.int8), dtype=torch.int8)
     for x in (torch.zeros(2, 4, 40), torch.zeros(1, 5, 40), torch.zeros(2, 5, 8)):
         with pytest.raises(ValueError, match=r"^rows and vectors disagree about their shape$"):
-            native.write_bytes(x, rows, 0)
+            cpu.write_bytes(x, rows, 0)
     with pytest.raises(ValueError, match=r"^rows must be int8 and contiguous in the last dimension$"):
-        native.write_bytes(torch.zeros(2, 5, 40), rows.to(torch.int16), 0)
+        cpu.write_bytes(torch.zeros(2, 5, 40), rows.to(torch.int16), 0)
 
 
 def test_a_scale_is_a_natural_number_of_no_bits_lost():

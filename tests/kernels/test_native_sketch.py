@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu
 from magicpig.kernels.rows.reference import from_bytes, to_bytes
 from magicpig.kernels.sketch import reference
 
@@ -24,23 +24,23 @@ def make_keys(n: int, D: int, heads: int = 2) -> Tensor:
 
 
 def make_rows(keys: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    rows = torch.zeros(*keys.shape[:2], 2 * native.padded(keys.shape[2]), dtype=dtype)
+    rows = torch.zeros(*keys.shape[:2], 2 * base.padded(keys.shape[2]), dtype=dtype)
     rows[:, :, : keys.shape[2]] = keys
     return rows
 
 
 def sketch(
     keys: Tensor, bits: int, stride: int = 8, *, centred: bool = True
-) -> tuple[native.SketchSegment, native._native.SketchSampler]:
+) -> tuple[base.SketchSegment, cpu._native.SketchSampler]:
     """The sketch of keys (G, n, D), of as many as there are: the last stride is filled up with others."""
-    n, sampler = keys.shape[1], native.make_sketcher(keys.shape[2], bits, seed=0)
+    n, sampler = keys.shape[1], cpu.make_sketcher(keys.shape[2], bits, seed=0)
     more = torch.randn(len(keys), -n % stride, keys.shape[2])
-    whole = native.sketch([make_rows(torch.cat([keys, more], 1))], sampler, 0, stride=stride, centred=centred)
+    whole = cpu.sketch([make_rows(torch.cat([keys, more], 1))], sampler, 0, stride=stride, centred=centred)
     return replace(whole, count=n), sampler
 
 
 def scores_of(
-    found: native.SketchWeights, segment: native.SketchSegment, head: int, bits: int, query: Tensor, stride: int, **rule
+    found: base.SketchWeights, segment: base.SketchSegment, head: int, bits: int, query: Tensor, stride: int, **rule
 ) -> Tensor:
     """What the reference makes of the whole numbers, codes and centres of the native side, in float64."""
     n, D = segment.count, query.shape[1]
@@ -56,7 +56,7 @@ def scores_of(
     return reference.score(found.query.long(), unit, own, offset=offset, **rule)
 
 
-def codes(segment: native.SketchSegment, head: int, bits: int, D: int) -> Tensor:
+def codes(segment: base.SketchSegment, head: int, bits: int, D: int) -> Tensor:
     """The codes (n, D) in a segment, read as kernels.h says they are laid out."""
     words = segment.words[head].permute(0, 2, 1).reshape(-1, segment.words.shape[2])[: segment.count].to(torch.int64)
     out, word = torch.zeros(segment.count, D, dtype=torch.int64), 0
@@ -70,7 +70,7 @@ def codes(segment: native.SketchSegment, head: int, bits: int, D: int) -> Tensor
     return out
 
 
-def assert_weights_are_the_references(found: native.SketchWeights, scores: Tensor, sinks: int = 0) -> None:
+def assert_weights_are_the_references(found: base.SketchWeights, scores: Tensor, sinks: int = 0) -> None:
     """scores: (R, n) float64, from the whole numbers and codes of the native ones."""
     (ones, _), expected = reference.ones(scores, sinks), reference.weigh(scores, sinks)
     assert not found.weights[:sinks].any()
@@ -85,7 +85,7 @@ def assert_weights_are_the_references(found: native.SketchWeights, scores: Tenso
 def assert_same_draw(weights: Tensor, budget: int, doublings: int = 0) -> None:
     sinks = int((weights == 0).sum())
     assert not weights[:sinks].any()
-    drawn = native.draw(weights, budget, seed=5, layer=9, head=3, position=77, doublings=doublings, sinks=sinks)
+    drawn = cpu.draw(weights, budget, seed=5, layer=9, head=3, position=77, doublings=doublings, sinks=sinks)
     assert drawn.step == reference.step_for(weights, budget)
     assert drawn.start == reference.start_for(5, 9, 3, 77, drawn.step)
     ids, log_u = reference.pick(weights, drawn.step, drawn.start, doublings)
@@ -139,7 +139,7 @@ def test_centres_of_the_largest_keys_are_finite(isa):
         segment, sampler = sketch(keys, 2, stride)
         assert segment.centres.isfinite().all()
         assert segment.scales.isfinite().all()
-        found = native.weigh(torch.randn(2, 32), segment, 0, sampler, stride=stride, scale=0.1)
+        found = cpu.weigh(torch.randn(2, 32), segment, 0, sampler, stride=stride, scale=0.1)
         assert (found.weights > 0).all()
 
 
@@ -152,19 +152,19 @@ def test_a_sketch_takes_a_few_bits_a_coordinate():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_of_every_dtype_are_sketched(dtype, isa):
     keys = make_keys(72, 64).to(dtype)
-    sampler = native.make_sketcher(64, 2, seed=0)
-    segment = native.sketch([make_rows(keys, dtype)], sampler, 0, stride=8)
+    sampler = cpu.make_sketcher(64, 2, seed=0)
+    segment = cpu.sketch([make_rows(keys, dtype)], sampler, 0, stride=8)
     wide, _ = sketch(keys.float(), 2)
     assert_same_sketch(segment, wide)
 
 
 def test_rows_of_whole_numbers_are_sketched_as_what_they_stand_for(isa):
-    keys, sampler = make_keys(72, 40), native.make_sketcher(40, 2, seed=0)
+    keys, sampler = make_keys(72, 40), cpu.make_sketcher(40, 2, seed=0)
     centre = 7 * torch.randn(2, 40)
     numbers, scales = to_bytes(keys)
-    rows = torch.zeros(2, 72, native.row_width(40, torch.int8), dtype=torch.int8)
-    native.write_bytes(keys, rows, 0)
-    segment = native.sketch([rows], sampler, 0, stride=8, row_centres=[centre])
+    rows = torch.zeros(2, 72, base.row_width(40, torch.int8), dtype=torch.int8)
+    cpu.write_bytes(keys, rows, 0)
+    segment = cpu.sketch([rows], sampler, 0, stride=8, row_centres=[centre])
     wide, _ = sketch(from_bytes(numbers, scales) + centre[:, None], 2)
     # Products with a scale may be rounded apart by one bit.
     assert float((segment.words == wide.words).double().mean()) > 0.99
@@ -172,7 +172,7 @@ def test_rows_of_whole_numbers_are_sketched_as_what_they_stand_for(isa):
     torch.testing.assert_close(segment.scales.float(), wide.scales.float(), rtol=0.02, atol=1e-6)
 
 
-def assert_same_sketch(a: native.SketchSegment, b: native.SketchSegment) -> None:
+def assert_same_sketch(a: base.SketchSegment, b: base.SketchSegment) -> None:
     """But for keys of a last block that are not there."""
     assert (a.count, a.blocks) == (b.count, b.blocks)
     last = a.count % 64 or 64
@@ -184,10 +184,10 @@ def assert_same_sketch(a: native.SketchSegment, b: native.SketchSegment) -> None
 
 def test_pieces_make_the_same_sketch_as_a_whole(isa):
     keys = make_keys(304, 40)
-    sampler = native.make_sketcher(40, 2, seed=0)
-    whole = native.sketch([make_rows(keys)], sampler, 0, stride=8)
+    sampler = cpu.make_sketcher(40, 2, seed=0)
+    whole = cpu.sketch([make_rows(keys)], sampler, 0, stride=8)
     parts = [make_rows(keys[:, a:b]) for a, b in [(0, 8), (8, 64), (64, 200), (200, 304)]]
-    assert_same_sketch(native.sketch(parts, sampler, 0, stride=8), whole)
+    assert_same_sketch(cpu.sketch(parts, sampler, 0, stride=8), whole)
 
 
 @pytest.mark.parametrize("newer", [8, 56, 64, 136])
@@ -195,12 +195,12 @@ def test_pieces_make_the_same_sketch_as_a_whole(isa):
 @pytest.mark.parametrize("bits", [2, 3])
 def test_a_sketch_goes_on_in_its_own_memory(older, newer, bits):
     keys = make_keys(older + newer, 40)
-    sampler = native.make_sketcher(40, bits, seed=0)
-    segment = native.new_sketch(2, older + newer, sampler, 64, 8)
-    native.sketch_into(segment, 0, [make_rows(keys[:, :older])], sampler, stride=8)
+    sampler = cpu.make_sketcher(40, bits, seed=0)
+    segment = cpu.new_sketch(2, older + newer, sampler, 64, 8)
+    cpu.sketch_into(segment, 0, [make_rows(keys[:, :older])], sampler, stride=8)
     before = [x.clone() for x in (segment.words[:, : older // 64], segment.scales[:, :older])]
-    native.sketch_into(segment, older, [make_rows(keys[:, older:])], sampler, stride=8)
-    assert_same_sketch(segment, native.sketch([make_rows(keys)], sampler, 64, stride=8))
+    cpu.sketch_into(segment, older, [make_rows(keys[:, older:])], sampler, stride=8)
+    assert_same_sketch(segment, cpu.sketch([make_rows(keys)], sampler, 64, stride=8))
     assert torch.equal(segment.words[:, : older // 64], before[0])
     assert torch.equal(segment.scales[:, :older], before[1])
     assert (segment.first, segment.count) == (64, older + newer)
@@ -209,7 +209,7 @@ def test_a_sketch_goes_on_in_its_own_memory(older, newer, bits):
 @pytest.mark.parametrize("stride", [0, 4, 12, 8192])
 def test_strides_that_are_no_power_of_two_or_go_over_a_block_are_refused(stride):
     with pytest.raises(ValueError, match=rf"^stride={stride} is not allowed; allowed: powers of two from 8 to 4096$"):
-        native.stride_shift(stride)
+        base.stride_shift(stride)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -217,7 +217,7 @@ def test_strides_that_are_no_power_of_two_or_go_over_a_block_are_refused(stride)
 def test_weights_follow_from_codes_and_centres(D, bits, isa):
     keys, query = make_keys(200, D) + torch.randn(2, 1, D), 4 * torch.randn(3, D)
     segment, sampler = sketch(keys, bits)
-    found = native.weigh(query, segment, 1, sampler, stride=8, scale=D**-0.5)
+    found = cpu.weigh(query, segment, 1, sampler, stride=8, scale=D**-0.5)
     whole, _ = reference.quantise_query(query.double(), reference.make_rotation(D, 0).double())
     assert int((found.query.to(torch.int64) - whole).abs().max()) <= 1
     assert_weights_are_the_references(found, scores_of(found, segment, 1, bits, query, 8, scale=D**-0.5))
@@ -229,7 +229,7 @@ def test_strides_of_every_size_and_any_number_of_sinks(stride, sinks, isa):
     # Strides that lie far from each other, and an odd number of keys.
     keys, query = make_keys(1001, 64) + torch.randn(2, 126, 64).repeat_interleave(8, 1)[:, :1001], torch.randn(5, 64)
     segment, sampler = sketch(keys, 2, stride)
-    found = native.weigh(query, segment, 0, sampler, stride=stride, scale=0.2, sinks=sinks)
+    found = cpu.weigh(query, segment, 0, sampler, stride=stride, scale=0.2, sinks=sinks)
     assert_weights_are_the_references(found, scores_of(found, segment, 0, 2, query, stride, scale=0.2), sinks)
     for budget in (1, 100, 1001 - sinks, 2000):
         assert_same_draw(found.weights, budget)
@@ -239,7 +239,7 @@ def test_strides_of_every_size_and_any_number_of_sinks(stride, sinks, isa):
 def test_weights_with_a_softcap(softcap, isa):
     keys, query = make_keys(200, 64) + 2 * torch.randn(2, 1, 64), 8 * torch.randn(2, 64)
     segment, sampler = sketch(keys, 2)
-    found = native.weigh(query, segment, 0, sampler, stride=8, scale=0.2, softcap=softcap)
+    found = cpu.weigh(query, segment, 0, sampler, stride=8, scale=0.2, softcap=softcap)
     settings = {"scale": 0.2, "softcap": softcap}
     assert_weights_are_the_references(found, scores_of(found, segment, 0, 2, query, 8, **settings))
 
@@ -248,7 +248,7 @@ def test_weights_with_a_softcap(softcap, isa):
 def test_weights_of_many_keys_have_the_references_pilot(n, isa):
     keys, query = make_keys(n, 32, heads=1), torch.randn(2, 32)
     segment, sampler = sketch(keys, 4, stride=256)
-    found = native.weigh(query, segment, 0, sampler, stride=256, scale=0.1, sinks=4)
+    found = cpu.weigh(query, segment, 0, sampler, stride=256, scale=0.1, sinks=4)
     assert_weights_are_the_references(found, scores_of(found, segment, 0, 4, query, 256, scale=0.1), 4)
 
 
@@ -256,7 +256,7 @@ def test_weights_of_many_keys_have_the_references_pilot(n, isa):
 def test_keys_with_far_larger_logits_than_others_have_the_largest_weights(size, isa):
     keys, query = make_keys(200, 64), size * torch.randn(2, 64)
     segment, sampler = sketch(keys, 2, centred=False)
-    found = native.weigh(query, segment, 0, sampler, stride=8, scale=0.2)
+    found = cpu.weigh(query, segment, 0, sampler, stride=8, scale=0.2)
     levels = 2 * codes(segment, 0, 2, 64) - 3
     best = (found.query.double() @ levels.double().T * segment.scales[0, :200].double()).argmax(1)
     floor = int(0.05 * 2**30 / 200)
@@ -270,8 +270,8 @@ def test_keys_with_far_larger_logits_than_others_have_the_largest_weights(size, 
 def test_groups_of_every_size_weigh_alike(R, isa):
     keys, query = make_keys(1000, 80), torch.randn(R, 80)
     segment, sampler = sketch(keys, 2)
-    together = native.weigh(query, segment, 0, sampler, stride=8, scale=0.1)
-    alone = [native.weigh(query[h : h + 1], segment, 0, sampler, stride=8, scale=0.1) for h in range(R)]
+    together = cpu.weigh(query, segment, 0, sampler, stride=8, scale=0.1)
+    alone = [cpu.weigh(query[h : h + 1], segment, 0, sampler, stride=8, scale=0.1) for h in range(R)]
     # A head of several has a share of the weight: as many octaves less for a score.
     expected = torch.cat([own.ones for own in alone]) + math.log2(R)
     torch.testing.assert_close(together.ones, expected, rtol=0, atol=1e-5)
@@ -285,7 +285,7 @@ def test_groups_of_every_size_weigh_alike(R, isa):
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0, 1e4, 1e9])
 def test_logits_of_every_size_are_drawn_as_the_reference_draws(size, isa):
     segment, sampler = sketch(make_keys(1000, 64), 2)
-    found = native.weigh(size * torch.randn(4, 64), segment, 0, sampler, stride=8, scale=0.125)
+    found = cpu.weigh(size * torch.randn(4, 64), segment, 0, sampler, stride=8, scale=0.125)
     for budget in [1, 10, 200]:
         assert_same_draw(found.weights, budget)
 
@@ -293,7 +293,7 @@ def test_logits_of_every_size_are_drawn_as_the_reference_draws(size, isa):
 @pytest.mark.parametrize("n", SIZES)
 def test_the_same_weights_give_the_same_sample(n):
     segment, sampler = sketch(make_keys(n, 64), 2)
-    found = native.weigh(4 * torch.randn(4, 64), segment, 1, sampler, stride=8, scale=0.125)
+    found = cpu.weigh(4 * torch.randn(4, 64), segment, 1, sampler, stride=8, scale=0.125)
     for budget in sorted({1, 2, n // 10 + 1, n // 2 + 1, n, 2 * n}):
         for doublings in [0, 1, 5]:
             assert_same_draw(found.weights, budget, doublings)
@@ -323,10 +323,10 @@ def test_keys_past_the_count_do_not_exist(isa):
     short.words[:, 1, :, :6], short.scales[:, 64:70] = segment.words[:, 1, :, :6], segment.scales[:, 64:70]
     short.centres[:, :9] = segment.centres[:, :9]
     other = replace(short, count=70)
-    found, same = (native.weigh(query, each, 0, sampler, stride=8, scale=0.5) for each in (keys, other))
+    found, same = (cpu.weigh(query, each, 0, sampler, stride=8, scale=0.5) for each in (keys, other))
     assert torch.equal(found.weights, same.weights)
     assert torch.equal(found.ones, same.ones)
-    assert int(native.draw(found.weights, 70, seed=0, head=0, position=0).ids.max()) == 69
+    assert int(cpu.draw(found.weights, 70, seed=0, head=0, position=0).ids.max()) == 69
     assert_same_draw(found.weights, 30)
 
 
@@ -338,17 +338,17 @@ def test_one_key_with_nearly_all_of_the_weight_leaves_the_rest_their_share(isa):
     keys[0, 7] = 5.0
     keys[0, 100:163] += 0.3 * torch.linspace(0.5, 1, 63)[:, None]
     segment, sampler = sketch(keys, 4, centred=False)
-    found = native.weigh(query, segment, 0, sampler, stride=8, scale=1.0)
+    found = cpu.weigh(query, segment, 0, sampler, stride=8, scale=1.0)
     assert_same_draw(found.weights, budget)
-    assert 7 in native.draw(found.weights, budget, seed=0, head=0, position=0).ids
+    assert 7 in cpu.draw(found.weights, budget, seed=0, head=0, position=0).ids
 
 
 def test_zero_keys_and_zero_queries_are_drawn_evenly(isa):
     segment, sampler = sketch(torch.zeros(1, 640, 64), 2)
     for query in [torch.zeros(2, 64), torch.randn(2, 64)]:
-        found = native.weigh(query, segment, 0, sampler, stride=8, scale=1.0)
+        found = cpu.weigh(query, segment, 0, sampler, stride=8, scale=1.0)
         assert len(found.weights.unique()) == 1
-        drawn = native.draw(found.weights, 64, seed=0, head=0, position=0)
+        drawn = cpu.draw(found.weights, 64, seed=0, head=0, position=0)
         assert len(drawn.ids) == 64
         assert set((drawn.ids // 64).bincount().tolist()) == {6, 7}  # of 10 parts of the text, each has its share
         assert_same_draw(found.weights, 64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magicpig.kernels import native
+from magicpig.kernels import base, cpu
 from magicpig.kernels.tables import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,15 +21,15 @@ def native_form(codes: Tensor) -> Tensor:
     return codes.mT.contiguous().to(torch.uint16)
 
 
-def build(codes: Tensor, K: int, first: int = 0) -> native.Segment:
-    return native.build(native_form(codes), K, first)
+def build(codes: Tensor, K: int, first: int = 0) -> base.Segment:
+    return cpu.build(native_form(codes), K, first)
 
 
-def lookup(query_codes: Tensor, segment: native.Segment, head: int, min_hits: int) -> Tensor:
-    return native.lookup(query_codes.to(torch.uint16), segment, head, min_hits)
+def lookup(query_codes: Tensor, segment: base.Segment, head: int, min_hits: int) -> Tensor:
+    return cpu.lookup(query_codes.to(torch.uint16), segment, head, min_hits)
 
 
-def assert_equals_reference(segment: native.Segment, codes: Tensor, K: int) -> None:
+def assert_equals_reference(segment: base.Segment, codes: Tensor, K: int) -> None:
     G, n, L = codes.shape
     assert segment.count == n
     assert segment.K == K
@@ -41,7 +41,7 @@ def assert_equals_reference(segment: native.Segment, codes: Tensor, K: int) -> N
         assert torch.equal(segment.ids[g].to(torch.int64), expected.ids)
 
 
-def assert_equal_segments(a: native.Segment, b: native.Segment) -> None:
+def assert_equal_segments(a: base.Segment, b: base.Segment) -> None:
     assert (a.first, a.count) == (b.first, b.count)
     assert torch.equal(a.offsets.to(torch.int64), b.offsets.to(torch.int64))
     assert torch.equal(a.ids.to(torch.int64), b.ids.to(torch.int64))
@@ -55,7 +55,7 @@ def test_build_is_the_references(n, K):
 
 
 def test_build_of_a_full_segment_uses_all_sixteen_bits_of_an_id():
-    n = native.SEGMENT_ROWS
+    n = base.SEGMENT_ROWS
     codes = random_codes(2, n, 8, L=2)
     segment = build(codes, 8)
     assert_equals_reference(segment, codes, 8)
@@ -63,7 +63,7 @@ def test_build_of_a_full_segment_uses_all_sixteen_bits_of_an_id():
 
 
 def test_build_of_identical_codes_is_one_full_bucket():
-    n = native.SEGMENT_ROWS
+    n = base.SEGMENT_ROWS
     codes = torch.full((1, n, 1), 3)
     segment = build(codes, 2)
     assert segment.offsets.to(torch.int64).tolist() == [[[0, 0, 0, 0, n]]]
@@ -81,20 +81,20 @@ def test_extend_is_the_build_of_both(older, newer):
     K = 5
     codes = random_codes(2, older + newer, K, L=3)
     a, b = build(codes[:, :older], K, first=100), build(codes[:, older:], K, first=100 + older)
-    assert_equal_segments(native.extend(a, b), build(codes, K, first=100))
+    assert_equal_segments(cpu.extend(a, b), build(codes, K, first=100))
 
 
 def test_extend_fills_a_segment_to_the_last_key():
     K, older = 8, 60_000
-    codes = random_codes(1, native.SEGMENT_ROWS, K, L=2)
+    codes = random_codes(1, base.SEGMENT_ROWS, K, L=2)
     a, b = build(codes[:, :older], K), build(codes[:, older:], K, first=older)
-    assert_equal_segments(native.extend(a, b), build(codes, K))
+    assert_equal_segments(cpu.extend(a, b), build(codes, K))
 
 
 def test_extend_leaves_its_arguments_alone():
     codes = random_codes(2, 100, 4, L=3)
     a, b = build(codes[:, :60], 4), build(codes[:, 60:], 4, first=60)
-    native.extend(a, b)
+    cpu.extend(a, b)
     assert_equal_segments(a, build(codes[:, :60], 4))
     assert_equal_segments(b, build(codes[:, 60:], 4, first=60))
 
@@ -103,15 +103,15 @@ def test_extend_leaves_its_arguments_alone():
 def test_shorten_is_the_build_of_a_prefix(count):
     codes = random_codes(2, 1000, 6, L=5)
     segment = build(codes, 6, first=7)
-    assert_equal_segments(native.shorten(segment, count), build(codes[:, :count], 6, first=7))
+    assert_equal_segments(cpu.shorten(segment, count), build(codes[:, :count], 6, first=7))
     assert_equal_segments(segment, build(codes, 6, first=7))
 
 
 def test_shorten_compares_ids_as_numbers_from_0_to_65535():
     # As signed 16-bit numbers the ids of the second half would be negative and pass for the smallest.
-    codes = random_codes(1, native.SEGMENT_ROWS, 6, L=2)
+    codes = random_codes(1, base.SEGMENT_ROWS, 6, L=2)
     count = 40_000
-    assert_equal_segments(native.shorten(build(codes, 6), count), build(codes[:, :count], 6))
+    assert_equal_segments(cpu.shorten(build(codes, 6), count), build(codes[:, :count], 6))
 
 
 @pytest.mark.parametrize("K", [1, 4, 9])
@@ -131,13 +131,13 @@ def test_lookup_is_the_references(n, K, isa):
 
 def test_lookup_in_a_full_segment_is_the_references(isa):
     K, L = 6, 40
-    codes = random_codes(1, native.SEGMENT_ROWS, K, L)
+    codes = random_codes(1, base.SEGMENT_ROWS, K, L)
     segment = build(codes, K)
     query = codes[0, -1]
     for min_hits in [1, 2, 3]:
         found = lookup(query, segment, 0, min_hits)
         assert torch.equal(found, reference.lookup_brute_force(query, codes[0], min_hits))
-    assert found[-1] == native.SEGMENT_ROWS - 1
+    assert found[-1] == base.SEGMENT_ROWS - 1
 
 
 @pytest.mark.parametrize("min_hits", [1, 2, 3, 5, 44, 45, 127])
@@ -190,20 +190,20 @@ def test_codes_of_sixteen_bits(isa):
 
 def test_arguments_that_do_not_fit_are_refused():
     codes = native_form(random_codes(1, 10, 4, 3))
-    segment = native.build(codes, 4, first=0)
+    segment = cpu.build(codes, 4, first=0)
     with pytest.raises(ValueError, match=r"^codes must be contiguous uint16$"):
-        native.build(codes.to(torch.int64), 4, 0)
+        cpu.build(codes.to(torch.int64), 4, 0)
     with pytest.raises(ValueError, match=r"^codes must be contiguous uint16$"):
-        native.build(codes.mT, 4, 0)
+        cpu.build(codes.mT, 4, 0)
     with pytest.raises(ValueError, match=r"^a segment holds at most 65536 keys, got 65537$"):
-        native.build(torch.zeros(1, 1, 65537, dtype=torch.uint16), 4, 0)
+        cpu.build(torch.zeros(1, 1, 65537, dtype=torch.uint16), 4, 0)
     with pytest.raises(ValueError, match=r"^b must begin where a ends$"):
-        native.extend(segment, segment)
-    longer = native.build(torch.zeros(1, 3, 65530, dtype=torch.uint16), 4, first=10)
+        cpu.extend(segment, segment)
+    longer = cpu.build(torch.zeros(1, 3, 65530, dtype=torch.uint16), 4, first=10)
     with pytest.raises(ValueError, match=r"^a segment holds at most 65536 keys$"):
-        native.extend(segment, longer)
+        cpu.extend(segment, longer)
     for count in [-1, 11]:
         with pytest.raises(ValueError, match=rf"^count={count} is out of range; allowed: 0 to 10$"):
-            native.shorten(segment, count)
+            cpu.shorten(segment, count)
     with pytest.raises(ValueError, match=r"^query codes must be contiguous uint16$"):
-        native.lookup(torch.zeros(3, dtype=torch.int64), segment, 0, 1)
+        cpu.lookup(torch.zeros(3, dtype=torch.int64), segment, 0, 1)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from magicpig.kernels.algorithm import attend_full, attend_sketch, predicted_errors
 from magicpig.kernels.attend.reference import attend, merge, predicted_error
-from magicpig.kernels.reference import attend_full, attend_sketch, predicted_errors
 from magicpig.kernels.sketch import reference as sketch
 from magicpig.types import AttentionState
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from magicpig.collision import log_inclusion
+from magicpig.kernels.algorithm import attend_lsh, cosine
 from magicpig.kernels.hash.reference import segment_centre
-from magicpig.kernels.reference import attend_lsh, cosine
 
 N, HEAD_DIM = 1000, 128
 K, L, MIN_HITS = 10, 150, 2

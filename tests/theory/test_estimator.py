@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from magicpig.collision import log_inclusion
+from magicpig.kernels.algorithm import attend_full, attend_lsh, cosine
 from magicpig.kernels.attend.reference import attend
 from magicpig.kernels.hash.reference import make_planes
-from magicpig.kernels.reference import attend_full, attend_lsh, cosine
 
 # A normal deviate beyond five standard errors has probability 6e-7; no test below looks at more than a hundred.
 STANDARD_ERRORS = 5.0

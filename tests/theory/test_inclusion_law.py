@@ -9,8 +9,8 @@ import torch
 from scipy.stats import binomtest, chi2
 
 from magicpig.collision import log_inclusion
+from magicpig.kernels.algorithm import attend_lsh, cosine
 from magicpig.kernels.hash.reference import make_planes, segment_centre
-from magicpig.kernels.reference import attend_lsh, cosine
 
 LEVEL = 1e-3
 SETTINGS = [(4, 20, 1), (4, 20, 2), (4, 20, 3), (8, 75, 2), (10, 150, 1), (10, 150, 2), (10, 150, 3)]

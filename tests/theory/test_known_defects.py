@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from magicpig.collision import log_inclusion
+from magicpig.kernels.algorithm import attend_full, attend_lsh, cosine
 from magicpig.kernels.attend.reference import attend
-from magicpig.kernels.reference import attend_full, attend_lsh, cosine
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """One layer of one step: every sequence appends its new tokens and attends, exactly or over a sample.
 
 `attend_layer` is the one way in: segments of any length, settings and phase side by side. A decode step is the fused,
-native step; what it computes, told in verbs, is `kernels/reference.py`. Where a sampler chooses rows of the body in
+native step; what it computes, told in verbs, is `kernels/algorithm.py`. Where a sampler chooses rows of the body in
 Python, the native step attends over the exact rows alone, and the chosen ones are added here.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from magicpig.attention.prefill import prefill
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
-from magicpig.kernels import native
 from magicpig.kernels.attend.reference import merge, with_sink_logits
+from magicpig.kernels.base import FAULTS, MAX_GROUP, check_dtype
 from magicpig.samplers import Body
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample, StepInfo
@@ -224,7 +224,7 @@ class LayerDecoder:
         self._choosing = any(store.sampler.chooses for store in stores)
         self._query_shape = (B, query_heads, 1, first.head_dim)
         self._new_shape = (B, first.kv_heads, 1, first.head_dim)
-        self._step = native.RepeatedStep(B, query_heads, first.head_dim, scale, _checked_softcap(softcap))
+        self._step = first.kernels.repeated_step(B, query_heads, first.head_dim, scale, _checked_softcap(softcap))
 
     def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether they are what `step` expects; never where rows are chosen in Python. If not, take `attend_layer`."""
@@ -358,7 +358,7 @@ def _native_step(
     capture: bool,
 ) -> _Stepped:
     B, H, _ = query.shape
-    result = native.decode_step(
+    result = stores[0].kernels.decode_step(
         [store.view for store in stores],
         query.contiguous(),
         None if keys is None else keys.contiguous(),
@@ -390,7 +390,7 @@ def _errors(faults: Sequence[int]) -> list[MagicPigError | None] | None:
     if not faults:
         return None
     text = "has entries that are not finite, or too large for the store"
-    return [NotFiniteError(f"{native.FAULTS[fault]} {text}") if fault else None for fault in faults]
+    return [NotFiniteError(f"{FAULTS[fault]} {text}") if fault else None for fault in faults]
 
 
 def _chosen_step(
@@ -431,7 +431,7 @@ def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) 
     store.count_drawn([len(sample.ids) for sample in samples])
     group = len(query) // store.kv_heads
     states = [
-        native.attend(q, store.rows(h // group), sample.ids, sample.log_u, scale=scale, softcap=softcap)
+        store.kernels.attend(q, store.rows(h // group), sample.ids, sample.log_u, scale=scale, softcap=softcap)
         for h, (q, sample) in enumerate(zip(query, samples, strict=True))
     ]
     state = AttentionState(torch.stack([s.output for s in states]), torch.stack([s.lse for s in states]))
@@ -452,13 +452,11 @@ def _check_stores(stores: Sequence[KVStore], query: Tensor, tokens: int, scale: 
     if len(shape) != 3 or shape[0] != tokens or shape[2] != D:
         raise ArgumentError(f"query has shape {tuple(shape)}; expected ({tokens}, H, {D})")
     H = shape[1]
-    if H < 1 or H % G or H // G > native.MAX_GROUP:
-        raise ArgumentError(
-            f"query has {H} heads; expected a multiple of kv_heads={G}, at most {native.MAX_GROUP} times it"
-        )
+    if H < 1 or H % G or H // G > MAX_GROUP:
+        raise ArgumentError(f"query has {H} heads; expected a multiple of kv_heads={G}, at most {MAX_GROUP} times it")
     if not query.is_cpu:
         raise ArgumentError(f"query is on {query.device}; decoding reads stores in host memory and needs it on the cpu")
-    native.dtype_code(query.dtype)
+    check_dtype(query.dtype)
     if not math.isfinite(scale):
         raise ArgumentError(f"scale={scale} must be finite")
 

@@ -253,7 +253,7 @@ class _Stream:
 
 
 def _as_dict(result: Generation, settings: dict[str, Any]) -> dict[str, Any]:
-    from magicpig.kernels import native
+    from magicpig.kernels import library
 
     return {
         "text": result.text,
@@ -268,8 +268,8 @@ def _as_dict(result: Generation, settings: dict[str, Any]) -> dict[str, Any]:
         "decode_tokens_per_s": result.decode_tokens_per_s,
         "cache": cache_as_dict(result.cache),
         "settings": settings,
-        "isa": native.isa(),
-        "threads": native.threads(),
+        "isa": library.isa(),
+        "threads": library.threads(),
         "versions": versions(),
     }
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from magicpig.errors import ArgumentError, InsufficientMemoryError
-from magicpig.kernels import native
+from magicpig.kernels import base, library
 
-SMALLEST_BLOCK = 256  # rows; capacities are powers of two from here to native.BLOCK_ROWS
+SMALLEST_BLOCK = 256  # rows; capacities are powers of two from here to base.BLOCK_ROWS
 
 
 def block_capacity(rows: int) -> int:
     """The smallest allowed capacity for `rows` rows: powers of two from SMALLEST_BLOCK to a full block."""
-    return min(native.BLOCK_ROWS, max(SMALLEST_BLOCK, 1 << (rows - 1).bit_length()))
+    return min(base.BLOCK_ROWS, max(SMALLEST_BLOCK, 1 << (rows - 1).bit_length()))
 
 
 class Memory:
@@ -51,12 +51,12 @@ class Arena:
             )
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Memory:
-        """Zeroed memory, as of `native.empty`. Raises InsufficientMemoryError at the limit."""
+        """Zeroed memory, as of `library.empty`. Raises InsufficientMemoryError at the limit."""
         elements = 1
         for size in shape:
             elements *= size
         self.check(elements * dtype.itemsize)
-        return Memory(native.empty(shape, dtype), self)
+        return Memory(library.empty(shape, dtype), self)
 
     def hold(self, tensor: Tensor) -> Memory:
         """Counts a tensor that was made elsewhere: by a kernel, or mapped from a file."""

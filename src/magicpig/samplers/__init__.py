@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+from magicpig.kernels.base import Kernels, load_kernels
 from magicpig.samplers.base import Body, Costs, Index, Rows, Sampler
 from magicpig.samplers.comparison import RULES, Choosing, Full, Quest, Window
 from magicpig.samplers.lsh import Lsh
@@ -14,11 +15,11 @@ from magicpig.settings import IndexSpec
 __all__ = ["CHOOSING", "SAMPLERS", "Body", "Costs", "Index", "Rows", "Sampler", "sampler_of"]
 
 
-def _choosing(name: str) -> Callable[[IndexSpec, int], Sampler]:
-    return lambda spec, head_dim: Choosing(spec, head_dim, *RULES[name])
+def _choosing(name: str) -> Callable[[IndexSpec, int, Kernels], Sampler]:
+    return lambda spec, head_dim, kernels: Choosing(spec, head_dim, kernels, *RULES[name])
 
 
-SAMPLERS: dict[str, Callable[[IndexSpec, int], Sampler]] = {
+SAMPLERS: dict[str, Callable[[IndexSpec, int, Kernels], Sampler]] = {
     "lsh": Lsh,
     "sketch": Sketch,
     "full": Full,
@@ -33,7 +34,12 @@ CHOOSING = (*RULES, "quest")
 """Those that choose rows in Python."""
 
 
+def sampler_of(spec: IndexSpec, head_dim: int, kernels: Kernels | None = None) -> Sampler:
+    """The sampler of a spec, shared by every layer, head and request that has it. kernels: those of `load_kernels`."""
+    return shared_sampler(spec, head_dim, (load_kernels() if kernels is None else kernels).NAME)
+
+
 @lru_cache(maxsize=256)
-def sampler_of(spec: IndexSpec, head_dim: int) -> Sampler:
-    """The sampler of a spec, shared by every layer, head and request that has it."""
-    return SAMPLERS[spec.sampler](spec, head_dim)
+def shared_sampler(spec: IndexSpec, head_dim: int, kernels: str) -> Sampler:
+    """The same by the name of the kernels."""
+    return SAMPLERS[spec.sampler](spec, head_dim, load_kernels(kernels))

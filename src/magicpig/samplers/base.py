@@ -10,13 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from magicpig.kernels import native
-from magicpig.kernels._native import HitLaw, LshSampler, StoreView
 from magicpig.kernels.arena import Arena, Memory
+from magicpig.kernels.base import HashSampler, Kernels, View, load_kernels
 from magicpig.kernels.rows.layout import RowLayout
 from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.types import AttentionState, Sample
@@ -44,8 +43,8 @@ class Index(ABC):
         """The index of [0, end) of the same rows. It depends on the rows and on `end`, not on what was there before."""
 
     @abstractmethod
-    def connect(self, view: StoreView) -> None:
-        """Tells the kernels where it is."""
+    def connect(self, kernels: Kernels, view: View) -> None:
+        """Tells the kernels of a view where it is."""
 
     @abstractmethod
     def memories(self) -> Iterable[Memory]:
@@ -83,7 +82,7 @@ class Costs:
 
 
 class Sampler(ABC):
-    """One way of choosing rows, for stores of one `IndexSpec` and head dimension, shared by all of them.
+    """One way of choosing rows, for stores of one `IndexSpec`, head dimension and kernels, shared by all.
 
     chooses: rows are chosen by `draw`, in Python. predicts: steps predict their own error. shared: the query heads of a
     group read one sample.
@@ -93,21 +92,22 @@ class Sampler(ABC):
     predicts: ClassVar[bool] = False
     shared: ClassVar[bool] = False
 
-    def __init__(self, spec: IndexSpec, head_dim: int) -> None:
+    def __init__(self, spec: IndexSpec, head_dim: int, kernels: Kernels) -> None:
         self.spec = spec
         self.head_dim = head_dim
+        self.kernels = kernels
 
     def check(self, policy: DrawPolicy) -> None:
         """Raises ArgumentError where one cannot draw like that from the index."""
         return
 
-    def apply(self, policy: DrawPolicy, view: StoreView) -> None:
+    def apply(self, policy: DrawPolicy, view: View) -> None:
         """Tells the kernels how to draw for a store: by default so that they read no row of the body.
 
         Where there are no tables, nothing is found in them.
         """
-        native.set_sampler(view, _without_tables(self.head_dim))
-        native.set_policy(view, law=_law())
+        self.kernels.set_sampler(view, _without_tables(self.kernels.NAME, self.head_dim))
+        self.kernels.set_policy(view, law=_law(self.kernels.NAME))
 
     def empty(self) -> Index:
         """The index of no rows."""
@@ -165,7 +165,7 @@ class NoIndex(Index):
     def moved(self, rows: Rows, end: int) -> Index:
         return NoIndex(end)
 
-    def connect(self, view: StoreView) -> None:
+    def connect(self, kernels: Kernels, view: View) -> None:
         return
 
     def memories(self) -> Iterable[Memory]:
@@ -176,10 +176,10 @@ class NoIndex(Index):
 
 
 @lru_cache(maxsize=64)
-def _without_tables(head_dim: int) -> LshSampler:
-    return native.make_sampler(head_dim, 1, 1, 0)
+def _without_tables(kernels: str, head_dim: int) -> HashSampler:
+    return load_kernels(kernels).make_sampler(head_dim, 1, 1, 0)
 
 
-@lru_cache(maxsize=1)
-def _law() -> HitLaw:
-    return native.make_law(1, 1, 1)
+@lru_cache(maxsize=4)
+def _law(kernels: str) -> Any:
+    return load_kernels(kernels).make_law(1, 1, 1)

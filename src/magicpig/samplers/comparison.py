@@ -15,14 +15,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from magicpig.kernels._native import StoreView
+from magicpig.kernels.algorithm import attend_full, no_sample
 from magicpig.kernels.arena import Arena, Memory
 from magicpig.kernels.attend.reference import attend
+from magicpig.kernels.base import Kernels, View
 from magicpig.kernels.pages import PAGE_ROWS, page_ranges, upper_bounds
-from magicpig.kernels.reference import attend_full, no_sample
 from magicpig.kernels.sketch.reference import walk_order
 from magicpig.samplers.base import Body, Costs, Index, Rows, Sampler
-from magicpig.settings import DrawPolicy
+from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.types import AttentionState, Sample
 
 
@@ -57,8 +57,8 @@ class Choosing(Sampler):
 
     chooses = True
 
-    def __init__(self, spec: Any, head_dim: int, rule: Rule, bytes_per_key: int) -> None:
-        super().__init__(spec, head_dim)
+    def __init__(self, spec: IndexSpec, head_dim: int, kernels: Kernels, rule: Rule, bytes_per_key: int) -> None:
+        super().__init__(spec, head_dim, kernels)
         self._rule = rule
         self._bytes_per_key = bytes_per_key
 
@@ -98,8 +98,8 @@ class Choosing(Sampler):
 class Quest(Choosing):
     """The pages of 16 keys with the largest upper bounds (arXiv 2406.10774), whole. Pages begin at position 0."""
 
-    def __init__(self, spec: Any, head_dim: int) -> None:
-        super().__init__(spec, head_dim, topk, 8)
+    def __init__(self, spec: IndexSpec, head_dim: int, kernels: Kernels) -> None:
+        super().__init__(spec, head_dim, kernels, topk, 8)
 
     def empty(self) -> PageIndex:
         return PageIndex()
@@ -140,7 +140,7 @@ class PageIndex(Index):
             parts.append(page_ranges(keys))
         return PageIndex(rows.arena.hold(torch.cat(parts, 2)), end)
 
-    def connect(self, view: StoreView) -> None:
+    def connect(self, kernels: Kernels, view: View) -> None:
         return
 
     def memories(self) -> Iterable[Memory]:

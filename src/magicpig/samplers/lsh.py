@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 
 from magicpig.errors import ArgumentError
-from magicpig.kernels import native, reference
-from magicpig.kernels._native import HitLaw, StoreView
+from magicpig.kernels import algorithm
 from magicpig.kernels.arena import Arena, Memory
+from magicpig.kernels.base import SEGMENT_ROWS, Kernels, Segment, View, load_kernels
 from magicpig.kernels.hash.reference import centre_strides
 from magicpig.samplers.base import Costs, Index, Rows, Sampler
 from magicpig.settings import DrawPolicy, IndexSpec
@@ -29,11 +30,11 @@ YOUNG = 4096  # keys
 class _Tables:
     """The tables of consecutive keys, and the memory that they lie in."""
 
-    segment: native.Segment
+    segment: Segment
     memories: tuple[Memory, Memory]
 
     @classmethod
-    def of(cls, segment: native.Segment, arena: Arena) -> _Tables:
+    def of(cls, segment: Segment, arena: Arena) -> _Tables:
         return cls(segment, (arena.hold(segment.offsets), arena.hold(segment.ids)))
 
 
@@ -62,9 +63,9 @@ class TableIndex(Index):
 
     def moved(self, rows: Rows, end: int) -> TableIndex:
         segments = []
-        for i, first in enumerate(range(0, end, native.SEGMENT_ROWS)):
+        for i, first in enumerate(range(0, end, SEGMENT_ROWS)):
             before = self.segments[i] if i < len(self.segments) else None
-            count = min(end - first, native.SEGMENT_ROWS)
+            count = min(end - first, SEGMENT_ROWS)
             if before is None or before.count != count:
                 before = self._segment(rows, before or _Segment(first, 0, None, None, None), count)
             segments.append(before)
@@ -73,45 +74,45 @@ class TableIndex(Index):
     def _segment(self, rows: Rows, before: _Segment, count: int) -> _Segment:
         first, centre = before.first, before.centre
         old, young = before.old, before.young
-        stride = self._sampler.spec.stride
+        stride, kernels = self._sampler.spec.stride, self._sampler.kernels
         strides = centre_strides(count // stride, stride)
         if self._sampler.spec.centre and (centre is None or strides != centre_strides(before.count // stride, stride)):
             ((piece, kept),) = rows.pieces(first, first + strides * stride)
-            centre = rows.arena.hold(native.mean_keys(piece, self._sampler.head_dim, kept))
+            centre = rows.arena.hold(kernels.mean_keys(piece, self._sampler.head_dim, kept))
             old = young = None  # were hashed around another one
 
-        def join(a: native.Segment | None, begin: int, end: int) -> native.Segment | None:
+        def join(a: Segment | None, begin: int, end: int) -> Segment | None:
             """The tables of a, and of the keys [begin, end) behind them."""
             if begin == end:
                 return a
             new = self._sampler.hashed(rows, begin, end, None if centre is None else centre.tensor)
-            return new if a is None else native.extend(a, new)
+            return new if a is None else kernels.extend(a, new)
 
         whole = count // YOUNG * YOUNG
         a = None if old is None else old.segment
         b = None if young is None else young.segment
         if a is not None and whole < a.count:
-            a, b = native.shorten(a, whole) if whole else None, None
+            a, b = kernels.shorten(a, whole) if whole else None, None
         elif b is not None and whole > (a.count if a is not None else 0):
-            a, b = b if a is None else native.extend(a, b), None
+            a, b = b if a is None else kernels.extend(a, b), None
         a = join(a, first + (a.count if a is not None else 0), first + whole)
         if b is not None and count - whole < b.count:
-            b = native.shorten(b, count - whole) if count > whole else None
+            b = kernels.shorten(b, count - whole) if count > whole else None
         else:
             b = join(b, first + whole + (b.count if b is not None else 0), first + count)
 
-        def hold(tables: native.Segment | None, had: _Tables | None) -> _Tables | None:
+        def hold(tables: Segment | None, had: _Tables | None) -> _Tables | None:
             if tables is None or (had is not None and had.segment is tables):
                 return None if tables is None else had
             return _Tables.of(tables, rows.arena)
 
         return _Segment(first, count, centre, hold(a, old), hold(b, young))
 
-    def connect(self, view: StoreView) -> None:
-        native.set_segments(view, self.tables)
+    def connect(self, kernels: Kernels, view: View) -> None:
+        kernels.set_segments(view, self.tables)
 
     @property
-    def tables(self) -> list[native.Segment]:
+    def tables(self) -> list[Segment]:
         """All tables, by position."""
         return [tables.segment for segment in self.segments for tables in segment.tables]
 
@@ -138,33 +139,35 @@ class Lsh(Sampler):
 
     predicts = True
 
-    def __init__(self, spec: IndexSpec, head_dim: int) -> None:
-        super().__init__(spec, head_dim)
+    def __init__(self, spec: IndexSpec, head_dim: int, kernels: Kernels) -> None:
+        super().__init__(spec, head_dim, kernels)
         self.K, self.L, self.seed = (_given(value) for value in (spec.K, spec.L, spec.seed))
-        self.native = native.make_sampler(head_dim, self.K, self.L, self.seed)
+        self.hasher = kernels.make_sampler(head_dim, self.K, self.L, self.seed)
 
     def check(self, policy: DrawPolicy) -> None:
         if not 1 <= policy.min_hits <= self.L:
             raise ArgumentError(f"min_hits={policy.min_hits} is out of range; allowed: 1 to L={self.L}")
 
-    def apply(self, policy: DrawPolicy, view: StoreView) -> None:
-        native.set_sampler(view, self.native)
-        native.set_policy(view, seed=policy.seed, law=_law(self.K, self.L, policy.min_hits))
+    def apply(self, policy: DrawPolicy, view: View) -> None:
+        self.kernels.set_sampler(view, self.hasher)
+        self.kernels.set_policy(view, seed=policy.seed, law=_law(self.kernels.NAME, self.K, self.L, policy.min_hits))
 
-    def hashed(self, rows: Rows, begin: int, end: int, centre: Tensor | None) -> native.Segment:
+    def hashed(self, rows: Rows, begin: int, end: int, centre: Tensor | None) -> Segment:
         """The tables of [begin, end), hashed minus a centre (G, D)."""
         pieces = rows.pieces(begin, end)
         off = [centre if kept is None else (-kept if centre is None else centre - kept) for _, kept in pieces]
-        codes = native.hash_rows([own for own, _ in pieces], self.native, [each for each in off if each is not None])
-        return native.build(codes, self.K, begin, centre)
+        codes = self.kernels.hash_rows(
+            [own for own, _ in pieces], self.hasher, [each for each in off if each is not None]
+        )
+        return self.kernels.build(codes, self.K, begin, centre)
 
     def empty(self) -> TableIndex:
         return TableIndex(self)
 
     def restored(self, tensors: Mapping[str, Tensor], end: int, arena: Arena) -> TableIndex:
         segments = []
-        for i, first in enumerate(range(0, end, native.SEGMENT_ROWS)):
-            count = min(end - first, native.SEGMENT_ROWS)
+        for i, first in enumerate(range(0, end, SEGMENT_ROWS)):
+            count = min(end - first, SEGMENT_ROWS)
             whole = count // YOUNG * YOUNG
             centre = tensors.get(f"{i}.centre")
             parts: list[_Tables | None] = []
@@ -173,17 +176,17 @@ class Lsh(Sampler):
                 if offsets is None or ids is None:
                     parts.append(None)
                 else:
-                    parts.append(_Tables.of(native.Segment(offsets, ids, begin, centre), arena))
+                    parts.append(_Tables.of(Segment(offsets, ids, begin, centre), arena))
             segments.append(_Segment(first, count, None if centre is None else arena.hold(centre), *parts))
         return TableIndex(self, tuple(segments))
 
     def nbytes(self, costs: Costs, keys: int) -> int:
-        tables, buckets = 2 * -(-keys // native.SEGMENT_ROWS), 1 << self.K
+        tables, buckets = 2 * -(-keys // SEGMENT_ROWS), 1 << self.K
         return costs.kv_heads * (self.L * (2 * keys + tables * 4 * (buckets + 1)) + tables * 4 * costs.head_dim)
 
     def transient(self, costs: Costs, keys: int) -> int:
         # Codes, and the new tables of one segment while the old ones are still there.
-        keys = min(keys, native.SEGMENT_ROWS)
+        keys = min(keys, SEGMENT_ROWS)
         return costs.kv_heads * self.L * (2 * 2 * keys + 2 * 4 * ((1 << self.K) + 1))
 
     def leaves_out(self, policy: DrawPolicy, body: int) -> bool:
@@ -203,7 +206,7 @@ class Lsh(Sampler):
         scale: float,
         softcap: float | None,
     ) -> tuple[AttentionState, list[Sample]]:
-        return reference.attend_lsh(
+        return algorithm.attend_lsh(
             query,
             keys,
             values,
@@ -226,5 +229,5 @@ def _given(value: int | None) -> int:
 
 
 @lru_cache(maxsize=64)
-def _law(K: int, L: int, min_hits: int) -> HitLaw:
-    return native.make_law(K, L, min_hits)
+def _law(kernels: str, K: int, L: int, min_hits: int) -> Any:
+    return load_kernels(kernels).make_law(K, L, min_hits)

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from magicpig.kernels import native, reference
-from magicpig.kernels._native import StoreView
+from magicpig.kernels import algorithm
 from magicpig.kernels.arena import Arena, Memory, block_capacity
+from magicpig.kernels.base import BLOCK_ROWS, SKETCH_KEYS, Kernels, SketchSegment, View, sketch_shapes
 from magicpig.samplers.base import Costs, Index, Rows, Sampler
 from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.types import AttentionState, Sample
@@ -31,27 +31,27 @@ class _Block:
     def __init__(self, memories: tuple[Memory, ...], first: int, filled: int = 0) -> None:
         self.memories = memories
         words, scales, centres = (memory.tensor for memory in memories)
-        self.segment = native.SketchSegment(words, scales, centres, first, scales.shape[1])
+        self.segment = SketchSegment(words, scales, centres, first, scales.shape[1])
         self.filled = filled
 
     def copy(self, other: _Block, count: int, stride: int) -> None:
         """Takes over the first `count` keys of another block."""
-        blocks, strides = -(-count // native.SKETCH_KEYS), count // stride
+        blocks, strides = -(-count // SKETCH_KEYS), count // stride
         own, its = self.segment, other.segment
         own.words[:, :blocks] = its.words[:, :blocks]
-        own.scales[:, : blocks * native.SKETCH_KEYS] = its.scales[:, : blocks * native.SKETCH_KEYS]
+        own.scales[:, : blocks * SKETCH_KEYS] = its.scales[:, : blocks * SKETCH_KEYS]
         own.centres[:, :strides] = its.centres[:, :strides]
         self.filled = count
 
     def trimmed(self, count: int, stride: int) -> dict[str, Tensor]:
         """What is there of the first `count` keys, by name: a copy, with zeros for what lies behind them."""
-        blocks = -(-count // native.SKETCH_KEYS)
-        strides = -(-blocks * native.SKETCH_KEYS // stride)
+        blocks = -(-count // SKETCH_KEYS)
+        strides = -(-blocks * SKETCH_KEYS // stride)
         words = self.segment.words[:, :blocks].clone()
-        scales = self.segment.scales[:, : blocks * native.SKETCH_KEYS].clone()
+        scales = self.segment.scales[:, : blocks * SKETCH_KEYS].clone()
         centres = self.segment.centres[:, :strides].clone()
-        if count % native.SKETCH_KEYS:
-            words[:, -1, :, count % native.SKETCH_KEYS :] = 0
+        if count % SKETCH_KEYS:
+            words[:, -1, :, count % SKETCH_KEYS :] = 0
         scales[:, count:] = 0
         centres[:, count // stride :] = 0
         return {"words": words, "scales": scales, "centres": centres}
@@ -66,11 +66,11 @@ class SketchIndex(Index):
         self.end = end
 
     def moved(self, rows: Rows, end: int) -> SketchIndex:
-        blocks, done = list(self.blocks[: -(-end // native.BLOCK_ROWS)]), min(end, self.end)
+        blocks, done = list(self.blocks[: -(-end // BLOCK_ROWS)]), min(end, self.end)
         while done < end:
-            number, row = divmod(done, native.BLOCK_ROWS)
-            first = number * native.BLOCK_ROWS
-            stop = min(end, first + native.BLOCK_ROWS)
+            number, row = divmod(done, BLOCK_ROWS)
+            first = number * BLOCK_ROWS
+            stop = min(end, first + BLOCK_ROWS)
             if number == len(blocks):
                 blocks.append(self._sampler.new_block(rows, first, stop - first))
             before = blocks[number]
@@ -85,11 +85,11 @@ class SketchIndex(Index):
 
     def counts(self) -> list[int]:
         """How many keys of each block are in this index."""
-        return [min(self.end - i * native.BLOCK_ROWS, native.BLOCK_ROWS) for i in range(len(self.blocks))]
+        return [min(self.end - i * BLOCK_ROWS, BLOCK_ROWS) for i in range(len(self.blocks))]
 
-    def connect(self, view: StoreView) -> None:
+    def connect(self, kernels: Kernels, view: View) -> None:
         parts = zip(self.blocks, self.counts(), strict=True)
-        native.set_sketches(view, [replace(block.segment, count=count) for block, count in parts])
+        kernels.set_sketches(view, [replace(block.segment, count=count) for block, count in parts])
 
     def memories(self) -> Iterable[Memory]:
         for block in self.blocks:
@@ -109,24 +109,24 @@ class Sketch(Sampler):
     predicts = True
     shared = True
 
-    def __init__(self, spec: IndexSpec, head_dim: int) -> None:
-        super().__init__(spec, head_dim)
+    def __init__(self, spec: IndexSpec, head_dim: int, kernels: Kernels) -> None:
+        super().__init__(spec, head_dim, kernels)
         assert spec.bits is not None
         self.bits = spec.bits
-        self.native = native.make_sketcher(head_dim, self.bits, ROTATION_SEED)
+        self.sketcher = kernels.make_sketcher(head_dim, self.bits, ROTATION_SEED)
 
-    def apply(self, policy: DrawPolicy, view: StoreView) -> None:
-        native.set_sampler(view, self.native)
-        native.set_policy(view, budget=policy.budget, epsilon=policy.epsilon or 0.0, seed=policy.seed)
+    def apply(self, policy: DrawPolicy, view: View) -> None:
+        self.kernels.set_sampler(view, self.sketcher)
+        self.kernels.set_policy(view, budget=policy.budget, epsilon=policy.epsilon or 0.0, seed=policy.seed)
 
-    def write(self, rows: Rows, begin: int, end: int, segment: native.SketchSegment, at: int) -> None:
+    def write(self, rows: Rows, begin: int, end: int, segment: SketchSegment, at: int) -> None:
         """Sketches the keys of [begin, end) as those from number `at` on of a segment."""
         pieces = rows.pieces(begin, end)
-        native.sketch_into(
+        self.kernels.sketch_into(
             segment,
             at,
             [own for own, _ in pieces],
-            self.native,
+            self.sketcher,
             stride=self.spec.stride,
             centred=self.spec.centre,
             row_centres=[centre for _, centre in pieces if centre is not None],
@@ -134,26 +134,26 @@ class Sketch(Sampler):
 
     def new_block(self, rows: Rows, first: int, keys: int) -> _Block:
         """Room for so many keys from position `first` on; like rows, the first block begins small and doubles."""
-        shapes = self._shapes(rows.kv_heads, block_capacity(keys) if first == 0 else native.BLOCK_ROWS)
+        shapes = self._shapes(rows.kv_heads, block_capacity(keys) if first == 0 else BLOCK_ROWS)
         return _Block(tuple(rows.arena.empty(*each) for each in shapes), first)
 
     def _shapes(self, kv_heads: int, keys: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        return native.sketch_shapes(kv_heads, max(keys, self.spec.stride), self.native, self.spec.stride)
+        return sketch_shapes(kv_heads, max(keys, self.spec.stride), self.sketcher, self.spec.stride)
 
     def empty(self) -> SketchIndex:
         return SketchIndex(self)
 
     def restored(self, tensors: Mapping[str, Tensor], end: int, arena: Arena) -> SketchIndex:
         blocks = []
-        for i, first in enumerate(range(0, end, native.BLOCK_ROWS)):
+        for i, first in enumerate(range(0, end, BLOCK_ROWS)):
             parts = tuple(arena.hold(tensors[f"{i}.{name}"]) for name in ("words", "scales", "centres"))
-            blocks.append(_Block(parts, first, min(end - first, native.BLOCK_ROWS)))
+            blocks.append(_Block(parts, first, min(end - first, BLOCK_ROWS)))
         return SketchIndex(self, tuple(blocks), end)
 
     def nbytes(self, costs: Costs, keys: int) -> int:
-        capacity = native.BLOCK_ROWS if keys > native.BLOCK_ROWS else block_capacity(keys)
+        capacity = BLOCK_ROWS if keys > BLOCK_ROWS else block_capacity(keys)
         block = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._shapes(costs.kv_heads, capacity))
-        return -(-keys // native.BLOCK_ROWS) * block
+        return -(-keys // BLOCK_ROWS) * block
 
     def reference(
         self,
@@ -169,7 +169,7 @@ class Sketch(Sampler):
         scale: float,
         softcap: float | None,
     ) -> tuple[AttentionState, list[Sample]]:
-        return reference.attend_sketch(
+        return algorithm.attend_sketch(
             query,
             keys,
             values,

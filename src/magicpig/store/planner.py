@@ -12,7 +12,7 @@ import torch
 
 from magicpig.config import Config
 from magicpig.errors import ArgumentError, InsufficientMemoryError
-from magicpig.kernels import native
+from magicpig.kernels import base
 from magicpig.kernels.arena import block_capacity
 from magicpig.kernels.rows.layout import RowLayout
 from magicpig.machine import free_memory
@@ -63,7 +63,7 @@ def plan(
     """
     if sequences < 1 or tokens < 1:
         raise ArgumentError(f"sequences={sequences} and tokens={tokens} must be at least 1")
-    native.dtype_code(dtype)
+    base.check_dtype(dtype)
     kept, transient = MemoryUse(0, 0), 0
     for index, layer in enumerate(layers):
         own = config.of_layer(index)
@@ -90,8 +90,8 @@ def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) ->
         return MemoryUse(rows, 0)
     spec, tail = _spec(layer, config), RowLayout(layer.head_dim, dtype, dtype)
     layout = RowLayout(layer.head_dim, dtype, torch.int8) if config.kv_dtype == "int8" else tail
-    full, rest = divmod(tokens // spec.stride * spec.stride, native.BLOCK_ROWS)
-    capacity = (full + (rest > 0)) * native.BLOCK_ROWS if full else (block_capacity(rest) if rest else 0)
+    full, rest = divmod(tokens // spec.stride * spec.stride, base.BLOCK_ROWS)
+    capacity = (full + (rest > 0)) * base.BLOCK_ROWS if full else (block_capacity(rest) if rest else 0)
     tails = (2 if layout.quantised and capacity else 1) * spec.stride
     rows = layer.kv_heads * (capacity * layout.nbytes + tails * tail.nbytes)
     end = _index_end(layer, config, tokens)

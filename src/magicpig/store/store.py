@@ -21,8 +21,8 @@ from torch import Tensor
 
 from magicpig.config import Config
 from magicpig.errors import ArgumentError, NotFiniteError
-from magicpig.kernels import native
 from magicpig.kernels.arena import UNLIMITED, Arena, Memory, block_capacity, unique_bytes
+from magicpig.kernels.base import BLOCK_ROWS, Kernels, check_dtype, interleave_heads, load_kernels, padded
 from magicpig.kernels.rows.layout import RowLayout
 from magicpig.report import PredictedErrors, StepStats
 from magicpig.samplers import Index, Sampler, sampler_of
@@ -53,7 +53,8 @@ class KVStore:
     kv_heads: G; head_dim: D (1 to 512); dtype: float32, bfloat16 or float16, that of the model, in which rows are kept
     unless `config.kv_dtype` says int8. config: of this layer. sampled: False keeps every row exact forever.
     layer, first_head: where the layer and its first kv head stand in the model; they say, with the seed and the
-    position, what a step draws. arena: where memory comes from.
+    position, what a step draws. arena: where memory comes from. kernels: who computes, by default what `load_kernels`
+    gives.
     """
 
     def __init__(
@@ -67,14 +68,16 @@ class KVStore:
         layer: int = 0,
         first_head: int = 0,
         arena: Arena = UNLIMITED,
+        kernels: Kernels | None = None,
     ) -> None:
         if kv_heads < 1:
             raise ArgumentError(f"kv_heads={kv_heads} must be at least 1")
-        native.dtype_code(dtype)
-        native.padded(head_dim)
+        check_dtype(dtype)
+        padded(head_dim)
         self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
         self.layer, self.first_head, self.arena = layer, first_head, arena
-        self.tail_layout = RowLayout(head_dim, dtype, dtype)
+        self.kernels = load_kernels() if kernels is None else kernels
+        self.tail_layout = RowLayout(head_dim, dtype, dtype, self.kernels)
         self._blocks: list[Block] = []
         self._tail: Tail | None = None
         self._previous: Tail | None = None  # the stride before the tail, unrounded: `crop` may go back into it
@@ -86,9 +89,10 @@ class KVStore:
         self.config = config
         self.policy = Policy.of(config, sampled=sampled and config.samples)
         self.spec = IndexSpec.of(config, self.head_dim, sampled=self.policy.sampled)
-        self.sampler: Sampler = sampler_of(self.spec, self.head_dim)
-        self.layout = RowLayout(self.head_dim, self.dtype, torch.int8 if config.kv_dtype == "int8" else self.dtype)
-        self.view = native.make_view(
+        self.sampler: Sampler = sampler_of(self.spec, self.head_dim, self.kernels)
+        stored = torch.int8 if config.kv_dtype == "int8" else self.dtype
+        self.layout = RowLayout(self.head_dim, self.dtype, stored, self.kernels)
+        self.view = self.kernels.make_view(
             self.layout.stored,
             self.kv_heads,
             self.head_dim,
@@ -175,8 +179,8 @@ class KVStore:
         """
         found = []
         while begin < end:
-            block, row = divmod(begin, native.BLOCK_ROWS)
-            n = min(end - begin, native.BLOCK_ROWS - row)
+            block, row = divmod(begin, BLOCK_ROWS)
+            n = min(end - begin, BLOCK_ROWS - row)
             found.append((self._blocks[block].rows[:, row : row + n], self._blocks[block].centre))
             begin += n
         return found
@@ -216,7 +220,7 @@ class KVStore:
             self.tidy()
             whole = (T - done) // stride * stride
             if self.length == self._flushed and whole > 0:
-                n = min(whole, native.BLOCK_ROWS - self._flushed % native.BLOCK_ROWS)
+                n = min(whole, BLOCK_ROWS - self._flushed % BLOCK_ROWS)
                 new = keys[:, done : done + n], values[:, done : done + n]
                 self._store(*new, reserve=whole)
                 if self.layout.quantised:
@@ -269,11 +273,11 @@ class KVStore:
         reserve: tokens that are about to come, these among them.
         """
         n = keys.shape[1]
-        number, row = divmod(self._flushed, native.BLOCK_ROWS)
+        number, row = divmod(self._flushed, BLOCK_ROWS)
         block = self._block(number, row, row + n, max(reserve, n))
         if row == 0 and self.layout.quantised and self.spec.centre:
-            first = native.interleave_heads(keys[:, : self.spec.stride])
-            block.centre = native.mean_keys(first, self.head_dim)
+            first = interleave_heads(keys[:, : self.spec.stride])
+            block.centre = self.kernels.mean_keys(first, self.head_dim)
         rows = block.rows[:, row : row + n]
         self.layout.write_keys(rows, keys if block.centre is None else keys.float() - block.centre[:, None])
         self.layout.write_values(rows, values)
@@ -288,7 +292,7 @@ class KVStore:
     def _block(self, number: int, row: int, end: int, tokens: int) -> Block:
         """The block of that number, with [row, end) writable; `tokens` are about to come."""
         if number == len(self._blocks):
-            self._blocks.append(Block(self._new_rows(block_capacity(tokens if number == 0 else native.BLOCK_ROWS))))
+            self._blocks.append(Block(self._new_rows(block_capacity(tokens if number == 0 else BLOCK_ROWS))))
         block = self._blocks[number]
         if not block.writable(row, end):
             capacity = block.capacity if end <= block.capacity else block_capacity(row + max(tokens, row))
@@ -312,7 +316,7 @@ class KVStore:
 
     def _set_index(self, index: Index) -> None:
         self.index = index
-        index.connect(self.view)
+        index.connect(self.kernels, self.view)
         self.view.indexed_to = index.end
 
     def crop(self, length: int) -> None:
@@ -348,7 +352,7 @@ class KVStore:
         keep = self._previous is not None and flushed == self._flushed
         self._tail = tail if flushed < length else None
         self._previous, self._flushed = self._previous if keep else None, flushed
-        number, row = divmod(flushed, native.BLOCK_ROWS)
+        number, row = divmod(flushed, BLOCK_ROWS)
         del self._blocks[number + (row > 0) :]
         if row and not self._blocks[number].shared:
             self._blocks[number].filled = row
@@ -364,7 +368,17 @@ class KVStore:
         """
         self.tidy()
         other = object.__new__(KVStore)
-        for name in ("kv_heads", "head_dim", "dtype", "layer", "first_head", "arena", "tail_layout", "_flushed"):
+        for name in (
+            "kv_heads",
+            "head_dim",
+            "dtype",
+            "layer",
+            "first_head",
+            "arena",
+            "kernels",
+            "tail_layout",
+            "_flushed",
+        ):
             setattr(other, name, getattr(self, name))
         for block in self._blocks:
             block.shared = True
@@ -431,7 +445,7 @@ class KVStore:
     def _connect(self) -> None:
         """Tells the kernels where the rows are."""
         self.writable_to = 0
-        native.set_rows(
+        self.kernels.set_rows(
             self.view,
             [block.rows for block in self._blocks],
             [block.centre for block in self._blocks if block.centre is not None],

@@ -15,7 +15,7 @@ from typing import Any
 from magicpig.config import EXACT, Config
 from magicpig.generation import Model, encode_in_two, load, stop_tokens
 from magicpig.integrations.transformers import attach
-from magicpig.kernels import native
+from magicpig.kernels import library
 from magicpig.studies.evaluation.answer import Answer, answers, read_document
 from magicpig.studies.evaluation.matrix import Method
 from magicpig.studies.evaluation.tasks import Sample, generate, score, templates
@@ -117,7 +117,7 @@ def run(
 
 def fast_dtype() -> str:
     """What the weights are stored in where the processor computes in bfloat16, which is slow when it is emulated."""
-    return "auto" if native.isa() == "avx512bf16" else "float32"
+    return "auto" if library.isa() == "avx512bf16" else "float32"
 
 
 def _question(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from magicpig import machine
-from magicpig.kernels import native
+from magicpig.kernels import library
 
 
 def provenance() -> dict[str, Any]:
@@ -18,10 +18,10 @@ def provenance() -> dict[str, Any]:
         "machine": machine.cpu_model(),
         "usable_cpus": machine.usable_cpus(),
         "memory_total": machine.total_memory(),
-        "isa": native.isa(),
-        "threads": native.threads(),
+        "isa": library.isa(),
+        "threads": library.threads(),
         "torch_threads": torch.get_num_threads(),
-        "pool": native.pool(),
+        "pool": library.pool(),
         "environment": machine.environment(),
         "versions": machine.versions(),
         "commit": machine.commit(),

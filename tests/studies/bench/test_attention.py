@@ -102,7 +102,7 @@ def test_refuses_to_time_what_is_wrong(broken, monkeypatch):
 def test_description_names_machine_software_and_settings():
     described = attention.describe(SHAPE, LSH[0], repeats=2, steps=3)
     assert described["dtype"] == "float32"
-    assert described["threads"] == attention.native.threads()
+    assert described["threads"] == attention.library.threads()
     assert {"machine", "isa", "pool", "commit", "date", "versions"} <= described.keys()
     assert described["versions"]["torch"] == torch.__version__
     assert "K" not in described["config"]

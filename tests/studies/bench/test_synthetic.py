@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from magicpig.kernels import reference
+from magicpig.kernels import algorithm
 from magicpig.studies.bench.synthetic import CHUNK, synthetic_context
 
 D = 64
@@ -57,7 +57,7 @@ def test_centring_is_what_makes_hashing_find_keys():
     made = context()
     keys, query = made.keys[0], made.queries[0, :3]
     settings = {"K": 10, "L": 150, "min_hits": 2, "sinks": 4, "recent": 64, "scale": D**-0.5}
-    _, samples = reference.attend_lsh(query, keys[None], made.values[:1], **settings)
+    _, samples = algorithm.attend_lsh(query, keys[None], made.values[:1], **settings)
     share = sum(len(sample.ids) for sample in samples) / (3 * (len(keys) - 68))
     assert 0.002 < share < 0.05
 

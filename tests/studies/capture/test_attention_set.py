@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from magicpig.attention.prefill import causal_attention
-from magicpig.kernels import reference
+from magicpig.kernels import algorithm
 from magicpig.studies.capture import AttentionSet
 
 
@@ -40,7 +40,7 @@ def test_some_heads_alone():
     alone = made.only([1])
     assert (made.heads, made.kv_heads, alone.heads, alone.kv_heads) == (6, 2, 3, 1)
     torch.testing.assert_close(alone.exact(2).output, made.exact(2).output[3:], rtol=0, atol=0)
-    everything = reference.attend_full(made.queries[2].double(), made.keys, made.values, scale=0.3)
+    everything = algorithm.attend_full(made.queries[2].double(), made.keys, made.values, scale=0.3)
     torch.testing.assert_close(attention_set().exact(2).output.shape, everything.output.shape)
 
 

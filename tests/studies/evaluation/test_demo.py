@@ -119,5 +119,5 @@ def test_without_the_packaged_model(monkeypatch):
 
 def test_bfloat16_only_where_it_is_fast(monkeypatch):
     for isa, dtype in (("avx512bf16", "auto"), ("avx512", "float32"), ("portable", "float32")):
-        monkeypatch.setattr(demo.native, "isa", lambda isa=isa: isa)
+        monkeypatch.setattr(demo.library, "isa", lambda isa=isa: isa)
         assert demo.fast_dtype() == dtype

@@ -1,4 +1,4 @@
-// The only file that knows Python. Tensors arrive as addresses: kernels/native.py has checked them.
+// The only file that knows Python. Tensors arrive as addresses: kernels/cpu.py has checked them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>

@@ -6,12 +6,12 @@ a row in Python does it here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from magicpig.kernels import native
+from magicpig.kernels.base import Kernels, load_kernels, padded, row_width
 from magicpig.kernels.rows.reference import from_bytes
 
 LARGEST_QUANTISED = 2.0**127  # of the largest floats, the scale times 127 may be infinite
@@ -24,11 +24,12 @@ class RowLayout:
     head_dim: int
     dtype: torch.dtype
     stored: torch.dtype
+    kernels: Kernels = field(default_factory=load_kernels, compare=False)
 
     @property
     def width(self) -> int:
         """Elements of a row."""
-        return native.row_width(self.head_dim, self.stored)
+        return row_width(self.head_dim, self.stored)
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +38,7 @@ class RowLayout:
     @property
     def bytes_read(self) -> int:
         """What attention needs of a row: all of it but the padding."""
-        padding = native.padded(self.head_dim) - self.head_dim
+        padding = padded(self.head_dim) - self.head_dim
         return self.nbytes - 2 * padding * self.stored.itemsize
 
     @property
@@ -66,7 +67,7 @@ class RowLayout:
         self._write(rows, values, 1)
 
     def _half(self, rows: Tensor, half: int, dtype: torch.dtype) -> Tensor:
-        first = half * native.padded(self.head_dim)
+        first = half * padded(self.head_dim)
         x = rows[:, :, first : first + self.head_dim]
         if not self.quantised:
             return x.to(dtype)
@@ -75,7 +76,7 @@ class RowLayout:
 
     def _write(self, rows: Tensor, x: Tensor, half: int) -> None:
         if self.quantised:
-            native.write_bytes(x, rows, half)
+            self.kernels.write_bytes(x, rows, half)
         else:
-            first = half * native.padded(self.head_dim)
+            first = half * padded(self.head_dim)
             rows[:, :, first : first + self.head_dim] = x

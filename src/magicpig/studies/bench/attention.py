@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from magicpig.attention.step import attend_stores
 from magicpig.config import EXACT, Config
-from magicpig.kernels import native
+from magicpig.kernels import library
 from magicpig.store import KVStore
 from magicpig.studies.bench import layer
 from magicpig.studies.bench.layer import Layer, Shape, WrongResultError, check_context
@@ -213,8 +213,8 @@ class _Bench(Layer):
     def _stream(self, step: int) -> None:
         del step  # every step reads all there is
         for each in self.data:
-            native.stream_read(each.keys)
-            native.stream_read(each.values)
+            library.stream_read(each.keys)
+            library.stream_read(each.values)
 
     def _forget(self, sampled: list[KVStore]) -> None:
         self.forget(sampled)

@@ -13,7 +13,7 @@ from magicpig.attention.step import decode_step
 from magicpig.config import EXACT, Config
 from magicpig.doctor import self_check
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError
-from magicpig.kernels import native
+from magicpig.kernels import base, library
 from magicpig.machine import free_memory, waited_ns
 from magicpig.store import KVStore
 from magicpig.store.planner import LayerShape, plan
@@ -46,8 +46,8 @@ class Shape:
                 raise ArgumentError(f"{name}={getattr(self, name)} must be at least 1")
         if self.heads % self.kv_heads:
             raise ArgumentError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        native.padded(self.head_dim)
-        native.dtype_code(self.dtype)
+        base.padded(self.head_dim)
+        base.check_dtype(self.dtype)
 
     def row_bytes(self, tokens: int) -> int:
         """Bytes of the keys and values of ``tokens`` tokens, without padding."""
@@ -72,7 +72,7 @@ class Shape:
 
 def verify_kernels(shape: Shape) -> None:
     """Refuse to go on when the kernels of the level in use are wrong. Raises WrongResultError."""
-    for check in self_check([native.isa()], head_dim=shape.head_dim, group=shape.heads // shape.kv_heads):
+    for check in self_check([library.isa()], head_dim=shape.head_dim, group=shape.heads // shape.kv_heads):
         if not check.passed:
             raise WrongResultError(
                 f"self-check failed: {check.isa}, {check.dtype}, {check.what}: relative error {check.error:.1e}"
@@ -178,7 +178,7 @@ class Layer:
             times: dict[str, list[Timing]] = {name: [] for name in calls}
             for step in range(self.steps):
                 for name, call in calls.items():
-                    native.stream_read(self._evictor)
+                    library.stream_read(self._evictor)
                     waited = waited_ns()
                     start = time.perf_counter()
                     call(step)

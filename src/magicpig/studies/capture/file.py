@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from magicpig import strict_json
 from magicpig.errors import ArgumentError, NotFiniteError
-from magicpig.kernels import native
+from magicpig.kernels import base
 from magicpig.studies.capture.attention_set import AttentionSet
 from magicpig.wording import shown
 
@@ -100,8 +100,8 @@ def _layer(name: str) -> int:
 def _attention_set(tensors: dict[str, torch.Tensor], layer: int, rule: dict[str, Any]) -> AttentionSet:
     parts = {name: tensors[f"{layer}.{name}"] for name in ("keys", "values", "queries")}
     for name, part in parts.items():
-        if part.dtype not in native.DTYPES:
-            allowed = ", ".join(map(str, native.DTYPES))
+        if part.dtype not in base.DTYPES:
+            allowed = ", ".join(map(str, base.DTYPES))
             raise ArgumentError(f"{layer}.{name} is {part.dtype}; allowed: {allowed}")
         if part.dtype != parts["keys"].dtype:
             raise ArgumentError(f"{layer}.{name} is {part.dtype}, {layer}.keys {parts['keys'].dtype}")
@@ -111,5 +111,5 @@ def _attention_set(tensors: dict[str, torch.Tensor], layer: int, rule: dict[str,
     if sink_logits is not None and not (sink_logits.is_floating_point() and bool(torch.isfinite(sink_logits).all())):
         raise NotFiniteError(f"{layer}.sink_logits has entries that are not finite numbers")
     made = AttentionSet(**parts, scale=rule["scale"], softcap=rule["softcap"], sink_logits=sink_logits)
-    native.padded(made.keys.shape[2])  # a length of heads that the kernels know?
+    base.padded(made.keys.shape[2])  # a length of heads that the kernels know?
     return made

@@ -1,4 +1,4 @@
-"""The compiled verbs, with shapes and dtypes checked once at this border. The C++ behind it trusts its arguments.
+"""The verbs of base.py, compiled: the one border to `_native`. Shapes and dtypes are checked here; the C++ trusts them.
 
 Everything here is CPU memory. Axes: B sequences, H query heads, G key/value heads, N tokens, D head dim, K bits,
 L tables.
@@ -7,7 +7,6 @@ L tables.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,76 +15,50 @@ from magicpig.collision import log_inclusion
 from magicpig.errors import ArgumentError
 from magicpig.kernels import _native
 from magicpig.kernels._native import HitLaw, LshSampler, SketchSampler, StoreView
+from magicpig.kernels.base import (
+    BLOCK_ROWS,
+    LANE,
+    LEAST_STRIDE,
+    MAX_HEAD_DIM,
+    SEGMENT_ROWS,
+    SKETCH_KEYS,
+    Draw,
+    Segment,
+    SketchSegment,
+    SketchWeights,
+    StepResult,
+    check_dtype,
+    padded,
+    row_width,
+    sketch_shapes,
+    stride_shift,
+)
 from magicpig.kernels.hash.reference import make_planes
+from magicpig.kernels.library import empty
 from magicpig.kernels.sketch.reference import EXACT_SHARE, LEVEL_DISTANCE, make_rotation
 from magicpig.types import AttentionState
 
-BLOCK_ROWS: int = _native.BLOCK_ROWS
-SEGMENT_ROWS: int = _native.SEGMENT_ROWS
-SKETCH_KEYS: int = _native.SKETCH_KEYS
-LEAST_STRIDE: int = _native.LEAST_STRIDE
-MAX_HEAD_DIM: int = _native.MAX_DIM
-MAX_GROUP = 256
-_NOWHERE = 1 << 62  # no position is as large
-MAX_THREADS: int = _native.MAX_THREADS
+NAME = "cpu"
 
+_NOWHERE = 1 << 62  # no position is as large
+LAW_SIZE: int = _native.LAW_SIZE
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DTYPES = tuple(_CODES)
 _ROW_CODES = {**_CODES, torch.int8: 3}
 
-isa = _native.isa
-isa_levels = _native.isa_levels
-use_isa = _native.use_isa
-pool = _native.pool
-use_pool = _native.use_pool
-threads = _native.threads
-poison_scratch = _native.poison_scratch
-
-
-def check_threads() -> None:
-    """Raises ArgumentError where torch was told to use more threads than it can start: it ends the process then."""
-    wanted = torch.get_num_threads()
-    if wanted > MAX_THREADS:
-        raise ArgumentError(f"torch.get_num_threads() is {wanted}; allowed: 1 to {MAX_THREADS}")
+# The forms of base.py are those of kernels.h.
+assert (BLOCK_ROWS, SEGMENT_ROWS, SKETCH_KEYS) == (_native.BLOCK_ROWS, _native.SEGMENT_ROWS, _native.SKETCH_KEYS)
+assert (LANE, LEAST_STRIDE, MAX_HEAD_DIM) == (_native.LANE, _native.LEAST_STRIDE, _native.MAX_DIM)
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The kernels' number of a dtype. Raises ArgumentError for one they do not read."""
-    try:
-        return _CODES[dtype]
-    except KeyError:
-        raise ArgumentError(f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}") from None
-
-
-def padded(head_dim: int) -> int:
-    """Elements a key or value of `head_dim` takes in a row. Raises ArgumentError when it is out of range."""
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ArgumentError(f"head_dim={head_dim} is out of range; allowed: 1 to {MAX_HEAD_DIM}")
-    return -(-head_dim // int(_native.LANE)) * int(_native.LANE)
+    """The compiled code's number of a dtype. Raises ArgumentError for one that it does not read."""
+    check_dtype(dtype)
+    return _CODES[dtype]
 
 
 def row_code(dtype: torch.dtype) -> int:
     """The same of what rows are kept in: a dtype, or int8 for whole numbers with scales."""
     return _ROW_CODES[dtype] if dtype in _ROW_CODES else dtype_code(dtype)
-
-
-def row_width(head_dim: int, dtype: torch.dtype) -> int:
-    """Elements of a row `[key | value]`, and of the two scales behind them where it is of int8."""
-    return 2 * padded(head_dim) + (2 * torch.float32.itemsize if dtype == torch.int8 else 0)
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeroed memory straight from the system: touched lazily, in huge pages where it is large. Raises MemoryError."""
-    elements = 1
-    for size in shape:
-        elements *= size
-    memory = torch.from_numpy(_native.allocate(max(1, elements) * dtype.itemsize))
-    return memory[: elements * dtype.itemsize].view(dtype).view(*shape)
-
-
-def stream_read(memory: Tensor) -> None:
-    """Reads a contiguous tensor once on all threads: the floor of any computation over as many bytes."""
-    _native.stream_read(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
 def make_sampler(head_dim: int, K: int, L: int, seed: int) -> LshSampler:
@@ -98,15 +71,6 @@ def make_law(K: int, L: int, min_hits: int) -> HitLaw:
     """In how many tables a key must collide, and the table of its inclusion law (collision.py)."""
     law = inclusion_law(K, L, min_hits)
     return HitLaw(min_hits, law.data_ptr())
-
-
-def stride_shift(stride: int) -> int:
-    """The logarithm of a stride. Raises ArgumentError for one that the kernels do not know."""
-    if not LEAST_STRIDE <= stride <= BLOCK_ROWS or stride & (stride - 1):
-        raise ArgumentError(
-            f"stride={stride} is not allowed; allowed: powers of two from {LEAST_STRIDE} to {BLOCK_ROWS}"
-        )
-    return stride.bit_length() - 1
 
 
 def make_view(
@@ -194,7 +158,7 @@ def _address(floats: Tensor | None) -> int:
 
 def inclusion_law(K: int, L: int, min_hits: int) -> Tensor:
     """log u, (4097,) float32, on the kernels' axis x = sign(c) (1 - sqrt(1 - |c|)): fine where angles change fast."""
-    x = torch.linspace(-1.0, 1.0, int(_native.LAW_SIZE) + 1, dtype=torch.float64, device="cpu")
+    x = torch.linspace(-1.0, 1.0, LAW_SIZE + 1, dtype=torch.float64, device="cpu")
     x[0] = x[0] + 0.25 * (x[1] - x[0])  # at -1 itself log u is -inf, which cannot be interpolated
     cosine = x.sign() * (1.0 - (1.0 - x.abs()).square())
     return log_inclusion(cosine, K, L, min_hits).to(torch.float32)
@@ -226,32 +190,6 @@ def hash_rows(pieces: Sequence[Tensor], sampler: LshSampler, centres: Sequence[T
         )
         first += piece.shape[1]
     return codes
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The bucket tables of `count` consecutive keys from position `first` on. Never changed once built.
-
-    offsets: (G, L, 2^K + 1) uint32 bucket starts; ids: (G, L, count) uint16 relative positions, bucket by bucket.
-    centre: (G, D) float32, what the keys were hashed minus; None for as they are.
-    """
-
-    offsets: Tensor
-    ids: Tensor
-    first: int
-    centre: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        return self.ids.shape[2]
-
-    @property
-    def K(self) -> int:
-        return (self.offsets.shape[2] - 1).bit_length() - 1
-
-    @property
-    def nbytes(self) -> int:
-        return self.offsets.nbytes + self.ids.nbytes
 
 
 def build(codes: Tensor, K: int, first: int, centre: Tensor | None = None) -> Segment:
@@ -331,29 +269,6 @@ def make_sketcher(head_dim: int, bits: int, seed: int) -> SketchSampler:
     return SketchSampler(head_dim, bits, LEVEL_DISTANCE[bits] / head_dim**0.5, rotation.data_ptr())
 
 
-@dataclass(frozen=True)
-class SketchSegment:
-    """The sketch of `count` consecutive keys from position `first` on, in blocks of 64. Never changed once made.
-
-    words: (G, blocks, words, 64) int32, the codes; scales: (G, blocks * 64) float16; centres: (G, strides, Dp)
-    bfloat16, of as many strides as have room in the blocks. There may be more in them than `count` keys.
-    """
-
-    words: Tensor
-    scales: Tensor
-    centres: Tensor
-    first: int
-    count: int
-
-    @property
-    def blocks(self) -> int:
-        return self.words.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.words.nbytes + self.scales.nbytes + self.centres.nbytes
-
-
 def sketch(
     pieces: Sequence[Tensor],
     sampler: SketchSampler,
@@ -419,37 +334,10 @@ def set_sketches(view: StoreView, segments: Sequence[SketchSegment]) -> None:
     )
 
 
-def sketch_shapes(
-    heads: int, keys: int, sampler: SketchSampler, stride: int
-) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shapes and dtypes of the words, scales and centres of `keys` keys."""
-    blocks = -(-keys // SKETCH_KEYS)
-    return (
-        ((heads, blocks, sampler.words, SKETCH_KEYS), torch.int32),
-        ((heads, blocks * SKETCH_KEYS), torch.float16),
-        ((heads, -(-blocks * SKETCH_KEYS // stride), padded(sampler.head_dim)), torch.bfloat16),
-    )
-
-
 def new_sketch(heads: int, keys: int, sampler: SketchSampler, first: int, stride: int) -> SketchSegment:
     """Room for the sketch of `keys` keys."""
     words, scales, centres = (empty(*each) for each in sketch_shapes(heads, keys, sampler, stride))
     return SketchSegment(words, scales, centres, first, keys)
-
-
-@dataclass(frozen=True)
-class SketchWeights:
-    """What a sketch says of n keys to the R heads of a group: weights (n,) int64.
-
-    query: (R, D) int8, the whole numbers of the rotated queries; offsets: (R, strides), what centres add to scores, in
-    octaves, or to logits where there is a softcap; ones: (R,) float64, the score in octaves to which each head gives a
-    weight of one.
-    """
-
-    weights: Tensor
-    query: Tensor
-    offsets: Tensor
-    ones: Tensor
 
 
 def weigh(
@@ -488,16 +376,6 @@ def weigh(
     unit = 1.0 if softcap > 0 else 2.0**23
     one_each = torch.tensor(ones, dtype=torch.float64, device="cpu")
     return SketchWeights(weights[:n].to(torch.int64), whole[:, :D], offsets / unit, one_each)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """step and start of the walk; ids: (S,) int64; log_u: (S,) float32."""
-
-    step: int
-    start: int
-    ids: Tensor
-    log_u: Tensor
 
 
 def draw(
@@ -547,13 +425,6 @@ def interleave(keys: Tensor, values: Tensor, dtype: torch.dtype | None = None) -
     rows = torch.zeros(n, 2 * width, dtype=keys.dtype, device="cpu")
     rows[:, :D] = keys
     rows[:, width : width + D] = values
-    return rows
-
-
-def interleave_heads(keys: Tensor) -> Tensor:
-    """Keys (G, n, D) as `mean_keys` and the index read them: zero padded, (G, n, Dp)."""
-    rows = torch.zeros(*keys.shape[:2], padded(keys.shape[2]), dtype=keys.dtype, device="cpu")
-    rows[:, :, : keys.shape[2]] = keys
     return rows
 
 
@@ -695,24 +566,6 @@ def _padded_queries(query: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-FAULTS = ("", "query", "keys", "values")
-"""By number, which of its tensors kept a sequence out of a step; it has entries that are not finite, or do not fit."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """output (B, H, D) in the query's dtype; lse and predicted_error (B, H) float32; NaN for a sequence with a fault.
-
-    faults[b]: a number of `FAULTS`; empty when there are none. samples[b * H + h] = (ids, log_u) when asked for.
-    """
-
-    output: Tensor
-    lse: Tensor
-    predicted_error: Tensor
-    faults: list[int]
-    samples: list[tuple[Tensor, Tensor]]
-
-
 def decode_step(
     views: list[StoreView],
     query: Tensor,
@@ -754,7 +607,7 @@ def decode_step(
     return StepResult(output, lse, predicted_error, faults, pairs)
 
 
-class RepeatedStep:
+class _RepeatedStep:
     """`decode_step` again and again for the same shapes and rule; only the output and the faults are kept."""
 
     def __init__(self, B: int, H: int, D: int, scale: float, softcap: float) -> None:
@@ -787,6 +640,9 @@ class RepeatedStep:
             False,
         )
         return output, faults
+
+
+repeated_step = _RepeatedStep
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,0 +1,42 @@
+"""The compiled library itself: its instruction sets, its threads, and the memory it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from magicpig.errors import ArgumentError
+from magicpig.kernels import _native
+
+MAX_THREADS: int = _native.MAX_THREADS
+
+isa = _native.isa
+isa_levels = _native.isa_levels
+use_isa = _native.use_isa
+pool = _native.pool
+use_pool = _native.use_pool
+threads = _native.threads
+poison_scratch = _native.poison_scratch
+
+
+def check_threads() -> None:
+    """Raises ArgumentError where torch was told to use more threads than it can start: it ends the process then."""
+    wanted = torch.get_num_threads()
+    if wanted > MAX_THREADS:
+        raise ArgumentError(f"torch.get_num_threads() is {wanted}; allowed: 1 to {MAX_THREADS}")
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeroed memory straight from the system: touched lazily, in huge pages where it is large. Raises MemoryError."""
+    elements = 1
+    for size in shape:
+        elements *= size
+    memory = torch.from_numpy(_native.allocate(max(1, elements) * dtype.itemsize))
+    return memory[: elements * dtype.itemsize].view(dtype).view(*shape)
+
+
+def stream_read(memory: Tensor) -> None:
+    """Reads a contiguous tensor once on all threads: the floor of any computation over as many bytes."""
+    _native.stream_read(memory.data_ptr(), memory.numel() * memory.element_size())
