@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from magicpig.config import Config
+from magicpig.kernels import library
 from magicpig.studies.bench import attention, layer
 from magicpig.studies.bench.layer import Shape
 
@@ -102,7 +103,7 @@ def test_refuses_to_time_what_is_wrong(broken, monkeypatch):
 def test_description_names_machine_software_and_settings():
     described = attention.describe(SHAPE, LSH[0], repeats=2, steps=3)
     assert described["dtype"] == "float32"
-    assert described["threads"] == attention.library.threads()
+    assert described["threads"] == library.threads()
     assert {"machine", "isa", "pool", "commit", "date", "versions"} <= described.keys()
     assert described["versions"]["torch"] == torch.__version__
     assert "K" not in described["config"]

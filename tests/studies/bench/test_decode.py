@@ -51,6 +51,8 @@ def test_one_result_per_sampler_whose_parts_add_up():
         assert each.python_us_per_layer == pytest.approx(each.python_ms * 1e3 / 2)
         assert 0 < each.token_min_ms <= each.token_ms
     assert full.sampled_share is None
+    assert full.read_ms > 0
+    assert lsh.read_ms is sketch.read_ms is None
     assert full.index_ms == full.index_bytes == 0
     assert 0 < lsh.sampled_share < 1
     assert sketch.sampled_share == pytest.approx(32 / 532, rel=0.1)

@@ -50,8 +50,10 @@ def test_a_point_per_setting():
     assert large.error < small.error
     assert small.step_ms > 0
     assert small.exact_ms > 0
+    assert small.read_ms > 0
     assert oracle.step_ms is None
     assert oracle.exact_ms is None
+    assert oracle.read_ms is None
     assert oracle.index_bytes_per_key == 0
     assert small.index_bytes_per_key < lsh.index_bytes_per_key
 

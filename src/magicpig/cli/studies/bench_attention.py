@@ -24,6 +24,7 @@ from magicpig.cli.studies.bench_options import (
     Threads,
     methods,
     say_if_busy,
+    say_if_slow_baseline,
     short_length,
     torch_dtype,
     write_results,
@@ -82,6 +83,7 @@ def attention(
         write_results(described, [asdict(result) for result in results], file, to_stdout=to_stdout)
     console.print(_table(results))
     say_if_busy(console, results)
+    say_if_slow_baseline(console, ((each.stream_ms, each.exact_ms) for each in results))
     console.print(
         f"[dim]ms per layer and step, medians of {repeats * steps} calls; {heads} query heads, {kv_heads} key/value "
         f"heads, head dim {head_dim}, batch {batch}, {dtype.value}; {described['isa']}, {described['threads']} "

@@ -23,6 +23,7 @@ from magicpig.cli.studies.bench_options import (
     Threads,
     methods,
     say_if_busy,
+    say_if_slow_baseline,
     short_length,
     torch_dtype,
     write_results,
@@ -89,6 +90,7 @@ def decode(
         write_results(described, [asdict(result) for result in results], file, to_stdout=to_stdout)
     console.print(_table(results))
     say_if_busy(console, results)
+    say_if_slow_baseline(console, ((each.read_ms, each.attention_ms) for each in results))
     console.print(
         f"[dim]ms per token, medians of {repeats * steps} tokens; ours: Python of this package, per layer in "
         f"microseconds; loop: transformers' around the forward pass; {shape}, {decoder.layers} layers, random weights, "

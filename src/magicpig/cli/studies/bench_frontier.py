@@ -27,6 +27,7 @@ from magicpig.cli.studies.bench_options import (
     check_sets,
     load_sets,
     say_if_busy,
+    say_if_slow_baseline,
     short_length,
     synthetic_lengths,
     torch_dtype,
@@ -139,6 +140,7 @@ def frontier(
         if found := bench.best([point for point in points if (point.source, point.layer) == source]):
             console.print(_table(found))
     say_if_busy(console, points)
+    say_if_slow_baseline(console, ((each.read_ms, each.exact_ms) for each in points))
     console.print(
         f"[dim]ms per layer and step, medians, with cold caches; synthetic: {heads} query heads, {kv_heads} key/value "
         f"heads, head dim {head_dim}, {dtype.value}; {described['isa']}, {described['threads']} threads, "

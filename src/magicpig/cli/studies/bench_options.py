@@ -118,6 +118,14 @@ def say_if_busy(console: Console, results: Iterable[Counted]) -> None:
         console.print(f"[yellow]{note}")
 
 
+def say_if_slow_baseline(console: Console, baselines: Iterable[tuple[float | None, float | None]]) -> None:
+    """Tell who reads ratios to exact attention if it is slow itself: pairs of read_ms and exact_ms, where there are."""
+    from magicpig.studies.bench.baseline import flattery
+
+    if note := flattery((read, exact) for read, exact in baselines if read is not None and exact is not None):
+        console.print(f"[yellow]{note}")
+
+
 def torch_dtype(dtype: Dtype) -> torch.dtype:
     """The type of that name. Raises InputError for the one that only a model decides."""
     import torch

@@ -4,19 +4,14 @@
 
 namespace {
 
-constexpr int kBatch = 32;         // rows between two looks at the maximum
-constexpr int kPrefetchRows = 32;  // rows requested ahead, into the second-level cache
-constexpr int kLine = 64;          // bytes that one request brings
-constexpr int kTileRows = 4;       // rows dotted at once
+constexpr int kBatch = 32;  // rows between two looks at the maximum
+// Rows requested ahead, into the second-level cache; consecutive ones too, which are read 1.6 to 2.3 times as fast then on
+// Cascade Lake, Zen 4 and Emerald Rapids (docs/log.md).
+constexpr int kPrefetchRows = 32;
+constexpr int kLine = 64;     // bytes that one request brings
+constexpr int kTileRows = 4;  // rows dotted at once
 constexpr int kTileHeads = kRegisters == 32 ? 4 : 2;
 constexpr int kAccumulators = kRegisters / 2;
-
-// Requesting consecutive rows too reads them 1.6 times as fast on Cascade Lake, and slower on Zen 4 (docs/log.md).
-#if defined(MAGICPIG_BF16)
-constexpr bool kPrefetchInOrder = false;
-#else
-constexpr bool kPrefetchInOrder = true;
-#endif
 
 constexpr float kLowest = -__builtin_inff();
 
@@ -182,11 +177,11 @@ inline void add_from(const Batch<T>& batch, int dim, int from, const Shares* sha
 }
 
 // The same for all columns, of as many heads at once as the registers have sums for.
-template <class T, int HEADS, bool PREFETCH, bool SPREAD>
+template <class T, int HEADS, bool SPREAD>
 inline void add_values(const Batch<T>& batch, int dim, const Shares* shares, State* states) {
   constexpr int kSums = SPREAD ? 4 : 2, kHeads = HEADS * kSums > kAccumulators ? kAccumulators / kSums : HEADS;
   constexpr int kChunks = kAccumulators / (kSums * kHeads);
-  add_from<T, kHeads, kChunks, PREFETCH, SPREAD>(batch, dim, 0, shares, states);
+  add_from<T, kHeads, kChunks, true, SPREAD>(batch, dim, 0, shares, states);
   for (int h = kHeads; h < HEADS; h += kHeads) {
     add_from<T, kHeads, kChunks, false, SPREAD>(batch, dim, 0, shares + h, states + h);
   }
@@ -240,7 +235,7 @@ inline void softmax_terms(float* s, int count, int dim, State* state) {
 
 // Adds the values of a batch with softmax terms `shares[h].p`, and, of drawn rows, what the variance of the output can be
 // estimated from. `log_u` is null or has kBatch numbers, of which those past the batch are zero.
-template <class T, int HEADS, bool PREFETCH>
+template <class T, int HEADS>
 inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares* shares, State* states) {
   const bool spreads = log_u != nullptr && states->spread != nullptr;
   for (int h = 0; h < HEADS; ++h) {
@@ -258,20 +253,20 @@ inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares
     if (spreads) states[h].spread_sum += sum(total);
   }
   if (spreads) {
-    add_values<T, HEADS, PREFETCH, true>(batch, dim, shares, states);
+    add_values<T, HEADS, true>(batch, dim, shares, states);
   } else {
-    add_values<T, HEADS, PREFETCH, false>(batch, dim, shares, states);
+    add_values<T, HEADS, false>(batch, dim, shares, states);
   }
 }
 
 // Rows are certain when `log_u` is null; else it has kBatch numbers, of which those past the batch are zero. offset(h, j):
 // what joins the logits of head h and rows j .. of the batch.
-template <class T, int HEADS, bool PREFETCH, class Offset>
+template <class T, int HEADS, class Offset>
 inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const Offset& offset,
                          LogitRule rule, const float* log_u, State* states) {
   Shares shares[HEADS];
   constexpr int kHeads = HEADS < kTileHeads ? HEADS : kTileHeads;
-  dots<T, kHeads, false, PREFETCH>(batch, dim, queries, shares, nullptr);
+  dots<T, kHeads, false, true>(batch, dim, queries, shares, nullptr);
   for (int h = kHeads; h < HEADS; h += kHeads) {
     dots<T, kHeads, false, false>(batch, dim, queries + h, shares + h, nullptr);
   }
@@ -282,7 +277,7 @@ inline void attend_batch(const Batch<T>& batch, int dim, const float* const* que
     }
     softmax_terms(shares[h].p, batch.count, dim, &states[h]);
   }
-  add_batch<T, HEADS, PREFETCH>(batch, dim, log_u, shares, states);
+  add_batch<T, HEADS>(batch, dim, log_u, shares, states);
 }
 
 void merge(int dim, const State& from, State* into) {
@@ -314,7 +309,7 @@ inline State empty(int dim, float* values, float* spread) {
 template <class T>
 struct ConsecutiveRows {
   using Element = T;
-  static constexpr bool kPrefetch = kPrefetchInOrder, kSampled = false;
+  static constexpr bool kSampled = false;
   const char* first;
   int64_t count;
   int dim;
@@ -326,7 +321,7 @@ struct ConsecutiveRows {
 template <class T>
 struct SampledRows {
   using Element = T;
-  static constexpr bool kPrefetch = true, kSampled = true;
+  static constexpr bool kSampled = true;
   const char* const* blocks;
   const uint32_t* ids;
   int64_t count;
@@ -385,7 +380,7 @@ void attend_sample_of(const SampledRows<T>& rows, const float* query, const RowC
         store(s + j, cap_logits(load(s + j) * rule.scale + load(offsets + j), rule.softcap) - load(logs + j));
       }
       softmax_terms(s, batch.count, dim, &part);
-      add_batch<T, 1, true>(batch, dim, logs, &shares, &part);
+      add_batch<T, 1>(batch, dim, logs, &shares, &part);
     }
     merge(dim, part, state);
   }
@@ -426,8 +421,7 @@ void attend_group(const Rows& rows, const float* log_u, int heads, const float* 
             if constexpr (Rows::kSampled) return load(row_offsets[first + h] + j);
             return splat(offsets[h0 + first + h]);
           };
-          attend_batch<T, HEADS, Rows::kPrefetch>(batch, dim, queries + h0 + first, offset, rule, batch_logs,
-                                                  part + first);
+          attend_batch<T, HEADS>(batch, dim, queries + h0 + first, offset, rule, batch_logs, part + first);
         };
         if (group == 4) {
           attend.template operator()<4>(0);

@@ -24,7 +24,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from magicpig.attention.step import attend_stores
 from magicpig.config import EXACT, Config
-from magicpig.kernels import library
 from magicpig.store import KVStore
 from magicpig.studies.bench import layer
 from magicpig.studies.bench.layer import Layer, Shape, WrongResultError, check_context
@@ -146,7 +145,7 @@ class _Bench(Layer):
         self._judge(errors)
         index_ms = statistics.median(self.indexing_ms(sampled) for _ in range(3))
 
-        calls: dict[str, Callable[[int], object]] = {**attention, "stream": self._stream}
+        calls: dict[str, Callable[[int], object]] = {**attention, "stream": self.read}
         timings: dict[str, list[Timing]] = {name: [] for name in calls}
         before = [store.stats for store in sampled]
         for measured in self.timed(calls, repeats):
@@ -209,12 +208,6 @@ class _Bench(Layer):
             for query, each in zip(grouped, self.data, strict=True)
         ]
         return torch.cat(outputs).flatten(1, 2)
-
-    def _stream(self, step: int) -> None:
-        del step  # every step reads all there is
-        for each in self.data:
-            library.stream_read(each.keys)
-            library.stream_read(each.values)
 
     def _forget(self, sampled: list[KVStore]) -> None:
         self.forget(sampled)

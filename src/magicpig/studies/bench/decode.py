@@ -25,6 +25,7 @@ from magicpig.integrations.transformers import MagicPigCache, attach
 from magicpig.integrations.transformers.cache import MagicPigLayer
 from magicpig.integrations.transformers.compat import cache_argument
 from magicpig.integrations.transformers.shapes import layer_shapes
+from magicpig.kernels import library
 from magicpig.machine import free_memory
 from magicpig.store.planner import plan
 from magicpig.studies.bench.clocks import PARTS, Clocks
@@ -45,6 +46,7 @@ class Result:
     token_ms: median without indexing, plus index_ms; ratio_full: how many times as long full attention takes.
     weights_ms, attention_ms, python_ms, generate_ms: see clocks.py; python_us_per_layer: of this package, without its
     native code. index_ms: of indexing a block of tokens, spread over the block. build_s: indexing the context.
+    read_ms: of full attention, a plain read of all rows on all threads, below which attention_ms cannot fall.
     sampled_share: of the body, read by a head; None where nothing was sampled. calls: tokens that were timed;
     quiet_calls: those that never waited for a processor, by which times are told (quiet.py).
     """
@@ -58,6 +60,7 @@ class Result:
     ratio_full: float | None
     weights_ms: float
     attention_ms: float
+    read_ms: float | None
     index_ms: float
     python_ms: float
     generate_ms: float
@@ -260,6 +263,7 @@ class Decoder:
             ratio_full=None if full is None else full / times.token,
             weights_ms=1e3 * times.parts["weights"],
             attention_ms=1e3 * times.parts["attention"],
+            read_ms=None if method.config.samples else 1e3 * _read_seconds(cache),
             index_ms=1e3 * times.parts["index"],
             python_ms=1e3 * times.parts["python"],
             generate_ms=1e3 * times.parts["generate"],
@@ -306,6 +310,18 @@ def _exact(rows: KVDtype) -> Config:
 
 def _layers(cache: MagicPigCache) -> list[MagicPigLayer]:
     return [layer for layer in cache.layers if isinstance(layer, MagicPigLayer)]
+
+
+def _read_seconds(cache: MagicPigCache) -> float:
+    """Reading the rows of all layers once, the median of three times."""
+    rows = [memory.tensor for layer in _layers(cache) for store in layer.stores for memory in store.memories()[0]]
+    spent = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for each in rows:
+            library.stream_read(each)
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
 
 
 def _index_seconds(cache: MagicPigCache) -> float:

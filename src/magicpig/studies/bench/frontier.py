@@ -26,8 +26,9 @@ class Point:
 
     source: where the context is from; layer: of a captured one; tokens: before the first step.
     error, error_p95: over heads and steps. sampled_share: of the body, read by a query head. step_ms: median, with cold
-    caches; exact_ms: of the exact kernel, in turns with it; both None for samplers that look at every key. calls: that
-    were timed; quiet_calls: those that never waited for a processor, by which times are told (quiet.py).
+    caches; exact_ms: of the exact kernel, and read_ms: of a plain read of keys and values, in turns with it; all three
+    None for samplers that look at every key. calls: that were timed; quiet_calls: those that never waited for a
+    processor, by which times are told (quiet.py).
     index_bytes_per_key: of a kv head.
     """
 
@@ -45,6 +46,7 @@ class Point:
     sampled_share: float
     step_ms: float | None
     exact_ms: float | None
+    read_ms: float | None
     calls: int
     quiet_calls: int
     index_bytes_per_key: float
@@ -87,7 +89,7 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
     store.settle()
     errors = layer.errors(lambda step: layer.step(stores, step))
     layer.forget(stores)
-    step_ms = exact_ms = None
+    step_ms = exact_ms = read_ms = None
     quiet = Quiet(0, 0)
     if config.sampler in NATIVE:
 
@@ -97,13 +99,13 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
         def exact(step: int) -> Tensor:
             return layer.step(dense, step)
 
-        times: dict[str, list[Timing]] = {"exact": [], "step": []}
-        for measured in layer.timed({"exact": exact, "step": step}, repeats):
+        times: dict[str, list[Timing]] = {"exact": [], "step": [], "read": []}
+        for measured in layer.timed({"exact": exact, "step": step, "read": layer.read}, repeats):
             for name, each in measured.items():
                 times[name] += each
             layer.forget([*stores, *dense])
-        step_ms, exact_ms = (statistics.median(quiet_ms(times[name])) for name in ("step", "exact"))
-        quiet = count([*times["step"], *times["exact"]])
+        step_ms, exact_ms, read_ms = (statistics.median(quiet_ms(times[name])) for name in ("step", "exact", "read"))
+        quiet = count(timing for each in times.values() for timing in each)
     return Point(
         source=source,
         layer=number,
@@ -119,6 +121,7 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
         sampled_share=store.stats.mean_share,
         step_ms=step_ms,
         exact_ms=exact_ms,
+        read_ms=read_ms,
         calls=quiet.calls,
         quiet_calls=quiet.quiet,
         index_bytes_per_key=store.nbytes().index / (store.kv_heads * (store.indexed_to - config.sinks)),
