@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from magicpig.engine.observer import Observer
 from magicpig.engine.request import Delta, Request, SamplingParams
 from magicpig.engine.scheduler import Status
 from magicpig.errors import ArgumentError, NotFiniteError
+from magicpig.store import KVStore
 
 FULL = Config(sampler="full")
 SKETCH = Config(exact_below=32, block=8, recent=8, budget=16)
@@ -401,3 +403,69 @@ def test_statuses_end_as_done(llm, prompts):
         pass
     assert task.status is Status.DONE
     assert task.state is None
+
+
+def test_others_go_on_while_an_index_is_built(llm, prompts, alone, monkeypatch):
+    expected = [alone("llama", SKETCH, prompt) for prompt in (prompts[-1], prompts[1])]
+    engine, going, settle = llm("llama", SKETCH).engine, threading.Event(), KVStore.settle
+    by: list[str] = []
+
+    def slow(store):
+        by.append(threading.current_thread().name)
+        assert going.wait(30)
+        settle(store)
+
+    monkeypatch.setattr(KVStore, "settle", slow)
+    long, other = Answers(), Answers()
+    engine.submit(request(prompts[-1]), long)
+    engine.submit(request(prompts[1]), other)
+    while not other.deltas or other.deltas[-1].finish is None:
+        engine.step()
+    assert (len(long.tokens), engine.unfinished) == (1, 1)
+    going.set()
+    while engine.unfinished:
+        if not engine.step():
+            engine.wait()
+    assert [long.tokens, other.tokens] == expected
+    assert {name.rpartition("_")[0] for name in by} == {"magicpig-index"}
+
+
+@pytest.mark.parametrize("how", ["cancel", "preempt", "fail"])
+def test_an_index_that_nobody_waits_for_or_that_fails(how, llm, prompts, alone, monkeypatch):
+    expected = alone("llama", SKETCH, prompts[-1])
+    engine, going, settle = llm("llama", SKETCH).engine, threading.Event(), KVStore.settle
+
+    def slow(store):
+        assert going.wait(30)
+        if how == "fail":
+            raise ZeroDivisionError
+        settle(store)
+
+    monkeypatch.setattr(KVStore, "settle", slow)
+    answers, own = Answers(), request(prompts[-1], n=2)
+    engine.submit(own, answers)
+    while len(answers.deltas) < 2:
+        engine.step()
+    if how == "cancel":
+        engine.cancel(own.id)
+    elif how == "preempt":
+        engine.scheduler._preempt(engine.scheduler.running[0])
+    going.set()
+    while engine.unfinished:
+        if not engine.step():
+            engine.wait()
+    ends = [delta for delta in answers.deltas if delta.finish is not None]
+    assert {delta.finish for delta in ends} == {{"cancel": "abort", "preempt": "length", "fail": "error"}[how]}
+    if how == "preempt":
+        assert [token for delta in answers.deltas if delta.index == 0 for token in delta.tokens] == expected
+    if how == "fail":
+        assert isinstance(ends[0].error, StepError)
+        monkeypatch.setattr(KVStore, "settle", settle)
+        answers = Answers()
+        engine.submit(request(prompts[-1]), answers)
+        while engine.unfinished:
+            if not engine.step():
+                engine.wait()
+        assert answers.tokens == expected, "the engine lives"
+    engine.rest()
+    assert (engine.scheduler.idle, engine.scheduler.reserved) == (True, 0)

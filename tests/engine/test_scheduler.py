@@ -273,3 +273,26 @@ def test_whatever_comes_all_is_done_within_bounds(arrivals, tokens, running, hea
         assert machine.now < 41 + sum(60 + 2 * most for _, _, most, _, _ in arrivals) * (len(arrivals) + 1)
     assert all(one.produced == one.most or one in cancelled for one in tasks)
     assert machine.held == {}
+
+
+def test_a_task_that_is_held_is_passed_and_keeps_its_place():
+    scheduler = Scheduler(Limits(memory=linear(1000), running=2, token_budget=64))
+    first, second, third = (task(20, 4) for _ in range(3))
+    for i, one in enumerate((first, second, third)):
+        scheduler.add(one, float(i))
+    first.held = True
+    assert [piece.task for piece in scheduler.schedule(3.0).pieces] == [second, third]
+    first.held, second.held = False, True
+    batch = scheduler.schedule(4.0)
+    assert [piece.task for piece in batch.pieces] == [third], "nobody ends, so the first waits; the second stands still"
+    scheduler.finish(third)
+    assert [piece.task for piece in scheduler.schedule(5.0).pieces] == [first]
+    second.held = False
+    assert [piece.task for piece in scheduler.schedule(6.0).pieces] == [first, second]
+    for one in (first, second):
+        scheduler.finish(one)
+    alone = task(20, 4)
+    alone.held = True
+    scheduler.add(alone, 7.0)
+    assert scheduler.schedule(8.0).pieces == ()
+    assert not scheduler.idle

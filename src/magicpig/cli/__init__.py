@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from magicpig.cli.cache import cache
 from magicpig.cli.chat import chat
 from magicpig.cli.commands import Command, end_in_order, prepare_streams
 from magicpig.cli.doctor import doctor
@@ -37,6 +38,7 @@ for command in (generate, chat):
 app.command(cls=Command, context_settings={"auto_envvar_prefix": "MAGICPIG_SERVE"})(serve)
 app.command(cls=Command)(doctor)
 
+app.add_typer(cache, name="cache")
 for study in (demo, tune, capture, figures):
     app.command(cls=StudyCommand, rich_help_panel=PANEL)(study)
 for name, group in {"bench": measure, "eval": evaluate, "pocket": pocket}.items():

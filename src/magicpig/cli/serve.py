@@ -148,6 +148,19 @@ def serve(
             rich_help_panel=LOAD,
         ),
     ] = 0.5,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that keeps these prompts when the server ends; magicpig cache shows it.",
+            rich_help_panel=LOAD,
+        ),
+    ] = None,
+    cache_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="For its files, in GiB.", show_default="half of what is free there", rich_help_panel=LOAD
+        ),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -202,7 +215,14 @@ def serve(
         kv_dtype=kv_dtype,
         exact_below=exact_below,
     )
-    given = {"max-body": max_body, "memory": memory, "timeout": timeout, "queue-timeout": queue_timeout, "drain": drain}
+    given = {
+        "max-body": max_body,
+        "memory": memory,
+        "cache-limit": cache_limit,
+        "timeout": timeout,
+        "queue-timeout": queue_timeout,
+        "drain": drain,
+    }
     for option, value in given.items():
         if value is not None and not math.isfinite(value):
             raise InputError(f"--{option} {value} must be a finite number")
@@ -226,6 +246,8 @@ def serve(
         EngineOptions,
         memory=None if memory is None else int(memory * 2**30),
         cache_share=cache_share,
+        cache_dir=cache_dir,
+        cache_limit=None if cache_limit is None else int(cache_limit * 2**30),
         max_length=max_length,
         token_budget=token_budget,
         running=max_running,

@@ -1,7 +1,9 @@
 """Many requests, one model: `Engine.step` is the story. Schedule, run, sample, finish.
 
 Requests come from any thread (`submit`) and are answered through a function that is called with each `Delta`. Steps are
-run by the thread that `start` makes, or by whoever calls `step`. The engine knows tokens and texts, nothing of HTTP.
+run by the thread that `start` makes, or by whoever calls `step`. What takes long and is no step is done beside them:
+building the index of a prompt, fetching one from a file. Its answer waits, and no other does. The engine knows tokens
+and texts, nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from magicpig.config import Config
 from magicpig.engine.errors import ContextLengthError, RequestTimeoutError, ShuttingDownError, StepError
 from magicpig.engine.observer import Observer, StepRecord
 from magicpig.engine.prefix_cache import PrefixCache
+from magicpig.engine.prompt_files import PromptFile, PromptFiles
 from magicpig.engine.request import Delta, FinishReason, Report, Request, TokenLogprob
 from magicpig.engine.runner import Outcome, Runner, SequenceState, Work
 from magicpig.engine.sampling import TokenSampler, check_tokens, logprobs
@@ -47,12 +52,16 @@ class EngineOptions:
     """memory: bytes for keys, values and indexes of all requests; None for a safe share of what is free.
 
     cache_share: of this memory, what prompts that were read may keep while nobody needs it; 0 keeps none.
+    cache_dir: a folder for them as well, so that they outlive the process; cache_limit: bytes of its files, None for
+    half of what is free there.
     max_length: the most tokens of prompt and answer; None for the model's own limit.
     timeout, queue_timeout: seconds, for requests that name none. The others are those of `scheduler.Limits`.
     """
 
     memory: int | None = None
     cache_share: float = 0.5
+    cache_dir: Path | None = None
+    cache_limit: int | None = None
     max_length: int | None = None
     token_budget: int = 512
     running: int = 32
@@ -65,7 +74,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.cache_share <= 1:
             raise ArgumentError(f"cache_share={self.cache_share} must be at least 0 and at most 1")
-        for name in ("max_length", "timeout", "queue_timeout"):
+        for name in ("cache_limit", "max_length", "timeout", "queue_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ArgumentError(f"{name}={value} must be positive")
@@ -100,7 +109,10 @@ class Engine:
         self.ends = end_tokens(tokenizer, network)
         self.max_length = self.options.max_length or token_limit(network.config) or UNLIMITED
         limits = self.options.limits()
-        self.prefixes = PrefixCache(int(self.options.cache_share * limits.memory))
+        folder, files = self.options.cache_dir, None
+        if folder is not None:
+            files = PromptFiles(folder, self.options.cache_limit, network, tokenizer)
+        self.prefixes = PrefixCache(int(self.options.cache_share * limits.memory), files)
         self.scheduler = Scheduler(
             limits,
             on_admit=self._admitted,
@@ -113,6 +125,9 @@ class Engine:
         # Held whenever the scheduler or an answer changes; not while the model computes.
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
+        # Beside the steps, and neither behind the other.
+        self._indexing = ThreadPoolExecutor(1, thread_name_prefix="magicpig-index")
+        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="magicpig-fetch")
         self._requests: dict[str, list[_Answer]] = {}
         self._thread: threading.Thread | None = None
         self._accepting, self._stopping = True, False
@@ -165,6 +180,10 @@ class Engine:
             self.prefixes.touch(request.prompt, config)
             self.scheduler.add(answers[0], now)
             self._requests[request.id] = answers
+            file = None if answers[0].needs_prompt_logits else self.prefixes.in_files(request.prompt, config)
+            if file is not None:
+                answers[0].held = True
+                self._fetching.submit(self._guard, self._fetch, answers[0], file)
             self._wake.notify()
 
     def stream(self, requests: Sequence[Request]) -> Stream:
@@ -198,6 +217,13 @@ class Engine:
         self._thread = threading.Thread(target=self._run_forever, name="magicpig-engine", daemon=True)
         self._thread.start()
 
+    def rest(self) -> None:
+        """Waits until all that is done beside the steps is done, and prompts that were read are in their files."""
+        for worker in (self._fetching, self._indexing):
+            worker.submit(lambda: None).result()
+        if self.prefixes.files is not None:
+            self.prefixes.files.flush()
+
     def close(self, *, drain: float = 0.0) -> int:
         """Takes no more requests, lets those that run go on for `drain` seconds, and ends the others with an error.
 
@@ -214,6 +240,10 @@ class Engine:
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        for worker in (self._fetching, self._indexing):
+            worker.shutdown(wait=True, cancel_futures=True)
+        if self.prefixes.files is not None:
+            self.prefixes.files.close()
         with self._lock:
             left = len(self._requests)
             for answers in list(self._requests.values()):
@@ -267,18 +297,26 @@ class Engine:
             self._accept(answer, outcome.logits[-1])
 
     def _prompt_is_read(self, leader: _Answer, logits: Tensor) -> None:
-        """All answers draw their first token; the others take over what the first one has stored of the prompt."""
-        state, now = leader.state_now(), self._clock()
+        """All answers draw their first token, and go on from what the first one has stored, when it is indexed."""
+        state = leader.state_now()
         answers = list(self._family(leader))
         for answer in answers:
             self._accept(answer, logits[-1])
         going = [answer for answer in answers if answer.status is not Status.DONE]
-        if going:
-            for store in state.stores:
-                store.settle()  # as the next step would; once for all who go on from here
+        wanted = bool(going) or self.prefixes.files is not None
+        if wanted and any(store.length >= store.due for store in state.stores):
+            leader.held = True
+            self._indexing.submit(self._guard, self._index, leader, state, going)
+        else:
+            self._share(leader, state, going)
+
+    def _share(self, leader: _Answer, state: SequenceState, going: Iterable[_Answer]) -> None:
+        """The answers that go on from a prompt take over what the first one has stored; so may later requests."""
+        now = self._clock()
+        leader.held = False
         self.prefixes.insert(leader.request.prompt, state)
         for answer in going:
-            if answer is not leader:
+            if answer is not leader and answer.status is not Status.DONE:
                 answer.state, answer.cached = state.fork(), leader.cached
                 self.scheduler.enter(answer, now)
                 if not self.scheduler.admit(answer, now):
@@ -313,6 +351,47 @@ class Engine:
         )
         if finish is not None:
             self._end(answer, finish)
+
+    # --- beside the steps, in threads of their own --------------------------------------------------------------------
+
+    def _index(self, leader: _Answer, state: SequenceState, going: Sequence[_Answer]) -> None:
+        """Builds the index of a prompt, once for all who go on from here: it is what the next step would do."""
+        start = time.perf_counter()
+        for store in state.stores:
+            if going and all(answer.cancelled or answer.status is Status.DONE for answer in going):
+                return  # nobody waits for it any more
+            store.settle()
+        with self._lock:
+            self._share(leader, state, going)
+            self.observer.on_indexed(time.perf_counter() - start)
+            self._wake.notify()
+
+    def _fetch(self, answer: _Answer, file: PromptFile) -> None:
+        """Brings a prompt from a file to memory, where the answer finds it when it starts."""
+        files = self.prefixes.files
+        assert files is not None
+        with self._lock:
+            wanted = answer.status is Status.WAITING and not answer.cancelled
+            # Another request may have fetched it meanwhile.
+            wanted = wanted and self.prefixes.in_files(answer.request.prompt, answer.config) is file
+        state = files.read(file) if wanted else None
+        with self._lock:
+            if state is not None:
+                self.prefixes.keep(file.tokens, state)
+            answer.held = False
+            self._wake.notify()
+
+    def _guard(self, work: Callable[..., None], answer: _Answer, *arguments: Any) -> None:
+        """Does work for an answer; should it fail, its request does."""
+        try:
+            work(answer, *arguments)
+        except Exception as error:
+            logger.exception("work for request %s failed", answer.request.id)
+            with self._lock:
+                if answer.request.id in self._requests:
+                    failed = StepError(f"a prompt could not be made ready: {type(error).__name__}")
+                    self._end_all(self._family(answer), "error", failed)
+                self._wake.notify()
 
     # --- ends ---------------------------------------------------------------------------------------------------------
 
@@ -416,7 +495,7 @@ class Engine:
         try:
             while not self._stopping:
                 if not self.step():
-                    self._wait()
+                    self.wait()
         except Exception:
             # A fault of ours, and nothing that is left can be trusted. Nobody shall wait for an answer for ever.
             logger.exception("the engine has failed and ends")
@@ -425,7 +504,8 @@ class Engine:
                 for answers in list(self._requests.values()):
                     self._end_all(answers, "error", StepError("the engine has failed"))
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """After a step that had nothing to compute: waits until the next one may have."""
         with self._lock:
             if self._stopping or not self.scheduler.idle:
                 # Waiting tasks that do not fit wait for others to end, or for their own time to be over.

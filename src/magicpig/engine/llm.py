@@ -110,7 +110,8 @@ class LLM:
                     while waiting and len(self.engine.scheduler.waiting) < self.engine.scheduler.limits.running:
                         request, collector = waiting.pop()
                         self.engine.submit(request, partial(deliver, collector))
-                    self.engine.step()
+                    if not self.engine.step() and open_:
+                        self.engine.wait()
             finally:
                 for request in requests:
                     self.engine.cancel(request.id)

@@ -36,6 +36,9 @@ class Observer:
     def on_next_token(self, seconds: float) -> None:
         """After each later token, so long after the one before."""
 
+    def on_indexed(self, seconds: float) -> None:
+        """After the index of a prompt was built, beside the steps, in so long."""
+
     def on_preempted(self, request: Request) -> None:
         """When an answer gives way to others."""
 

@@ -1,7 +1,8 @@
 """Prompts that were read stay warm: the next one that begins alike reads only what is new.
 
 An entry is the state of a prompt when its last token was read. Its blocks are shared with those who go on from it, and
-its index with those whose settings make the same one; all others build their own.
+its index with those whose settings make the same one; all others build their own. Files (prompt_files.py) are the
+second tier: they outlive the process, and what they have and memory has not is fetched before a request starts.
 """
 
 from __future__ import annotations
@@ -10,20 +11,19 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from magicpig.config import Config
-from magicpig.engine.radix_tree import RadixTree
+from magicpig.engine.prompt_files import PromptFile, PromptFiles
+from magicpig.engine.prompts import SHORTEST, Prompts
 from magicpig.engine.runner import SequenceState, Window
-
-SHORTEST = 64  # tokens; fewer are read anew as fast
 
 
 class PrefixCache:
-    """The states of prompts, the least recently used going first. limit: bytes of keys and values."""
+    """The states of prompts, the least recently used going first. limit: bytes of keys and values. files: or None."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, files: PromptFiles | None = None) -> None:
         self.limit = limit
+        self.files = files
         self.nbytes = 0
-        # By what decides how rows are kept.
-        self._trees: dict[tuple[object, ...], RadixTree[_Entry]] = {}
+        self._prompts: Prompts[_Entry] = Prompts()
         self._entries: OrderedDict[_Entry, None] = OrderedDict()
         self._uses: dict[int, tuple[int, int]] = {}  # by address: bytes, and entries that hold them
 
@@ -35,7 +35,7 @@ class PrefixCache:
 
         None if it is shorter than `SHORTEST`.
         """
-        entry, length = self._find(tokens, most, config)
+        entry, length = self._prompts.find(tokens, most, config)
         if entry is None:
             return None
         self._entries.move_to_end(entry)
@@ -43,22 +43,34 @@ class PrefixCache:
 
     def touch(self, tokens: Sequence[int], config: Config) -> None:
         """Says that what matches these tokens will be used soon."""
-        entry, _ = self._find(tokens, len(tokens), config)
+        entry, _ = self._prompts.find(tokens, len(tokens), config)
         if entry is not None:
             self._entries.move_to_end(entry)
+
+    def in_files(self, tokens: Sequence[int], config: Config) -> PromptFile | None:
+        """The file that has more of the beginning of `tokens` than is in memory, if there is one: `fetch` it."""
+        if self.files is None or self.limit <= 0:
+            return None
+        file, length = self.files.find(tokens, len(tokens), config)
+        _, known = self._prompts.find(tokens, len(tokens), config)
+        return file if file is not None and length >= known + SHORTEST else None
 
     def insert(self, tokens: Sequence[int], state: SequenceState) -> None:
         """Keeps a fork of the state of a prompt that was just read; forgets what the limit has no room for."""
         tokens = tuple(tokens)
-        if len(tokens) < SHORTEST or self.limit <= 0:
+        if len(tokens) < SHORTEST:
             return
-        tree = self._trees.setdefault(_kind(state.config), RadixTree())
-        for length, known in list(tree.prefixes(tokens)):
-            # The longer one can be cropped, but for windows, which know the newest tokens only.
-            if length == len(tokens) or not state.has_windows:
-                self._drop(known)
-        entry = _Entry(tokens, state.fork())
-        tree.insert(tokens, entry)
+        if self.files is not None:
+            self.files.offer(tokens, state)
+        if self.limit > 0:
+            self.keep(tokens, state.fork())
+
+    def keep(self, tokens: tuple[int, ...], state: SequenceState) -> None:
+        """As `insert`, in memory alone, and of the state itself."""
+        for known in list(self._prompts.needless(tokens, state.config, has_windows=state.has_windows)):
+            self._drop(known)
+        entry = _Entry(tokens, state)
+        self._prompts.add(entry)
         self._entries[entry] = None
         for address, size in entry.memory:
             bytes_held, holders = self._uses.get(address, (size, 0))
@@ -70,31 +82,19 @@ class PrefixCache:
         """Forgets entries until so many bytes are given back, or none is left."""
         target = self.nbytes - size
         while self._entries and self.nbytes > target:
-            self._drop(next(iter(self._entries)))
+            entry = next(iter(self._entries))
+            self._drop(entry)
+            if self.files is not None:
+                self.files.withdraw(entry.tokens)
 
     def clear(self) -> None:
-        """Forgets all."""
-        self.reclaim(self.nbytes)
-
-    def _find(self, tokens: Sequence[int], most: int, config: Config) -> tuple[_Entry | None, int]:
-        if config.kv_dtype == "int8":
-            most = most // config.block * config.block  # rounded rows can be cropped to whole strides only
-        tree = self._trees.get(_kind(config))
-        found = None if tree is None else tree.longest(tokens[:most])
-        if tree is None or found is None:
-            return None, 0
-        length, entry = found
-        if entry.state.has_windows and length < len(entry.tokens):
-            # Only what was read to its end is of use.
-            whole = list(tree.prefixes(tokens[:most]))
-            length, entry = whole[-1] if whole else (0, entry)
-        elif config.kv_dtype == "int8":
-            length = length // config.block * config.block
-        return (entry, length) if length >= SHORTEST else (None, 0)
+        """Forgets all that is in memory; what is being written is written."""
+        while self._entries:
+            self._drop(next(iter(self._entries)))
 
     def _drop(self, entry: _Entry) -> None:
         del self._entries[entry]
-        self._trees[_kind(entry.state.config)].remove(entry.tokens)
+        self._prompts.remove(entry)
         for address, _ in entry.memory:
             size, holders = self._uses.pop(address)
             if holders > 1:
@@ -106,13 +106,8 @@ class PrefixCache:
 class _Entry:
     def __init__(self, tokens: tuple[int, ...], state: SequenceState) -> None:
         self.tokens, self.state = tokens, state
+        self.config, self.has_windows = state.config, state.has_windows
         self.memory = tuple(_memory(state))
-
-
-def _kind(config: Config) -> tuple[object, ...]:
-    """Settings on which rows depend."""
-    quantised = config.kv_dtype == "int8"
-    return (config.kv_dtype, config.block, config.centre) if quantised else (config.kv_dtype,)
 
 
 def _memory(state: SequenceState) -> Iterable[tuple[int, int]]:

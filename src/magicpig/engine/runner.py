@@ -58,6 +58,18 @@ class Window:
         seen = slice(self._end - T - kept, self._end)
         return self._keys[:, seen], self._values[:, seen]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The keys and values (G, n, D) of the newest n tokens, at most `size` of them."""
+        newest = slice(max(0, self._end - self.size), self._end)
+        return {"keys": self._keys[:, newest], "values": self._values[:, newest]}
+
+    @classmethod
+    def of(cls, size: int, keys: Tensor, values: Tensor) -> Window:
+        """A window with these newest tokens (G, n, D), which belong to it from now on."""
+        window = cls(size)
+        window._keys, window._values, window._end = keys, values, keys.shape[1]
+        return window
+
     def fork(self) -> Window:
         """A window with the same tokens that goes its own way."""
         other = Window(self.size)

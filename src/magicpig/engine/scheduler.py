@@ -48,6 +48,7 @@ class Task:
     tokens keep, growing with n. priority: smaller comes first. deadline: by when it must be done; start_by: by when it
     must have been admitted (seconds of the scheduler's clock). chunk: the most tokens of one prefill piece.
     produced: tokens sampled so far; computed: tokens whose keys and values are there.
+    held: something is made ready for it elsewhere; until then it neither starts nor computes, and others pass.
     """
 
     prompt: int
@@ -66,6 +67,7 @@ class Task:
     reserved: int = field(default=0, init=False)  # bytes
     reserved_tokens: int = field(default=0, init=False)
     preemptions: int = field(default=0, init=False)
+    held: bool = field(default=False, init=False)
 
     @property
     def tokens(self) -> int:
@@ -209,8 +211,12 @@ class Scheduler:
         for task in sorted(self.running, key=_rank):
             if task.status is Status.RUNNING:
                 self._grow(task)
-        while self.waiting and len(self.running) < self.limits.running and self._make_room(self.waiting[0]):
-            self._start(self.waiting.pop(0), now)
+        while len(self.running) < self.limits.running:
+            head = next((task for task in self.waiting if not task.held), None)
+            if head is None or not self._make_room(head):
+                break
+            self.waiting.remove(head)
+            self._start(head, now)
         return Batch(tuple(self._pieces()))
 
     def commit(self, batch: Batch) -> None:
@@ -316,7 +322,7 @@ class Scheduler:
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def _pieces(self) -> Iterator[Piece]:
-        line = sorted(self.running, key=_rank)
+        line = sorted((task for task in self.running if not task.held), key=_rank)
         generating = [task for task in line if task.generates]
         reading = [task for task in line if not task.generates]
         for task in generating:

@@ -42,6 +42,7 @@ class Metrics(Observer):
         self.total = histogram("request_seconds", "From a request to the end of an answer", SECONDS)
         self.queue = histogram("queue_seconds", "From a request to when it is let in", SECONDS)
         self.step_seconds = histogram("step_seconds", "One step", SECONDS)
+        self.index_seconds = histogram("index_seconds", "Building the index of a prompt", SECONDS)
         self.rows_share = histogram(
             "rows_share", "Share of the indexed keys that a head reads, mean of an answer", SHARES
         )
@@ -70,6 +71,9 @@ class Metrics(Observer):
 
     def on_next_token(self, seconds: float) -> None:
         self.next_token.observe(seconds)
+
+    def on_indexed(self, seconds: float) -> None:
+        self.index_seconds.observe(seconds)
 
     def on_preempted(self, request: Request) -> None:
         self.preemptions.inc()

@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def write_tensors(path: Path | str, format: str, manifest: Mapping[str, Any], te
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _forget_abandoned(path)
+    forget_abandoned(path.parent, path.name)
     try:
         with open(aside, "w+b") as file:
             file.write(len(text).to_bytes(8, "little") + text)
@@ -95,21 +95,21 @@ def write_tensors(path: Path | str, format: str, manifest: Mapping[str, Any], te
     _sync_folder(path.parent)
 
 
-def read_tensors(path: Path | str, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_tensors(path: Path | str, format: str, *, verify: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest and the tensors of a file, mapped: what is not looked at is not in memory.
 
+    verify: False leaves out the checksum, and with it the time to read all of the file; nothing is certain then.
     Raises StoreFileError where there is no such file, and DamagedFileError where it is not as it was written.
     """
+    checksum = hashlib.sha256().digest_size
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             # Private: whoever writes into a tensor gets pages of his own.
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
-            fd = file.fileno()
-            checksum = hashlib.sha256().digest_size
             if size < 8 + checksum:
                 raise DamagedFileError(f"{path}: {size} bytes are no file of keys and values")
-            if _digest(fd, size - checksum) != bytes(memory[size - checksum :]):
+            if verify and _digest(file.fileno(), size - checksum) != bytes(memory[size - checksum :]):
                 raise DamagedFileError(f"{path}: the checksum does not match: it has been changed, or has lost its end")
     except OSError as error:
         raise StoreFileError(f"cannot read {path}: {error.strerror or error}") from None
@@ -119,7 +119,7 @@ def read_tensors(path: Path | str, format: str) -> tuple[dict[str, Any], dict[st
         manifest = json.loads(header.pop("__metadata__")[format])
         del header[CHECKSUM]
         tensors = {name: _mapped(memory, 8 + length, entry) for name, entry in header.items()}
-    except (KeyError, ValueError, TypeError):
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError):
         raise StoreFileError(f"{path}: not a file of {format}") from None
     return manifest, tensors
 
@@ -242,18 +242,13 @@ def _digest(fd: int, size: int) -> bytes:
         return hashlib.sha256(b"".join(pool.map(piece, range(0, size, PIECE)))).digest()
 
 
-def _abandoned(path: Path) -> Iterator[Path]:
-    for aside in path.parent.glob(f".{path.name}.*.part"):
-        number = aside.name.removeprefix(f".{path.name}.").removesuffix(".part")
+def forget_abandoned(folder: Path, name: str = "*") -> None:
+    """Removes what processes left in a folder that were stopped while they wrote a file of that name."""
+    for aside in list(folder.glob(f".{name}.*.part")):
+        number = aside.name.removesuffix(".part").rpartition(".")[2]
         if number.isdigit() and not _alive(int(number)):
-            yield aside
-
-
-def _forget_abandoned(path: Path) -> None:
-    """Removes what processes left that were stopped while they wrote this file."""
-    for aside in list(_abandoned(path)):
-        with contextlib.suppress(OSError):
-            aside.unlink()
+            with contextlib.suppress(OSError):
+                aside.unlink()
 
 
 def _alive(pid: int) -> bool:
