@@ -1,7 +1,7 @@
 """Sampled attention for long contexts: keys are drawn by locality-sensitive hashing and weighted without bias.
 
 The method is MagicPIG (arXiv 2410.16179). `attend` works on tensors, `attach` on transformers models, and `LLM`
-answers many prompts at once.
+answers many prompts at once. `open_model` and `load` take model directories and GGUF files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from magicpig.engine.llm import LLM
     from magicpig.engine.request import SamplingParams
     from magicpig.functional import attend
+    from magicpig.generation import load, open_model
 
     # From their modules: one is named as its function, which the checker takes for the function's first definition.
     from magicpig.integrations.transformers.attach import attach, detach
@@ -30,6 +31,8 @@ __all__ = [
     "attach",
     "attend",
     "detach",
+    "load",
+    "open_model",
 ]
 
 # Imported when first asked for: torch and transformers take seconds, and `magicpig --help` needs neither.
@@ -42,6 +45,8 @@ _HOMES = {
     "attach": "magicpig.integrations.transformers",
     "attend": "magicpig.functional",
     "detach": "magicpig.integrations.transformers",
+    "load": "magicpig.generation",
+    "open_model": "magicpig.generation",
 }
 
 

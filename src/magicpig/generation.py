@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,26 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
-from transformers.generation.streamers import TextStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    logging,
+)
+from transformers.generation.streamers import BaseStreamer
 
-from magicpig import machine
+from magicpig import adapters, gguf, machine
 from magicpig.config import Config
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
 from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
 from magicpig.integrations.transformers.compat import cache_argument, cache_of
-from magicpig.integrations.transformers.shapes import token_limit
-from magicpig.model_dir import ModelError, brings_code, check_directory
-from magicpig.wording import printable, shown
+from magicpig.integrations.transformers.shapes import scale_positions, token_limit
+from magicpig.model_dir import ModelError, brings_code, check_directory, gguf_file
+from magicpig.text_stream import Detokenizer, StopStrings
+from magicpig.wording import counted, printable, shown
 
 GREEDY = ("temperature", "top_p", "top_k")  # means nothing to it
 TEMPLATE_SECONDS = 10  # for a chat template, which takes milliseconds
@@ -64,13 +73,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Model:
-    """A local model directory, looked into: everything but the weights."""
+    """A local model directory, looked into: everything but the weights. adapter, rope_scaling: as in `open_model`."""
 
     directory: Path
     config: Any
     tokenizer: Any
     trust_remote_code: bool
     max_length: int | None = None
+    adapter: Path | None = None
+    rope_scaling: str | None = None
 
     @property
     def limit(self) -> int | None:
@@ -108,18 +119,47 @@ class Generation:
         return self.decode_steps / self.decode_s if self.decode_steps else None
 
 
-def open_model(directory: Path, *, trust_remote_code: bool = False, max_length: int | None = None) -> Model:
-    """Read configuration and tokenizer of a local ``directory``; nothing is ever downloaded.
+def open_model(
+    path: Path | str,
+    *,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
+    adapter: Path | str | None = None,
+    rope_scaling: str | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Model:
+    """Read configuration and tokenizer of a local model; nothing is ever downloaded. `load` makes the network of it.
 
+    path: a directory, a GGUF file, or a directory that holds one. A file is converted once (`gguf.converted`); on_stage
+    is called with a sentence at each stage of that.
     max_length: the most tokens of prompt and answer, in place of what the configuration says.
+    adapter: the directory of a PEFT adapter that changes weights (LoRA and its kind), which `load` merges into them.
+    rope_scaling: as "yarn:4", a kind of `shapes.ROPE_SCALING` and a factor, for texts longer than the model was made
+    for.
 
-    Raises ModelError if anything about the directory is wrong.
+    Raises ModelError if anything about it is wrong.
     """
+    directory = Path(path)
+    file = gguf_file(directory)
+    if file is not None:
+        directory = gguf.converted(file, on_stage)
     check_directory(directory)
+    if adapter is not None:
+        adapters.check(Path(adapter))
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = _read(directory, "configuration", AutoConfig.from_pretrained, **local)
+    if rope_scaling is not None:
+        scale_positions(config, rope_scaling)
     tokenizer = _read(directory, "tokenizer", AutoTokenizer.from_pretrained, **local)
-    return Model(directory, config, tokenizer, trust_remote_code, max_length)
+    return Model(
+        directory,
+        config,
+        tokenizer,
+        trust_remote_code,
+        max_length,
+        None if adapter is None else Path(adapter),
+        rope_scaling,
+    )
 
 
 def encode(
@@ -127,20 +167,26 @@ def encode(
     text: str,
     *,
     chat: bool = False,
+    system: str | None = None,
     answer: str = "",
     new_tokens: int = 0,
     most: int | None = None,
+    truncate: bool = False,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> list[int]:
     """Token ids of ``text``, or with ``chat`` of a user's message with that text, in the model's own template.
 
-    answer: how the answer begins; the model goes on from there. most: of more tokens, only so many.
+    system: what the model is told before the message. answer: how the answer begins; the model goes on from there.
+    most: of more tokens, only so many. truncate: leave out the middle of a prompt that does not fit the model, which
+    on_note is told; instructions and questions stand at the ends.
     Raises ModelError if nothing is left to read, or if the prompt and ``new_tokens`` do not fit the model.
     """
     tokenizer = model.tokenizer
     if chat and not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template; leave out --chat")
     if chat:
-        message = [{"role": "user", "content": text}]
+        message = [] if system is None else [{"role": "system", "content": system}]
+        message.append({"role": "user", "content": text})
         try:
             with _time_limit(TEMPLATE_SECONDS):
                 prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -157,10 +203,14 @@ def encode(
     if not ids or not text:
         raise ModelError("the prompt is empty")
     if model.limit is not None and len(ids) + new_tokens > model.limit:
-        raise ModelError(
-            f"the prompt has {len(ids)} tokens and {new_tokens} are to be generated, "
-            f"but the model's limit is {model.limit} tokens (max_length overrules it)"
-        )
+        kept = model.limit - new_tokens
+        if not truncate or kept < 1:
+            raise ModelError(
+                f"the prompt has {len(ids)} tokens and {new_tokens} are to be generated, "
+                f"but the model's limit is {model.limit} tokens (max_length overrules it)"
+            )
+        on_note(f"{counted(len(ids) - kept, 'token')} in the middle of the prompt do not fit the model, left out.")
+        ids = ids[: kept - kept // 2] + ids[len(ids) - kept // 2 :]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if max(ids) >= vocabulary:
         raise ModelError(
@@ -207,6 +257,7 @@ def load(model: Model, *, dtype: str = "auto") -> Any:
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=model.trust_remote_code,
+            **({} if model.rope_scaling is None else {"config": model.config}),
         )
     except ModelError as error:
         # transformers refers to a table of its own, which is not shown.
@@ -217,6 +268,8 @@ def load(model: Model, *, dtype: str = "auto") -> Any:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{model.directory}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if model.adapter is not None:
+        network = adapters.merged(network, model.adapter)
     return network.eval()
 
 
@@ -235,6 +288,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    stop: Sequence[str] = (),
     chunk: int = 1024,
     max_length: int | None = None,
     on_prefill: Callable[[int], None] = lambda tokens: None,
@@ -246,14 +300,17 @@ def generate(
     What the model's generation_config.json says is heeded, but for `OVERRULED`; on_note is called with a sentence if
     that makes a difference. Raises ModelError for settings in it that transformers refuses.
 
+    stop: texts that end the answer and are no part of it; those in generation_config.json, which also end it, are.
     chunk: the prompt is read this many tokens at a time. max_length: as in `attach`.
     on_prefill is called with the number of prompt tokens read by each chunk, on_text with every piece of new text.
     """
     attach(network, config, max_length=max_length)
-    watch = _Watch(tokenizer, on_text)
+    watch = _Watch(tokenizer, on_text, stop)
     torch.manual_seed(config.seed)
     # None switches off what the model's own generation settings may say.
-    sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else dict.fromkeys(GREEDY)
+    sampling: dict[str, Any] = (
+        {"temperature": temperature, "top_p": top_p} if temperature > 0 else dict.fromkeys(GREEDY)
+    )
     if network.generation_config.stop_strings is not None:
         sampling["tokenizer"] = tokenizer
     hook = network.register_forward_hook(
@@ -272,6 +329,7 @@ def generate(
                 do_sample=temperature > 0,
                 pad_token_id=_pad_token(network),
                 streamer=watch,
+                stopping_criteria=StoppingCriteriaList([_AtStop(watch)]),
                 return_dict_in_generate=True,  # with the cache that `attach` made
                 **sampling,
             )
@@ -368,24 +426,41 @@ def even_chunk(tokens: int, chunk: int) -> int:
     return math.ceil(tokens / math.ceil(tokens / chunk))
 
 
-class _Watch(TextStreamer):
-    """Notes when each new token arrived and hands its text on."""
+class _Watch(BaseStreamer):
+    """Notes when each new token arrived, hands its text on, and knows when a text in ``stop`` has come."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop: Sequence[str]) -> None:
+        self.text_of, self.stops = Detokenizer(tokenizer), StopStrings(stop)
         self.on_text = on_text
         self.times: list[float] = []
         self.text = ""
+        self._prompt = True
 
     def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.times.append(time.perf_counter())
-        super().put(value)  # type: ignore[no-untyped-call]
+        if self._prompt:  # comes first, at once
+            self._prompt = False
+            return
+        self.times.append(time.perf_counter())
+        if not self.stops.found:
+            self._show(self.stops.push(self.text_of.push(int(value))))
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def end(self) -> None:
+        if not self.stops.found:
+            self._show(self.stops.push(self.text_of.flush()) + self.stops.flush())
+
+    def _show(self, text: str) -> None:
         if text:
             self.text += text
             self.on_text(text)
+
+
+class _AtStop(StoppingCriteria):
+    # Not that of transformers, which does not know all tokenizers.
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.full(input_ids.shape[:1], self.watch.stops.found, device=input_ids.device)
 
 
 @contextmanager

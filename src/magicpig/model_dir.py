@@ -6,7 +6,8 @@ before it looks whether there are weights for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,34 @@ class ModelError(ArgumentError):
     """A model directory that cannot be used, or a prompt the model cannot take. One line, naming the cause."""
 
     code = "invalid_model"
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path of a model means: itself, or the one in a directory that is no model directory.
+
+    None where it means something else. Raises ModelError if there are several.
+    """
+    try:
+        if path.suffix.lower() == ".gguf" and not path.is_dir():
+            return path
+        if not path.is_dir() or (path / "config.json").exists():
+            return None
+        found = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
+    except (OSError, RuntimeError):
+        return None  # said where the directory is looked into
+    if len(found) > 1:
+        raise ModelError(f"{path}: has {len(found)} GGUF files, such as {found[0].name}; name the one to use")
+    return found[0] if found else None
+
+
+def checksum(paths: Iterable[Path]) -> str:
+    """SHA-256 of the content of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def check_directory(directory: Path) -> None:

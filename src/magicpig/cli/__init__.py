@@ -11,6 +11,7 @@ import typer
 from magicpig.cli.cache import cache
 from magicpig.cli.chat import chat
 from magicpig.cli.commands import Command, end_in_order, prepare_streams
+from magicpig.cli.convert import convert
 from magicpig.cli.doctor import doctor
 from magicpig.cli.errors import OneLineErrors
 from magicpig.cli.generate import generate
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat):
+for command in (generate, chat, convert):
     app.command(cls=Command)(command)
 app.command(cls=Command, context_settings={"auto_envvar_prefix": "MAGICPIG_SERVE"})(serve)
 app.command(cls=Command)(doctor)

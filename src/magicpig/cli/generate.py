@@ -15,10 +15,12 @@ from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, read_text
 from magicpig.cli.options import (
     MOST_TOKENS,
+    Adapter,
     Dtype,
     ModelDtype,
     ModelOrPocket,
     PrefillChunk,
+    RopeScaling,
     TrustRemoteCode,
     checked,
     config_from,
@@ -53,6 +55,13 @@ def generate(
     chat: Annotated[
         bool, typer.Option(help="Wrap the prompt as a user's message for a chat model.", rich_help_panel=PROMPT)
     ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="What a chat model is told first; says --chat.", rich_help_panel=PROMPT)
+    ] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option("--truncate", help="Leave out the middle of a prompt that is too long.", rich_help_panel=PROMPT),
+    ] = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Stop after this many tokens.", rich_help_panel=ANSWER)
     ] = 128,
@@ -73,6 +82,10 @@ def generate(
         float,
         typer.Option(min=0, max=1, help="Draw from the likeliest tokens with this mass.", rich_help_panel=ANSWER),
     ] = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Stop before this text; may be given several times.", rich_help_panel=ANSWER),
+    ] = None,
     config_file: Annotated[
         Path | None,
         typer.Option("--config", help="Or a file with settings: magicpig tune writes one.", rich_help_panel=METHOD),
@@ -138,6 +151,8 @@ def generate(
     ] = DEFAULTS.seed,
     dtype: ModelDtype = Dtype.auto,
     prefill_chunk: PrefillChunk = 1024,
+    adapter: Adapter = None,
+    rope_scaling: RopeScaling = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[
         bool,
@@ -160,6 +175,8 @@ def generate(
         raise InputError("the prompt is empty")
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python keeps bytes it cannot decode
         raise InputError("--prompt is not valid UTF-8")
+    if stop is not None and not all(stop):
+        raise InputError("--stop is empty")
     config = config_from(
         context,
         config_file,
@@ -178,6 +195,7 @@ def generate(
     )
 
     notes = Console(stderr=True)
+    told: list[str] = []
     with OutputFile(output) as file:
         directory = or_pocket(model, notes)
         with notes.status("Loading the model"):
@@ -185,9 +203,23 @@ def generate(
             from magicpig.integrations.transformers import MagicPigCache
 
             generation.silence_transformers()
-            opened = generation.open_model(directory, trust_remote_code=trust_remote_code, max_length=max_length)
+            opened = generation.open_model(
+                directory,
+                trust_remote_code=trust_remote_code,
+                max_length=max_length,
+                adapter=adapter,
+                rope_scaling=rope_scaling,
+            )
             checked(MagicPigCache, opened.config, config)  # has the model these layers?
-            ids = generation.encode(opened, text, chat=chat, new_tokens=max_new_tokens)
+            ids = generation.encode(
+                opened,
+                text,
+                chat=chat or system is not None,
+                system=system,
+                new_tokens=max_new_tokens,
+                truncate=truncate,
+                on_note=told.append,
+            )
             network = generation.load(opened, dtype=dtype.value)
 
         stream = _Stream(sys.stderr if as_json else sys.stdout)
@@ -199,7 +231,6 @@ def generate(
             if progress.finished:
                 progress.stop()
 
-        overruled: list[str] = []
         with progress, stream:
             result = generation.generate(
                 network,
@@ -209,11 +240,12 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
+                stop=stop or (),
                 chunk=prefill_chunk,
                 max_length=max_length,
                 on_prefill=on_prefill,
                 on_text=stream.write,
-                on_note=overruled.append,
+                on_note=told.append,
             )
         settings = config.model_dump(mode="json") | {
             "dtype": str(network.dtype).removeprefix("torch."),
@@ -221,13 +253,17 @@ def generate(
             "temperature": temperature,
             "top_p": top_p,
             "prefill_chunk": prefill_chunk,
-            "chat": chat,
+            "chat": chat or system is not None,
+            "system": system,
+            "stop": stop or [],
+            "rope_scaling": rope_scaling,
+            "adapter": None if adapter is None else adapter.name,
         }
         answer = json.dumps(_as_dict(result, settings), indent=2)
         if as_json:
             print(answer)
         file.write(answer + "\n" if as_json else result.text)
-    for note in overruled:
+    for note in told:
         notes.print(printable(note), markup=False)
     notes.print(_summary(result))
 

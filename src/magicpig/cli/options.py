@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -12,8 +13,8 @@ import typer
 from magicpig.cli.errors import InputError
 from magicpig.config import Config
 from magicpig.config_file import load_config
-from magicpig.model_dir import ModelError, check_directory
-from magicpig.wording import shown
+from magicpig.model_dir import ModelError, check_directory, gguf_file
+from magicpig.wording import printable, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,10 +34,21 @@ class Dtype(str, Enum):
 ModelOrPocket = Annotated[
     Path | None,
     typer.Option(
-        help="Directory of a transformers model: config.json, safetensors weights, tokenizer. "
+        help="Directory of a transformers model (config.json, safetensors weights, tokenizer), or a GGUF file. "
         "[default: the pocket model]"
     ),
 ]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Directory of a PEFT adapter, such as a LoRA, to merge into the weights.")
+]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        help="Read longer texts than the model was made for: linear, dynamic or yarn and a factor, as yarn:4.",
+        metavar="KIND:FACTOR",
+    ),
+]
+System = Annotated[str | None, typer.Option(help="What a chat model is told before all else.")]
 MOST_TOKENS = 2**40
 MOST_THREADS = 1024
 MOST_STEPS = 65_536
@@ -80,9 +92,10 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 
 def or_pocket(model: Path | None, notes: Console | None = None) -> Path:
-    """The model directory, by default that of the package, which ``notes`` are told.
+    """The model directory, by default that of the package, which ``notes`` are told; of a GGUF file, what it becomes.
 
-    Raises InputError without that one, ModelError for a directory that cannot be one; before torch is imported.
+    Raises InputError without that one, ModelError for what cannot be one; before torch is imported, but for GGUF files
+    that are converted, of which stderr is told.
     """
     from magicpig.studies import pocket
 
@@ -90,10 +103,19 @@ def or_pocket(model: Path | None, notes: Console | None = None) -> Path:
         chosen = pocket.path() if model is None else model
     except ModelError as error:
         raise InputError(f"{error}, or pass --model") from None
+    if (file := gguf_file(chosen)) is not None:
+        from magicpig.gguf import converted
+
+        chosen = converted(file, say)
     check_directory(chosen)
     if model is None and notes is not None:
         notes.print("Using the pocket model, which comes with this package; --model takes another.")
     return chosen
+
+
+def say(line: str) -> None:
+    """One line on stderr, whatever is in it."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

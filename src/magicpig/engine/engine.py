@@ -31,13 +31,13 @@ from magicpig.engine.request import Delta, FinishReason, Report, Request, TokenL
 from magicpig.engine.runner import Outcome, Runner, SequenceState, Work
 from magicpig.engine.sampling import TokenSampler, check_tokens, logprobs
 from magicpig.engine.scheduler import Batch, Limits, Phase, Piece, Scheduler, Status, Task
-from magicpig.engine.text import Detokenizer, StopStrings
 from magicpig.errors import ArgumentError, MagicPigError
 from magicpig.generation import end_tokens
 from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes, token_limit
 from magicpig.machine import free_memory
 from magicpig.report import PredictedErrors
 from magicpig.store.planner import plan
+from magicpig.text_stream import Detokenizer, StopStrings
 
 SAFE_SHARE = 0.8  # of the memory that is free when the engine starts
 UNLIMITED = 131072  # tokens, for models that name no limit

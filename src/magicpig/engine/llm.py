@@ -23,7 +23,7 @@ Prompt = str | Sequence[int]
 class LLM:
     """A model that answers many prompts at once, each with its own settings, as it would answer each alone.
 
-    model: the directory of a transformers model, or a network in evaluation mode and then `tokenizer` as well.
+    model: the directory of a transformers model, a GGUF file, or a network in evaluation mode and then `tokenizer` too.
     config: how answers attend. dtype: of the weights, of a directory. options: by name, those of `EngineOptions`.
     Raises ModelError for directories that cannot be used, UnsupportedModelError for models that cannot.
 
@@ -41,7 +41,7 @@ class LLM:
         **options: Any,
     ) -> None:
         if isinstance(model, (str, Path)):
-            opened = open_model(Path(model))
+            opened = open_model(model)
             tokenizer = opened.tokenizer if tokenizer is None else tokenizer
             model = load(opened, dtype=dtype)
         elif tokenizer is None:

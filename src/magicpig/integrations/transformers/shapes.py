@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from magicpig.config import Config
 from magicpig.integrations.transformers.compat import layer_types
+from magicpig.model_dir import ModelError
 from magicpig.store.planner import LayerShape
+from magicpig.wording import shown
+
+ROPE_SCALING = ("linear", "dynamic", "yarn")
 
 
 def layer_shapes(model_config: PreTrainedConfig, config: Config) -> list[LayerShape]:
@@ -49,6 +54,35 @@ def _scaled(stated: int, rope: Mapping[str, Any]) -> int:
     if not scales or rope.get("factor") is None:
         return stated
     return max(stated, int(original * float(rope["factor"])))
+
+
+def scale_positions(model_config: PreTrainedConfig, scaling: str) -> None:
+    """Have a model read longer texts than it was made for, by stretching its rotary embeddings.
+
+    scaling: "yarn:4": a kind of `ROPE_SCALING` and the factor. What the model was made for is what its configuration
+    says, or says it was before an earlier scaling. Raises ModelError where that cannot be done.
+    """
+    kind, _, given = scaling.partition(":")
+    try:
+        factor = float(given)
+    except ValueError:
+        factor = 0.0
+    if kind not in ROPE_SCALING or not 1 < factor < math.inf:
+        raise ModelError(
+            f"rope_scaling={shown(scaling)} must be a kind and a factor above 1, as yarn:4; "
+            f"the kinds are {', '.join(ROPE_SCALING)}"
+        )
+    decoder = model_config.get_text_config(decoder=True)
+    rope = getattr(decoder, "rope_parameters", None)
+    stated = getattr(decoder, "max_position_embeddings", None)
+    if not rope or stated is None:
+        raise ModelError(f"rope_scaling={shown(scaling)}: {decoder.model_type} has no rotary embeddings to scale")
+    if any(isinstance(own, Mapping) for own in rope.values()):
+        raise ModelError(f"rope_scaling={shown(scaling)}: the layers of {decoder.model_type} have several of their own")
+    original = rope.get("original_max_position_embeddings") or stated
+    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    scaled = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
+    decoder.rope_parameters = {**kept, **scaled}
 
 
 def key_dtype(model: PreTrainedModel) -> torch.dtype:

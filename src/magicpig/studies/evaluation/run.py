@@ -6,8 +6,7 @@ file ends up the same. One that has ended goes on if more samples are wanted.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from magicpig.config import EXACT
 from magicpig.generation import Model, encode, encode_in_two, load, open_model, silence_transformers, stop_tokens
 from magicpig.integrations.transformers import attach
 from magicpig.integrations.transformers.shapes import layer_shapes
+from magicpig.model_dir import checksum
 from magicpig.store.planner import check, plan
 from magicpig.studies.evaluation.answer import Answer, answers, read_document
 from magicpig.studies.evaluation.matrix import Matrix, MatrixError
@@ -168,7 +168,7 @@ def _judged(model: Model, sample: Sample, answer: Answer) -> dict[str, Any]:
 def _settings(model: Model, matrix: Matrix, dtype: str, chunk: int) -> dict[str, Any]:
     """All that decides about the results but their number. Files go by name and content, so that they may move."""
     files = {
-        name: path and {"name": path.name, "sha256": _sha256([path])} for name, path in vars(matrix.sources).items()
+        name: path and {"name": path.name, "sha256": checksum([path])} for name, path in vars(matrix.sources).items()
     }
     return {
         "benchmark": "ruler",
@@ -191,16 +191,7 @@ def _settings(model: Model, matrix: Matrix, dtype: str, chunk: int) -> dict[str,
 def identity(model: Model) -> dict[str, str]:
     """Which weights these are: the name of their directory, and a checksum."""
     weights = sorted(model.directory.glob("*.safetensors"))
-    return {"name": model.directory.resolve().name, "sha256": _sha256(weights)}
-
-
-def _sha256(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return {"name": model.directory.resolve().name, "sha256": checksum(weights)}
 
 
 def _check_memory(network: Any, matrix: Matrix, copies: int) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from magicpig.engine.text import Detokenizer, StopStrings, rewrites
+from magicpig.text_stream import Detokenizer, StopStrings, rewrites
 
 
 def byte_tokenizer(decoder: object = None) -> PreTrainedTokenizerFast:
