@@ -42,6 +42,7 @@ HOW = "How"
 DATA = "Data"
 
 MOST_JOBS = 1024
+SAMPLERS = "full,window,topk:512,quest:512,oracle:512,lsh:K=10,L=150,lsh:K=9,L=120,sketch:256,sketch:512,sketch:1024"
 _NAMES = 2  # columns of a results table that name a row
 
 evaluate = typer.Typer(cls=CommandGroup, help="Evaluate answers: tasks with known answers, samplers side by side.")
@@ -132,6 +133,7 @@ def ruler(
     """
     notes = Console(stderr=True, highlight=False)
     from magicpig.studies.evaluation import matrix as matrices
+    from magicpig.studies.evaluation import run
     from magicpig.studies.evaluation.tasks import Sources
 
     chosen = matrices.parse_tasks(tasks), matrices.parse_lengths(lengths)
@@ -154,7 +156,69 @@ def ruler(
             new_tokens=max_new_tokens,
             sources=Sources(filler, squad, hotpotqa),
         )
-    _show(run_evaluation(opened, matrix, out, notes, dtype=dtype.value, chunk=prefill_chunk, jobs=jobs))
+    how = {"dtype": dtype.value, "chunk": prefill_chunk, "jobs": jobs}
+    _show(run_evaluation(run.evaluate, opened, matrix, out, notes, **how))
+
+
+@evaluate.command(cls=StudyCommand)
+def perplexity(
+    out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
+    model: ModelOrPocket = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A UTF-8 text; may be given several times. [default: prose of two books, and code]",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    lengths: Annotated[
+        str,
+        typer.Option(help="Tokens of a text, those that are decoded included, as 4096 or 4K.", rich_help_panel=WHAT),
+    ] = "4K",
+    decoded: Annotated[
+        int,
+        typer.Option(min=1, max=MOST_TOKENS, help="Tokens at the end that are decoded.", rich_help_panel=WHAT),
+    ] = 256,
+    samplers: Annotated[
+        str, typer.Option(help="Samplers with their settings, as of `eval ruler`.", rich_help_panel=WHAT)
+    ] = SAMPLERS,
+    dense_layers: Annotated[
+        str | None,
+        typer.Option(help="Layers that are read in full, as 0,16, or none.", rich_help_panel=HOW),
+    ] = None,
+    exact_below: Annotated[
+        int, typer.Option(min=0, max=MOST_TOKENS, help="Shorter contexts are read in full.", rich_help_panel=HOW)
+    ] = 0,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="What the model computes in; bfloat16 has errors of its own.", rich_help_panel=HOW),
+    ] = Dtype.float32,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=64, max=MOST_TOKENS, help="Tokens read at a time.", rich_help_panel=HOW)
+    ] = 1024,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
+    ] = False,
+) -> None:
+    """How much samplers change what a model says next, along real texts.
+
+    Each text is read exactly, but for its end, of which every token is decoded by each sampler, given the true ones
+    before it. What the next token then may be is compared with full attention.
+    """
+    notes = Console(stderr=True, highlight=False)
+    from magicpig.studies.evaluation import matrix as matrices
+    from magicpig.studies.evaluation import perplexity as study
+
+    methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=parse_layers(dense_layers))
+    plan = study.Plan(tuple(text or study.TEXTS), matrices.parse_lengths(lengths), methods, decoded)
+    directory = or_pocket(model, notes)
+    with notes.status("Looking into the model and the texts"):
+        from magicpig import generation
+
+        generation.silence_transformers()
+        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+    how = {"dtype": dtype.value, "chunk": prefill_chunk}
+    _show(run_evaluation(study.evaluate, opened, plan, out, notes, **how))
 
 
 @evaluate.command(cls=StudyCommand)
@@ -163,18 +227,17 @@ def show(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print every cell as one JSON object.")] = False,
 ) -> None:
-    """Show the accuracy in a results file, with its confidence interval, and how much was read for it."""
+    """Show what is in a results file: accuracy with its confidence interval, or how far next tokens are from exact."""
     from magicpig.studies.evaluation.results import read_results
-    from magicpig.studies.evaluation.table import markdown, summarise, tables
+    from magicpig.studies.evaluation.table import markdown
 
     if as_markdown and as_json:
         raise InputError("pass either --markdown or --json")
     results = read_results(file)
-    cells = summarise(results)
     if as_json:
-        print(json.dumps({"header": results.header, "cells": [asdict(cell) for cell in cells]}, indent=2))
+        print(json.dumps({"header": results.header, "cells": _cells(results)}, indent=2))
     elif as_markdown:
-        print("\n\n".join(markdown(table) for table in tables(cells)))
+        print("\n\n".join(markdown(table) for table in _tables(results)))
     else:
         _show(results)
 
@@ -282,13 +345,29 @@ def lm_eval(
     Console(highlight=False).print(table)
 
 
-def _show(results: Results) -> None:
+def _cells(results: Results) -> list[dict[str, Any]]:
+    from magicpig.studies.evaluation import perplexity
+    from magicpig.studies.evaluation.table import summarise
+
+    if results.header.get("benchmark") == perplexity.BENCHMARK:
+        return results.lines
+    return [asdict(cell) for cell in summarise(results)]
+
+
+def _tables(results: Results) -> list[ResultsTable]:
+    from magicpig.studies.evaluation import perplexity
     from magicpig.studies.evaluation.table import summarise, tables
 
+    if results.header.get("benchmark") == perplexity.BENCHMARK:
+        return [perplexity.table(results)]
+    return tables(summarise(results))
+
+
+def _show(results: Results) -> None:
     console = Console(highlight=False)
     if not results.lines:
         console.print("no sample is finished yet")
-    for each in tables(summarise(results)):
+    for each in _tables(results) if results.lines else []:
         console.print(escape(each.title))
         for columns in _columns_that_fit(each, console.width):
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

@@ -114,16 +114,17 @@ def figures(
         opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
         chat = bool(opened.tokenizer.chat_template)
         compared, ablation = replace(compared, chat=chat), replace(ablation, chat=chat)
+    from magicpig.studies.evaluation.run import evaluate
     from magicpig.studies.figures import draw
 
     if "1" in wanted:
-        results = run_evaluation(opened, compared, out / "figure1-results.jsonl", notes, dtype=dtype.value)
+        results = run_evaluation(evaluate, opened, compared, out / "figure1-results.jsonl", notes, dtype=dtype.value)
         rows = accuracy.accuracy_rows(results, compared)
         _write(out, "figure1", _origin(results), rows, draw.draw_accuracy)
     if "2" in wanted or "3" in wanted:
         _attention(opened, compared, out, wanted, dtype, texts, steps, notes)
     if "centring" in wanted:
-        results = run_evaluation(opened, ablation, out / "centring-results.jsonl", notes, dtype=dtype.value)
+        results = run_evaluation(evaluate, opened, ablation, out / "centring-results.jsonl", notes, dtype=dtype.value)
         _write(out, "centring", _origin(results), accuracy.centring_rows(results, ablation), draw.draw_centring)
     notes.print(f"{counted(len(wanted), 'figure')} in {escape(str(out))}")
 

@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from magicpig.generation import Model
-    from magicpig.studies.evaluation.matrix import Matrix
     from magicpig.studies.evaluation.results import Results
 
 
@@ -29,16 +29,19 @@ def work_progress(console: Console) -> Progress:
     )
 
 
-def run_evaluation(model: Model, matrix: Matrix, path: Path, console: Console, **how: Any) -> Results:
-    """`evaluation.run.evaluate` with ``how`` it is done, under a progress bar; says how to go on when interrupted."""
-    from magicpig.studies.evaluation.run import evaluate
+def run_evaluation(
+    evaluate: Callable[..., Results], model: Model, what: Any, path: Path, console: Console, **how: Any
+) -> Results:
+    """`evaluation.run.evaluate`, or another that is called like it, under a progress bar.
 
+    what, how: is evaluated, and it is done. Says how to go on when interrupted.
+    """
     with work_progress(console) as progress:
         bar = progress.add_task("Preparing", total=None)
         try:
             return evaluate(
                 model,
-                matrix,
+                what,
                 path,
                 **how,
                 on_start=lambda done, total: progress.reset(bar, completed=done, total=total),
