@@ -35,7 +35,7 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(gguf.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("MAGICPIG_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -207,7 +207,7 @@ def test_convert_does_not_overwrite(file, tmp_path):
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert gguf.cache_directory() == tmp_path / "cache"
-    monkeypatch.delenv(gguf.CACHE_VARIABLE)
+    monkeypatch.delenv("MAGICPIG_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert gguf.cache_directory() == tmp_path / "xdg" / "magicpig"
     monkeypatch.delenv("XDG_CACHE_HOME")

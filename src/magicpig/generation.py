@@ -460,7 +460,7 @@ class _AtStop(StoppingCriteria):
         self.watch = watch
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return torch.full(input_ids.shape[:1], self.watch.stops.found, device=input_ids.device)
+        return torch.full(input_ids.shape[:1], self.watch.stops.found, dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

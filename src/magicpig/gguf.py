@@ -21,7 +21,6 @@ from magicpig import machine
 from magicpig.model_dir import ModelError, checksum
 from magicpig.wording import printable
 
-CACHE_VARIABLE = "MAGICPIG_CACHE"
 ABOUT = "gguf.json"  # beside the weights: which file they are from
 MAGIC = b"GGUF"
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # how llama.cpp names the parts of a split file
@@ -29,8 +28,8 @@ _KEPT = {"F32": "float32", "F16": "float16"}  # the others fit into bfloat16, wh
 
 
 def cache_directory() -> Path:
-    """Where converted files are kept: of the environment variable, else as the desktop has it."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
+    """Where converted files are kept: what the environment says, else as the desktop has it."""
+    if chosen := os.environ.get("MAGICPIG_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magicpig"
 

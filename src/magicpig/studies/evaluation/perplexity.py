@@ -110,7 +110,7 @@ def compare(
     document = read_document(
         network, list(ids[: begin - 1]), chunk=chunk, on_chunk=lambda count: on_step("reading", count)
     )
-    given, true = list(ids[begin - 1 : -1]), torch.tensor(ids[begin:], dtype=torch.int64)
+    given, true = list(ids[begin - 1 : -1]), torch.tensor(ids[begin:], dtype=torch.int64, device="cpu")
     exact = _log_probabilities(network, document.fork(EXACT), given)
     on_step("full attention", decoded)
     lines = []
@@ -200,7 +200,7 @@ def _row(length: int, sampler: str, lines: list[dict[str, Any]]) -> list[str]:
         known = [line[name] for line in lines if line[name] is not None]
         return sum(known) / len(known) if known else None
 
-    tokens = torch.tensor([kl for line in lines for kl in line["kl_tokens"]], dtype=torch.float64)
+    tokens = torch.tensor([kl for line in lines for kl in line["kl_tokens"]], dtype=torch.float64, device="cpu")
     share, predicted = mean("share_mean"), mean("predicted_error_mean")
     return [
         short_length(length),
