@@ -30,6 +30,7 @@ COMMANDS = [
     ["tune", "--text", "missing"],
     ["capture", "--out", "missing/out", "--task", "fwe"],
     ["figures", "--out", "missing/out"],
+    ["convert", "missing", "missing/out"],
     ["doctor"],
     ["bench", "attention"],
     ["bench", "certificates"],
@@ -37,13 +38,18 @@ COMMANDS = [
     ["bench", "frontier"],
     ["bench", "serving", "--url", "http://127.0.0.1:9/v1", "--requests", "1"],
     ["eval", "ruler", "--out", "missing/out"],
+    ["eval", "perplexity", "--out", "missing/out"],
     ["eval", "show", "missing"],
     ["eval", "tasks"],
     ["eval", "lm-eval", "--export", "missing/out"],
     ["pocket", "train", "--out", "missing/out"],
     ["pocket", "card", "missing", "--model", "missing"],
+    ["cache", "ls", "--cache-dir", "missing"],
+    ["cache", "warm", "missing", "--cache-dir", "missing"],
+    ["cache", "rm", "missing", "--cache-dir", "missing"],
+    ["cache", "verify", "--cache-dir", "missing"],
 ]
-GROUPS = {"bench": "attention, certificates, decode, frontier, serving", "eval": "ruler, show", "pocket": "train, card"}
+GROUPS = {"bench": "attention, certificates, decode, frontier, serving", "eval": "ruler, perplexity, show", "pocket": "train, card"}
 
 
 def run(*arguments, input=None):
@@ -405,6 +411,8 @@ def test_what_is_typed_wrong_is_said_before_torch_is_imported(tmp_path):
         ["bench", "certificates", "--contexts", "none"],
         ["eval", "ruler", "--out", missing, "--samplers", "lhs"],
         ["eval", "ruler", "--out", missing, "--model", missing],
+        ["eval", "perplexity", "--out", missing, "--samplers", "lhs"],
+        ["convert", missing, missing],
         ["eval", "show", missing],
         ["pocket", "train"],
     ]

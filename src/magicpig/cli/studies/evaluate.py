@@ -133,7 +133,6 @@ def ruler(
     """
     notes = Console(stderr=True, highlight=False)
     from magicpig.studies.evaluation import matrix as matrices
-    from magicpig.studies.evaluation import run
     from magicpig.studies.evaluation.tasks import Sources
 
     chosen = matrices.parse_tasks(tasks), matrices.parse_lengths(lengths)
@@ -142,6 +141,7 @@ def ruler(
     directory = or_pocket(model, notes)
     with notes.status("Looking into the model and the data"):
         from magicpig import generation
+        from magicpig.studies.evaluation import run
 
         generation.silence_transformers()
         opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
@@ -207,11 +207,13 @@ def perplexity(
     """
     notes = Console(stderr=True, highlight=False)
     from magicpig.studies.evaluation import matrix as matrices
-    from magicpig.studies.evaluation import perplexity as study
 
     methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=parse_layers(dense_layers))
-    plan = study.Plan(tuple(text or study.TEXTS), matrices.parse_lengths(lengths), methods, decoded)
+    parsed = matrices.parse_lengths(lengths)
     directory = or_pocket(model, notes)
+    from magicpig.studies.evaluation import perplexity as study
+
+    plan = study.Plan(tuple(text or study.TEXTS), parsed, methods, decoded)
     with notes.status("Looking into the model and the texts"):
         from magicpig import generation
 

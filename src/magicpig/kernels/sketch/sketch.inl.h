@@ -194,20 +194,30 @@ struct BlockAt {
   const float* offsets;  // of its first key and of the first of all heads
 };
 
-// Of W keys from `lane` of a block on, what their centres add to the scores of the head whose offsets these are.
-inline F offsets_at(const float* offsets, int shift, int lane) {
-  if (W <= kLeastStride || 1 << shift >= W) return splat(offsets[lane >> shift]);
-  F each;
-  for (int i = 0; i < W; ++i) each[i] = offsets[(lane + i) >> shift];
-  return each;
-}
+inline bool whole_blocks(const ScoreOffsets& offsets) { return 1 << offsets.shift >= kSketchKeys; }
+
+// What the centres of a block add to the scores of HEADS heads. Strides of whole blocks have one number a head, which stays
+// in a register; of shorter ones every key has its own.
+template <int HEADS, bool WHOLE>
+struct CentreOffsets {
+  alignas(64) float each[HEADS][WHOLE ? W : kSketchKeys];
+
+  // offsets: of the block's first key and of the first of these heads.
+  CentreOffsets(const float* offsets, int64_t per_head, int shift) {
+    for (int h = 0; h < HEADS; ++h, offsets += per_head) {
+      for (int i = 0; i < (WHOLE ? W : kSketchKeys); ++i) each[h][i] = offsets[WHOLE ? 0 : i >> shift];
+    }
+  }
+  F at(int h, int lane) const { return load(each[h] + (WHOLE ? 0 : lane)); }
+};
 
 // Hands the scores of a block, those of HEADS heads from `h` on for W keys at a time, to `use`. offsets: of head `h`.
-template <int BITS, int HEADS, class Use>
+template <int BITS, int HEADS, bool WHOLE, class Use>
 [[gnu::always_inline]] inline void score_block(const SketchLayout& layout, const BlockAt& block, const float* offsets,
                                                int64_t per_head, int shift, const ScoredHeads& heads, int h,
                                                const Use& use) {
   constexpr int kVectors = kScoreVectors, kApart = kSketchKeys / kVectors;
+  const CentreOffsets<HEADS, WHOLE> centres(offsets, per_head, shift);
   for (int first = 0; first < kApart; first += W) {
     I acc[HEADS][kVectors] = {};
     code_dots<BITS, HEADS, kVectors>(block.words + first, block.ahead + first * kVectors, layout.head_dim,
@@ -218,8 +228,7 @@ template <int BITS, int HEADS, class Use>
       const F scale = widen((const f16*)block.scales + lane);
       F scores[HEADS];
       for (int i = 0; i < HEADS; ++i) {
-        scores[i] = scale * (to_f(acc[i][v]) * heads.slope[h + i] + heads.level[h + i]) +
-                    offsets_at(offsets + i * per_head, shift, lane);
+        scores[i] = scale * (to_f(acc[i][v]) * heads.slope[h + i] + heads.level[h + i]) + centres.at(i, lane);
       }
       if (heads.softcap > 0.0f) {
         for (int i = 0; i < HEADS; ++i) scores[i] = cap_logits(scores[i], heads.softcap) * heads.octaves;
@@ -231,7 +240,7 @@ template <int BITS, int HEADS, class Use>
 
 // Hands the scores of `blocks` blocks to use(h, block, lane, scores): of some heads from h on, for W keys. at(block) says
 // where its codes, scales and offsets are, and which codes to request meanwhile.
-template <int BITS, class At, class Use>
+template <int BITS, bool WHOLE, class At, class Use>
 [[gnu::always_inline]] inline void score_blocks(const SketchLayout& layout, int blocks, int heads,
                                                 const ScoreRule* rules, int64_t per_head, int shift, const At& at,
                                                 const Use& use) {
@@ -241,8 +250,9 @@ template <int BITS, class At, class Use>
     const auto score_all = [&]<int HEADS>(int i) {
       for (int block = 0; block < blocks; ++block) {
         const BlockAt where = at(block);
-        score_block<BITS, HEADS>(layout, where, where.offsets + (h + i) * per_head, per_head, shift, own, i,
-                                 [&](int lane, const F(&scores)[HEADS]) { use(h + i, block, lane, scores); });
+        const auto own_use = [&](int lane, const F(&scores)[HEADS]) { use(h + i, block, lane, scores); };
+        const float* offsets = where.offsets + (h + i) * per_head;
+        score_block<BITS, HEADS, WHOLE>(layout, where, offsets, per_head, shift, own, i, own_use);
       }
     };
     if (group == 4) {
@@ -270,13 +280,13 @@ struct PowerSum {
   }
 };
 
-template <int BITS>
+template <int BITS, bool WHOLE>
 void sum_powers_of(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads, const ScoreRule* rules,
                    const ScoreOffsets& offsets, ScoreSum* sums) {
   for (int h = 0; h < heads; h += kScoreHeads) {
     PowerSum parts[kScoreHeads];
     const int group = heads - h < kScoreHeads ? heads - h : kScoreHeads;
-    score_blocks<BITS>(
+    score_blocks<BITS, WHOLE>(
         layout, count, group, rules + h, offsets.per_head, offsets.shift,
         [&](int block) {
           const SketchBlock& next = blocks[block + kPilotBlocksAhead < count ? block + kPilotBlocksAhead : block];
@@ -302,8 +312,11 @@ void sum_powers_of(const SketchLayout& layout, const SketchBlock* blocks, int co
 
 void sum_powers(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads, const ScoreRule* rules,
                 const ScoreOffsets& offsets, ScoreSum* sums) {
-  constexpr decltype(&sum_powers) kByBits[] = {sum_powers_of<1>, sum_powers_of<2>, sum_powers_of<3>, sum_powers_of<4>};
-  kByBits[layout.bits - 1](layout, blocks, count, heads, rules, offsets, sums);
+  constexpr decltype(&sum_powers) kByBits[][2] = {{sum_powers_of<1, false>, sum_powers_of<1, true>},
+                                                  {sum_powers_of<2, false>, sum_powers_of<2, true>},
+                                                  {sum_powers_of<3, false>, sum_powers_of<3, true>},
+                                                  {sum_powers_of<4, false>, sum_powers_of<4, true>}};
+  kByBits[layout.bits - 1][whole_blocks(offsets)](layout, blocks, count, heads, rules, offsets, sums);
 }
 
 // Weights of up to kScoreKeys keys, of which each head's powers have been added to `shares`.
@@ -323,7 +336,7 @@ inline void write_weights(float* shares, int count, int32_t floor, uint32_t* wei
   }
 }
 
-template <int BITS>
+template <int BITS, bool WHOLE>
 void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
               const ScoreRule* rules, const ScoreOffsets& offsets, const float* ones, int octaves, int32_t floor,
               uint32_t* weights, uint32_t* sums) {
@@ -333,7 +346,7 @@ void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t*
   for (int64_t first = 0; first < count; first += kScoreKeys) {
     const int here = count - first < kScoreKeys ? (int)(count - first) : kScoreKeys;
     const uint32_t* from = words + first * layout.words;
-    score_blocks<BITS>(
+    score_blocks<BITS, WHOLE>(
         layout, (here + kSketchKeys - 1) / kSketchKeys, heads, rules, offsets.per_head, offsets.shift,
         [&](int block) {
           const uint32_t* own = from + block * block_words;
@@ -354,8 +367,12 @@ void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t*
 void weigh(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
            const ScoreRule* rules, const ScoreOffsets& offsets, const float* ones, int octaves, int32_t floor,
            uint32_t* weights, uint32_t* sums) {
-  constexpr decltype(&weigh) kByBits[] = {weigh_of<1>, weigh_of<2>, weigh_of<3>, weigh_of<4>};
-  kByBits[layout.bits - 1](layout, words, scales, count, heads, rules, offsets, ones, octaves, floor, weights, sums);
+  constexpr decltype(&weigh) kByBits[][2] = {{weigh_of<1, false>, weigh_of<1, true>},
+                                             {weigh_of<2, false>, weigh_of<2, true>},
+                                             {weigh_of<3, false>, weigh_of<3, true>},
+                                             {weigh_of<4, false>, weigh_of<4, true>}};
+  kByBits[layout.bits - 1][whole_blocks(offsets)](layout, words, scales, count, heads, rules, offsets, ones, octaves,
+                                                  floor, weights, sums);
 }
 
 }  // namespace
