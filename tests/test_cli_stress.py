@@ -49,7 +49,11 @@ COMMANDS = [
     ["cache", "rm", "missing", "--cache-dir", "missing"],
     ["cache", "verify", "--cache-dir", "missing"],
 ]
-GROUPS = {"bench": "attention, certificates, decode, frontier, serving", "eval": "ruler, perplexity, show", "pocket": "train, card"}
+GROUPS = {
+    "bench": "attention, certificates, decode, frontier, serving",
+    "eval": "ruler, perplexity, show",
+    "pocket": "train, card",
+}
 
 
 def run(*arguments, input=None):
