@@ -280,6 +280,7 @@ class MagicPigLayer(CacheLayerMixin):
         self.errors: dict[int, MagicPigError] = {}
         self._work = _Work()
         self._decoder: LayerDecoder | None = None  # of these stores
+        self._fitting: torch.Size | None = None  # the shape of new tokens that was checked last
 
     # --- what models and masks ask ------------------------------------------------------------------------------------
 
@@ -295,6 +296,15 @@ class MagicPigLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns the new tokens twice, as `PendingTokens`, where other caches return all keys and all values."""
         refuse_gradients(key_states, value_states)
+        if self._decoder is None or not (key_states.shape == value_states.shape == self._fitting):
+            self._check_new(key_states, value_states)
+        self.check_attended()
+        self._pending = PendingTokens(self, key_states, value_states)
+        self.positions += key_states.shape[2]
+        return self._pending, self._pending
+
+    def _check_new(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes stores for the first tokens; raises where later ones do not fit them."""
         if key_states.shape != value_states.shape:
             raise UnsupportedModelError(
                 None, f"its keys have shape {tuple(key_states.shape)} and its values {tuple(value_states.shape)}"
@@ -307,10 +317,7 @@ class MagicPigLayer(CacheLayerMixin):
                 f"a batch of {key_states.shape[0]} does not fit this cache, which holds {len(self.stores)} sequences; "
                 "use a new MagicPigCache"
             )
-        self.check_attended()
-        self._pending = PendingTokens(self, key_states, value_states)
-        self.positions += key_states.shape[2]
-        return self._pending, self._pending
+        self._fitting = key_states.shape
 
     def check_fits(self, kv_heads: int, head_dim: int) -> None:
         """Raises CacheMismatchError if the layer holds keys of another shape."""

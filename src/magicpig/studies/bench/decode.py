@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -26,9 +25,11 @@ from magicpig.integrations.transformers.cache import MagicPigLayer
 from magicpig.integrations.transformers.compat import cache_argument
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.kernels import library
+from magicpig.kernels.base import BLOCK_ROWS
 from magicpig.machine import free_memory
 from magicpig.store.planner import plan
 from magicpig.studies.bench.clocks import PARTS, Clocks
+from magicpig.studies.bench.layer import indexing_s
 from magicpig.studies.bench.quiet import Quiet
 from magicpig.studies.bench.shapes import settings
 from magicpig.studies.bench.synthetic import synthetic_context
@@ -325,13 +326,11 @@ def _read_seconds(cache: MagicPigCache) -> float:
 
 
 def _index_seconds(cache: MagicPigCache) -> float:
-    """Per token, of all layers: indexing a block of tokens that leaves the recent window."""
-    tokens, spent = min(cache.config.block, cache.get_seq_length()), 0.0
+    """Per token, of all layers: indexing tokens that leave the recent window."""
+    spent = 0.0
     for layer in _layers(cache):
         for store in (each.fork() for each in layer.stores if each.settled):
-            new: list[Tensor] = [torch.cat(parts, 1) for parts in zip(*store.blocks(0, tokens), strict=True)]
-            store.append(*new)
-            start = time.perf_counter()
-            store.index_due()
-            spent += time.perf_counter() - start
-    return spent / tokens
+            some = store.blocks(0, min(BLOCK_ROWS, store.length))
+            keys, values = (torch.cat(parts, 1) for parts in zip(*some, strict=True))
+            spent += indexing_s(store, keys, values)
+    return spent
