@@ -74,7 +74,7 @@ def test_another_sampler(session):
     session.add_document(DOCUMENT)
     list(session.ask(QUESTION))
     assert session.report.rows_share_mean is None
-    session.use("sketch", "16")
+    session.use("sketch:16")
     list(session.ask(QUESTION))
     assert 0 < session.report.rows_share_mean < 1
     with pytest.raises(ValueError, match="sampler='quick'"):
@@ -83,10 +83,19 @@ def test_another_sampler(session):
 
 def test_in_a_terminal(tmp_path):
     (tmp_path / "text.txt").write_text(DOCUMENT)
-    said = ["/help", "/stats", f"/doc {tmp_path}/text.txt", QUESTION, "/stats", "/sampler lsh 5", "/doc none", "/what"]
+    said = [
+        "/help",
+        "/stats",
+        f"/doc {tmp_path}/text.txt",
+        QUESTION,
+        "/stats",
+        "/sampler lsh:K=9, L=120",
+        "/doc none",
+        "/what",
+    ]
     result = CliRunner().invoke(app, ["chat", "--max-tokens", "8"], input="\n".join([*said, "/reset", "/quit", "x"]))
     assert result.exit_code == 0, result.output
     for part in ("Ctrl-C ends an answer", "nothing was answered yet", "characters; now ask", "4267939", "of them warm"):
         assert part in result.output
-    for part in ("from now on: lsh, budget 5", "cannot read none", "'/what' is not understood", "begins anew"):
+    for part in ("from now on: lsh:K=9,L=120", "cannot read none", "'/what' is not understood", "begins anew"):
         assert part in result.output

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from magicpig.config import Config
+from magicpig.config import Config, parse_sampler
 
 
 def test_defaults_are_the_papers_but_for_the_sampler():
@@ -171,3 +171,70 @@ def test_bad_settings_of_layers_are_named(layers, message):
     with pytest.raises(ValueError, match=message) as caught:
         Config(dense_layers=(1,), layers=layers)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("sketch", {"sampler": "sketch"}),
+        ("lsh:K=9,L=120", {"sampler": "lsh", "K": 9, "L": 120}),
+        ("topk:0.02", {"sampler": "topk", "budget": 0.02}),
+        ("sketch:256,bits=3,kv_dtype=int8", {"sampler": "sketch", "budget": 256, "bits": 3, "kv_dtype": "int8"}),
+        ("lsh:centre=false,L=75", {"sampler": "lsh", "centre": False, "L": 75}),
+    ],
+)
+def test_a_sampler_may_have_its_settings_behind_a_colon(text, settings):
+    assert parse_sampler(text) == settings
+    assert Config(sampler=text) == Config(**settings)
+    assert Config(sampler=text, recent=32) == Config(**settings, recent=32)
+    by_layer = {name: value for name, value in settings.items() if name != "kv_dtype"}
+    if by_layer == settings:
+        assert Config(layers={3: {"sampler": text}}) == Config(layers={3: settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "lsh:K=9", "K": 8}, r"^K=8 and sampler='lsh:K=9': give it once$"),
+        ({"sampler": "lsh:k=9"}, r"^unknown setting 'k' of 'lsh:k=9'; allowed: budget, bits, "),
+        ({"sampler": "lsh:bit=9"}, r"^unknown setting 'bit' of 'lsh:bit=9'; did you mean bits\?$"),
+        ({"sampler": "lsh:K=many"}, r"^sampler 'lsh:K=many': K='many' is not a number, true or false$"),
+        ({"sampler": "lsh:K=9,K=8"}, r"^unknown setting 'K' of 'lsh:K=9,K=8'"),
+        ({"sampler": "lsh:layers=3"}, r"^unknown setting 'layers'"),
+        ({"sampler": "lhs:K=9"}, r"^sampler='lhs': Input should be"),
+        ({"sampler": "sketch:0"}, r"^budget=0: "),
+        ({"layers": {3: {"sampler": "sketch:sinks=9"}}}, r"^layers\.3\.sinks is no setting of a single layer"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_behind_the_colon_is_named(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Config(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (Config(), "sketch:512"),
+        (Config(K=9), "lsh:K=9,L=150"),
+        (Config(sampler="full"), "full"),
+        (Config(sampler="topk:0.02"), "topk:0.02"),
+        (Config(bits=3, epsilon=0.05, centre=False, exact_below=0), "sketch:512,bits=3,epsilon=0.05,centre=false"),
+    ],
+    ids=str,
+)
+def test_a_config_says_in_a_text_how_it_samples(config, text):
+    assert config.text() == text
+    assert Config(sampler=text, exact_below=config.exact_below) == config
+
+
+def test_settings_may_be_changed():
+    config = Config(sampler="lsh", K=9, exact_below=0)
+    assert config.changed({}) == config
+    assert config.changed({"L": 75}) == Config(sampler="lsh", K=9, L=75, exact_below=0)
+    assert config.changed({"sampler": "sketch:64"}) == Config(sampler="sketch", budget=64, K=9, exact_below=0)
+    assert Config(K=9, sampler="sketch").changed({"budget": 9}).sampler == "sketch"
+    assert Config().changed({"K": 9}).sampler == "lsh"
+    with pytest.raises(ValueError, match=r"^bits=9: "):
+        config.changed({"bits": 9})

@@ -104,7 +104,7 @@ def assert_may_be_drawn(store: KVStore, query: Tensor, head: int, sample: Sample
         found = lookup_brute_force(codes, of_body[head].to(torch.int64).T, config.min_hits)
         assert torch.equal(sample.ids, found[found >= config.sinks])
     else:
-        assert len(sample.ids) >= min(config.rows(store.indexed_to - config.sinks), 1)
+        assert len(sample.ids) >= min(store.draw.budget_for(store.indexed_to - config.sinks), 1)
         assert (sample.ids >= config.sinks).all()
         assert (sample.ids < store.indexed_to).all()
 

@@ -11,6 +11,7 @@ import pytest
 from packaging.markers import Marker
 
 import magicpig
+from magicpig.config import SAMPLERS, Config
 from magicpig.kernels import _native
 
 ROOT = Path(__file__).parent.parent
@@ -141,3 +142,45 @@ def test_allocations_that_leave_something_to_defaults_are_found():
     assert without_dtype_or_device("torch.zeros(3, dtype=torch.int64)") == ["line 1: torch.zeros without device"]
     assert len(without_dtype_or_device("x = [torch.arange(n) for n in y]")) == 2
     assert without_dtype_or_device("torch.zeros_like(x); torch.ones(2, dtype=d, device=e); torch.eye(3, **F)") == []
+
+
+def compared_names(source: str) -> list[str]:
+    """The comparisons with a sampler's name. A layer is of the kind "window", too, so there the other side decides."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            names = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)} & set(SAMPLERS)
+            if names - {"window"} or (names and re.search("sampler|method", ast.unparse(node))):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant) and node.value.value in SAMPLERS:
+            found.append(f"line {node.value.lineno}: case {node.value.value!r}")
+    return found
+
+
+HOMES = ("config.py", "samplers/")
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.suffix == ".py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_of_samplers_are_compared_in_their_homes_only(path):
+    if not str(path.relative_to(ROOT / "src/magicpig")).startswith(HOMES):
+        assert compared_names(path.read_text()) == []
+
+
+def test_comparisons_of_names_are_found():
+    assert len(compared_names("a = x.sampler == 'lsh' or y in ('quest', 'other')")) == 2
+    assert compared_names("sampler != 'window'") == ["line 1: sampler != 'window'"]
+    assert compared_names("match x:\n    case 'topk': pass") == ["line 2: case 'topk'"]
+    assert compared_names("kind == 'window'; Config(sampler='lsh'); looks['topk']; 'lsh_law' == x") == []
+
+
+def test_the_table_of_settings_in_the_readme_has_all_of_them():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    defaults: dict[str, str] = {}
+    for names, values in rows:
+        named = re.findall(r"\w+", names)
+        shown = values.split(", ") if len(named) > 1 else [values]
+        defaults |= dict(zip(named, shown, strict=True))
+    assert set(defaults) == set(Config.model_fields)
+    for name, field in Config.model_fields.items():
+        if isinstance(field.default, (bool, int, str)):
+            assert defaults[name].strip('`"') == str(field.default).lower(), name

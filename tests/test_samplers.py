@@ -84,7 +84,7 @@ def test_every_name_is_one_that_is_known():
     ],
 )
 def test_a_budget_is_rows_or_a_share(budget, body, rows):
-    assert Config(budget=budget).rows(body) == rows
+    assert DrawPolicy.of(Config(budget=budget)).budget_for(body) == rows
 
 
 @pytest.mark.parametrize("name", comparison.RULES)

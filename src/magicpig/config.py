@@ -1,11 +1,15 @@
-"""Every number of the method, with its default and the reason for it. The command line and YAML map onto this."""
+"""Every setting of the method, described once. Flags, files, environment variables and OpenAPI are made from it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from magicpig import strict_json
 from magicpig.errors import ArgumentError
 from magicpig.wording import LONGEST_VALUE, printable, shown
 
@@ -16,13 +20,15 @@ SamplerName = Literal[
 ]
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 KVDtype = Literal["model", "int8"]
-NATIVE = ("lsh", "sketch")  # samplers that find their rows themselves; the others look at every key
-QUANTISED = ("lsh", "sketch", "full")  # samplers that attend to keys and values in whole numbers
+NATIVE = ("lsh", "sketch")  # samplers that the kernels draw by; the others look at every key, in Python
+QUANTISED = ("lsh", "sketch", "full")  # samplers that read keys and values in int8
 HASHING = ("K", "L", "min_hits")  # settings of "lsh" alone
+NAMED_BY = {"lsh": ("K", "L"), "full": (), "window": ()}
+"""The settings that say how much a sampler reads: of all others, the budget."""
 INDEX_SETTINGS = {"lsh": ("centre", "K", "L", "seed"), "sketch": ("centre", "bits")}
-"""On which settings an index depends, by sampler. All the randomness of hashing is in its directions, that of a sketch
-in where a walk along its weights starts: so the rotation of sketches is the same for every seed."""
-SKETCH_BYTES = 32  # of a key's codes, at most, with as many bits as by default, unless there must be two
+"""The settings that an index depends on, by sampler. All randomness of hashing is in its directions. The rotation of
+sketches is the same for every seed: what is random is where a draw starts."""
+SKETCH_BYTES = 32  # the most that the codes of a key take with the default bits, unless there must be two
 MOST_TOKENS = 2**40  # more than any memory holds; larger numbers would not fit the kernels' integers
 BY_LAYER = ("sampler", "budget", "bits", "epsilon", "centre", "K", "L", "min_hits")
 """The settings that a layer may have of its own."""
@@ -35,49 +41,55 @@ class Config(BaseModel):
 
     sampler: SamplerName = Field(
         "sketch",
-        description="how body keys are picked; 'full' reads all of them; where only K, L or min_hits is given, 'lsh'",
+        description="How keys are picked: sketch draws them by a few bits of each, lsh reads those that hashing finds, "
+        "full reads all, and the others are there for comparison. lsh is meant where only K, L or min_hits is given. "
+        "Settings may follow a colon, as in lsh:K=9,L=120 or topk:0.02.",
     )
     budget: float = Field(
         512.0,
         gt=0,
         le=MOST_TOKENS,
         allow_inf_nan=False,
-        description="rows that samplers which can choose read per head and step; below 1, a share of the body",
+        description="Keys that a head reads per step with any sampler but lsh and full; below 1, a share of the keys.",
     )
     bits: int | None = Field(
         None,
         ge=1,
         le=4,
-        description="of a coordinate in a sketch; default: as many of 2 to 4 as fit in 32 bytes of a key",
+        description="Bits of a coordinate in a sketch. By default 4 to 2, as many as fit in 32 bytes of a key.",
     )
     epsilon: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="a sketch draws more than the budget until the predicted error of every head is below this",
+        description="A sketch draws more than the budget until it predicts a smaller error than this for every head.",
     )
-    centre: bool = Field(True, description="subtract the mean of the body keys before indexing; False to see why")
+    centre: bool = Field(
+        True, description="Subtract the mean of the keys before they are indexed; without, to see why it is done."
+    )
     kv_dtype: KVDtype = Field(
-        "model", description="in which keys and values are kept: the model's, or whole numbers with a scale each"
+        "model",
+        description="What keys and values are kept in: the model's type, or int8, which takes half the memory of "
+        "bfloat16 for about 1 % of error.",
     )
-    K: int = Field(10, ge=1, le=16, description="bits per hash table; codes are 16-bit")
-    L: int = Field(150, ge=1, le=1024, description="hash tables; (10, 150) samples about 2 % (paper, table 9)")
-    min_hits: int = Field(2, ge=1, le=127, description="tables in which a key must collide with the query")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampling; the only randomness there is")
-    sinks: int = Field(4, ge=0, le=MOST_TOKENS, description="first tokens, always attended exactly")
-    recent: int = Field(64, ge=0, le=MOST_TOKENS, description="newest tokens, always attended exactly")
+    K: int = Field(10, ge=1, le=16, description="Bits per hash table: more bits sample fewer keys.")
+    L: int = Field(150, ge=1, le=1024, description="Hash tables: more tables sample more keys.")
+    min_hits: int = Field(2, ge=1, le=127, description="Tables in which a key must collide with the query.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling; attention has no other randomness.")
+    sinks: int = Field(4, ge=0, le=MOST_TOKENS, description="First tokens, which every step reads.")
+    recent: int = Field(64, ge=0, le=MOST_TOKENS, description="Newest tokens, which every step reads.")
     block: int = Field(
         256,
         ge=8,
         le=4096,
-        description="tokens indexed at once as they leave the recent window; a power of two",
+        description="Tokens that are indexed at once as they leave the newest ones; a power of two.",
     )
-    exact_below: int = Field(
-        2048, ge=0, le=MOST_TOKENS, description="contexts shorter than this stay exact: there full attention is cheaper"
+    exact_below: int = Field(2048, ge=0, le=MOST_TOKENS, description="Contexts with fewer tokens are read in full.")
+    dense_layers: tuple[int, ...] | None = Field(
+        None, description="Layers that are read in full, as 0,16, or none. By default 0, 16, 32 and 48."
     )
-    dense_layers: tuple[int, ...] | None = Field(None, description="layers that stay exact; default: 0, 16, 32 and 48")
     layers: dict[int, dict[str, Any]] = Field(
-        {}, description="layers with settings of their own, which come before those of all layers and dense_layers"
+        {}, description="Settings of single layers, by their index. They come before those of all layers."
     )
 
     def __init__(self, **settings: Any) -> None:
@@ -93,13 +105,14 @@ class Config(BaseModel):
         if isinstance(settings, dict) and isinstance(settings.get("dense_layers"), list):
             settings = {**settings, "dense_layers": tuple(settings["dense_layers"])}
         if isinstance(settings, dict) and isinstance(settings.get("layers"), dict):
-            settings = {**settings, "layers": {_number(layer): own for layer, own in settings["layers"].items()}}
+            settings = {
+                **settings,
+                "layers": {_number(layer): _expanded(own) for layer, own in settings["layers"].items()},
+            }
         return _with_sampler(settings)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.block & (self.block - 1):
-            raise ValueError(f"block={self.block} is not a power of two")
         if self.min_hits > self.L:
             raise ValueError(f"min_hits={self.min_hits} is larger than L={self.L}: no key could ever be sampled")
         if self.block & (self.block - 1):
@@ -133,9 +146,20 @@ class Config(BaseModel):
         shared = self.model_dump(exclude={"layers", "dense_layers"})
         return Config(**{**shared, **_with_sampler(own)}, dense_layers=())
 
-    def said(self) -> dict[str, Any]:
-        """What has to be said to get this config, ready for JSON."""
+    def changed(self, settings: Mapping[str, Any]) -> Config:
+        """The same config with other ``settings``. Raises ArgumentError."""
+        own = self.model_dump(exclude_defaults=True) | {"sampler": self.sampler}
+        return Config(**{**own, **_with_sampler(dict(settings))})
+
+    def nondefault(self) -> dict[str, Any]:
+        """The sampler, and the settings that differ from the defaults, ready for JSON."""
         return {"sampler": self.sampler} | self.model_dump(mode="json", exclude_defaults=True)
+
+    def text(self) -> str:
+        """How rows are picked, as `parse_sampler` reads it: "sketch:512,bits=3". Single layers are left out."""
+        named = {*self.named_by} | set(self.nondefault()) - {"sampler", "budget"}
+        parts = [f"{name}={_plain(getattr(self, name))}" for name in BY_LAYER if name in named]
+        return ":".join([self.sampler, *([",".join(parts).removeprefix("budget=")] if parts else [])])
 
     def is_dense(self, layer: int) -> bool:
         """Whether this layer's attention stays exact."""
@@ -148,6 +172,16 @@ class Config(BaseModel):
     def samples(self) -> bool:
         """Whether there is anything to sample by: "full" reads all."""
         return self.sampler != "full"
+
+    @property
+    def native(self) -> bool:
+        """Whether the kernels pick the rows; other samplers look at every key, in Python."""
+        return self.sampler in NATIVE
+
+    @property
+    def named_by(self) -> tuple[str, ...]:
+        """The settings that say how much the sampler reads."""
+        return NAMED_BY.get(self.sampler, ("budget",))
 
     @property
     def hashes(self) -> bool:
@@ -163,17 +197,57 @@ class Config(BaseModel):
         """Bits of a coordinate in a sketch of keys of this length. Short keys need more, since fewer errors cancel."""
         return self.bits if self.bits is not None else max(2, min(4, 8 * SKETCH_BYTES // head_dim))
 
-    def rows(self, body: int) -> int:
-        """How many of `body` rows the budget allows a head: at least one, and at most all."""
-        wanted = self.budget if self.budget >= 1 else self.budget * body
-        return max(1, min(body, round(wanted)))
+
+def parse_sampler(text: str) -> dict[str, Any]:
+    """The settings in a sampler's name: "lsh:K=9,L=120", "topk:0.02", "full". A bare number is the budget.
+
+    Raises ArgumentError for a setting that there is not, or that is not a number, true or false.
+    """
+    sampler, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    for part in rest.split(",") if rest else []:
+        name, equals, value = part.strip().partition("=")
+        name, value = (name, value) if equals else ("budget", name)
+        allowed = [
+            field for field in Config.model_fields if field not in ("sampler", "layers", "dense_layers", *settings)
+        ]
+        if name not in allowed:
+            raise ArgumentError(f"unknown setting {shown(name)} of {shown(text)}; {did_you_mean(name, allowed)}")
+        try:
+            settings[name] = value if name == "kv_dtype" else strict_json.parse(value)
+        except strict_json.JsonError:
+            raise ArgumentError(
+                f"sampler {shown(text)}: {name}={shown(value)} is not a number, true or false"
+            ) from None
+    return {"sampler": sampler, **settings}
+
+
+def did_you_mean(name: str, allowed: Sequence[str]) -> str:
+    """The end of a message about an unknown name: those that are like it, or all."""
+    near = get_close_matches(name, allowed, n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _with_sampler(settings: Any) -> Any:
-    """Who says how to hash wants to hash."""
+    """The settings and their sampler: "lsh", where only settings of hashing are given."""
+    settings = _expanded(settings)
     if isinstance(settings, dict) and "sampler" not in settings and not set(settings).isdisjoint(HASHING):
         return {"sampler": "lsh", **settings}
     return settings
+
+
+def _expanded(settings: Any) -> Any:
+    """The settings, with those that their sampler has behind a colon."""
+    if not isinstance(settings, dict) or not isinstance(sampler := settings.get("sampler"), str) or ":" not in sampler:
+        return settings
+    own = parse_sampler(sampler)
+    if twice := sorted((set(own) & set(settings)) - {"sampler"}):
+        raise ArgumentError(f"{twice[0]}={shown(settings[twice[0]])} and sampler={shown(sampler)}: give it once")
+    return {**settings, **own}
 
 
 EXACT = Config(sampler="full")

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from magicpig.config import INDEX_SETTINGS, Config
+from magicpig.config import EXACT, INDEX_SETTINGS, Config
 
 
 @dataclass(frozen=True)
 class IndexSpec:
     """What the rows and the index of a store depend on, beside the tokens.
 
-    sampler: its name, "full" where nothing is sampled. kv_dtype: "model" or "int8". stride: positions that are indexed
-    at a time. The others are None where the sampler does not know them.
+    sampler: its name, that of `EXACT` where nothing is sampled. kv_dtype: "model" or "int8". stride: positions that are
+    indexed at a time. The others are None where the sampler does not know them.
     """
 
     sampler: str
@@ -33,7 +33,7 @@ class IndexSpec:
     @classmethod
     def of(cls, config: Config, head_dim: int, *, sampled: bool = True) -> IndexSpec:
         """The spec of one layer (`Config.of_layer`). sampled: False for a layer that stays exact."""
-        sampler = config.sampler if sampled else "full"
+        sampler = config.sampler if sampled else EXACT.sampler
         known = INDEX_SETTINGS.get(sampler, ())
         values = config.model_dump(include=set(known)) | (
             {"bits": config.sketch_bits(head_dim)} if "bits" in known else {}
@@ -60,7 +60,7 @@ class DrawPolicy:
     def of(cls, config: Config) -> DrawPolicy:
         return cls(config.budget, config.epsilon, config.min_hits, config.seed)
 
-    def rows(self, body: int) -> int:
+    def budget_for(self, body: int) -> int:
         """How many of `body` rows the budget allows a head: at least one, and at most all."""
         wanted = self.budget if self.budget >= 1 else self.budget * body
         return max(1, min(body, round(wanted)))

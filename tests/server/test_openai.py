@@ -157,7 +157,7 @@ def test_settings_of_sampled_attention_for_one_request(client):
     long = DOCUMENT + " green. The grass is" * 40 + QUESTION
     full = ask(client, long, extra_body={"magicpig": {"sampler": "full"}})
     assert full.usage.magicpig["rows_share_mean"] is None
-    drawn = ask(client, long, extra_body={"magicpig": {"sampler": "sketch", "budget": 16}})
+    drawn = ask(client, long, extra_body={"magicpig": {"sampler": "sketch:16"}})
     assert 0 < drawn.usage.magicpig["rows_share_mean"] < 1
     assert drawn.usage.magicpig["predicted_error_p95"] > 0
     assert drawn.usage.magicpig["index_bytes"] > 0

@@ -24,7 +24,9 @@ def invoke(*arguments: str, env: dict[str, str] | None = None):
 def test_it_serves_the_pocket_model_and_ends_in_order(tmp_path):
     keys, settings = tmp_path / "keys", tmp_path / "serve.yaml"
     keys.write_text("# for tests\nsecret-one\n\n")
-    settings.write_text(f"port: 0\nname: [mine]\napi-key-file: {keys}\nmax_waiting: 3\nbudget: 99\n")
+    settings.write_text(
+        f"port: 0\nname: [mine]\napi-key-file: {keys}\nmax_waiting: 3\nsampler: sketch:99\ndense-layers: [0, 2]\n"
+    )
     command = [sys.executable, "-m", "magicpig", "serve", "--settings", str(settings), "--log-json"]
     env = {**os.environ, "MAGICPIG_SERVE_TOKEN_BUDGET": "64", "MAGICPIG_API_KEYS": "secret-two,"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
@@ -35,7 +37,10 @@ def test_it_serves_the_pocket_model_and_ends_in_order(tmp_path):
             for key in ("secret-one", "secret-two"):
                 headers = {"Authorization": f"Bearer {key}"}
                 model = httpx.get(f"{url}/v1/models", headers=headers, timeout=30).json()["data"][0]
-                assert (model["id"], model["magicpig"]) == ("mine", {"sampler": "sketch", "budget": 99.0})
+                assert (model["id"], model["magicpig"]) == (
+                    "mine",
+                    {"sampler": "sketch", "budget": 99.0, "dense_layers": [0, 2]},
+                )
             assert httpx.get(f"{url}/v1/models", timeout=30).status_code == 401
             process.send_signal(signal.SIGTERM)
             rest = process.stderr.read()

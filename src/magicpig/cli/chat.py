@@ -6,32 +6,34 @@ import queue
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import read_text
-from magicpig.cli.options import MOST_TOKENS, Dtype, ModelDtype, TrustRemoteCode, checked, config_from, or_pocket
-from magicpig.config import Config, SamplerName
+from magicpig.cli.options import MOST_TOKENS, Dtype, ModelDtype, TrustRemoteCode, checked, or_pocket
+from magicpig.cli.settings import takes_config
+from magicpig.config import Config
 from magicpig.errors import MagicPigError
 
 if TYPE_CHECKING:
     from magicpig.engine.engine import Engine
     from magicpig.engine.request import Delta, Report
 
-DEFAULTS = Config()
 HELP = """\
 /doc FILE            the next question is about this text file; it stays warm for those after it
-/sampler NAME [N]    how answers attend from now on: sketch, lsh, full, ..., and the budget of keys
+/sampler NAME        how answers attend from now on: full, sketch:256, lsh:K=9,L=120, ...
 /stats               what the last answer took
 /reset               forget the conversation
 /quit                leave; so does Ctrl-D. Ctrl-C ends an answer and keeps what was said"""
 
 
+@takes_config
 def chat(
     context: typer.Context,
+    *,
     model: Annotated[
         Path | None,
         typer.Argument(help="Directory of a transformers model.", show_default="the pocket model"),
@@ -40,15 +42,11 @@ def chat(
     doc: Annotated[Path | None, typer.Option(help="A text file that the first question is about.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="The most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.0,
-    sampler: Annotated[SamplerName, typer.Option(help="How keys are picked.")] = DEFAULTS.sampler,
-    budget: Annotated[
-        float, typer.Option(help="Keys that a head reads per step; below 1, a share of them.")
-    ] = DEFAULTS.budget,
+    config: Config,
     dtype: ModelDtype = Dtype.auto,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a local model. Type /help for what else can be said."""
-    config = config_from(context, None, sampler=sampler, budget=budget)
     folder = or_pocket(model)
     notes = Console(stderr=True)
     from magicpig import generation
@@ -87,10 +85,9 @@ class Session:
         """Comes before the next question."""
         self._documents.append(text)
 
-    def use(self, sampler: str, budget: str | None = None) -> None:
-        """How answers attend from now on. Raises ValueError."""
-        settings: dict[str, Any] = {"sampler": sampler} | ({} if budget is None else {"budget": float(budget)})
-        self.config = Config(**{**self.config.model_dump(exclude_defaults=True), **settings})
+    def use(self, sampler: str) -> None:
+        """How answers attend from now on, as "lsh" or "sketch:256,bits=3". Raises ArgumentError."""
+        self.config = self.config.changed({"sampler": sampler})
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer, piece by piece. Closing it early ends the answer and keeps what was said of it.
@@ -178,8 +175,8 @@ def _command(session: Session, line: str, notes: Console) -> None:
         session.add_document(document)
         text = f"{len(document):,} characters; now ask about them"
     elif name == "/sampler" and words:
-        session.use(*words)
-        text = f"from now on: {session.config.sampler}, budget {session.config.budget:g}"
+        session.use("".join(words))
+        text = f"from now on: {session.config.text()}"
     elif name == "/stats":
         text = _stats(session.report)
     elif name == "/reset":

@@ -23,29 +23,29 @@ from magicpig.cli.options import (
     RopeScaling,
     TrustRemoteCode,
     checked,
-    config_from,
     or_pocket,
 )
 from magicpig.cli.report import cache_as_dict, prefill_progress
-from magicpig.config import Config, KVDtype, SamplerName
+from magicpig.cli.settings import takes_config
+from magicpig.config import Config
 from magicpig.machine import versions
 from magicpig.wording import counted, printable
 
 if TYPE_CHECKING:
     from magicpig.generation import Generation
 
-DEFAULTS = Config()
 MOST_TEMPERATURE = 1000.0  # every token is as likely as any other long before
 
 
 PROMPT = "Prompt"
-METHOD = "Sampling of keys"
 ANSWER = "Answer"
 RESULT = "Output"
 
 
+@takes_config
 def generate(
     context: typer.Context,
+    *,
     model: ModelOrPocket = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.", rich_help_panel=PROMPT)] = None,
     prompt_file: Annotated[
@@ -76,7 +76,12 @@ def generate(
     ] = None,
     temperature: Annotated[
         float,
-        typer.Option(min=0, max=MOST_TEMPERATURE, help="0 always takes the likeliest token.", rich_help_panel=ANSWER),
+        typer.Option(
+            min=0,
+            max=MOST_TEMPERATURE,
+            help="0 always takes the likeliest token; more draws, by --seed.",
+            rich_help_panel=ANSWER,
+        ),
     ] = 0.0,
     top_p: Annotated[
         float,
@@ -86,69 +91,7 @@ def generate(
         list[str] | None,
         typer.Option(help="Stop before this text; may be given several times.", rich_help_panel=ANSWER),
     ] = None,
-    config_file: Annotated[
-        Path | None,
-        typer.Option("--config", help="Or a file with settings: magicpig tune writes one.", rich_help_panel=METHOD),
-    ] = None,
-    sampler: Annotated[
-        SamplerName,
-        typer.Option(
-            help="sketch draws keys by what a few bits of each say, lsh reads those that hashing picks, full reads "
-            "them all; the others are for comparison.",
-            show_default="sketch; lsh with -K, -L or --min-hits",
-            rich_help_panel=METHOD,
-        ),
-    ] = DEFAULTS.sampler,
-    budget: Annotated[
-        float,
-        typer.Option(
-            help="Keys that samplers other than lsh read per head and step; below 1, a share of them.",
-            rich_help_panel=METHOD,
-        ),
-    ] = DEFAULTS.budget,
-    bits: Annotated[
-        int | None,
-        typer.Option(
-            help="Bits of a coordinate in a sketch.",
-            show_default="4 to 2, by the length of a head",
-            rich_help_panel=METHOD,
-        ),
-    ] = DEFAULTS.bits,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(
-            help="A sketch draws more than the budget until it predicts a smaller error than this.",
-            rich_help_panel=METHOD,
-        ),
-    ] = DEFAULTS.epsilon,
-    K: Annotated[
-        int, typer.Option("-K", help="Bits per hash table: more samples fewer keys.", rich_help_panel=METHOD)
-    ] = DEFAULTS.K,
-    L: Annotated[
-        int, typer.Option("-L", help="Hash tables: more samples more keys.", rich_help_panel=METHOD)
-    ] = DEFAULTS.L,
-    min_hits: Annotated[
-        int, typer.Option(help="Tables in which a key must meet the query.", rich_help_panel=METHOD)
-    ] = DEFAULTS.min_hits,
-    sinks: Annotated[
-        int, typer.Option(help="First tokens that are always read.", rich_help_panel=METHOD)
-    ] = DEFAULTS.sinks,
-    recent: Annotated[
-        int, typer.Option(help="Newest tokens that are always read.", rich_help_panel=METHOD)
-    ] = DEFAULTS.recent,
-    kv_dtype: Annotated[
-        KVDtype,
-        typer.Option(
-            help="What keys and values are kept in; int8 takes half the memory of bfloat16, for about 1 % of error.",
-            rich_help_panel=METHOD,
-        ),
-    ] = DEFAULTS.kv_dtype,
-    exact_below: Annotated[
-        int, typer.Option(help="Contexts with fewer tokens are read in full.", rich_help_panel=METHOD)
-    ] = DEFAULTS.exact_below,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the sampling of keys and of --temperature.", rich_help_panel=METHOD)
-    ] = DEFAULTS.seed,
+    config: Config,
     dtype: ModelDtype = Dtype.auto,
     prefill_chunk: PrefillChunk = 1024,
     adapter: Adapter = None,
@@ -166,7 +109,8 @@ def generate(
     """Let a local model read a long prompt and answer it.
 
     The prompt is read exactly. While answering, every step attends to the first tokens, the newest tokens and a
-    sample of those between, weighted so that the estimate is right on average.
+    sample of those between, weighted so that the estimate is right on average. Settings are also taken from the
+    environment, as MAGICPIG_BUDGET=256.
     """
     if (prompt is None) == (prompt_file is None):
         raise InputError("pass either --prompt or --prompt-file")
@@ -177,22 +121,6 @@ def generate(
         raise InputError("--prompt is not valid UTF-8")
     if stop is not None and not all(stop):
         raise InputError("--stop is empty")
-    config = config_from(
-        context,
-        config_file,
-        sampler=sampler,
-        budget=budget,
-        bits=bits,
-        epsilon=epsilon,
-        K=K,
-        L=L,
-        min_hits=min_hits,
-        seed=seed,
-        sinks=sinks,
-        recent=recent,
-        exact_below=exact_below,
-        kv_dtype=kv_dtype,
-    )
 
     notes = Console(stderr=True)
     told: list[str] = []

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from magicpig.cli.errors import InputError
-from magicpig.config import Config
-from magicpig.config_file import load_config
 from magicpig.model_dir import ModelError, check_directory, gguf_file
 from magicpig.wording import printable, shown
 
@@ -72,25 +70,6 @@ def checked(make: Callable[..., T], *arguments: Any, **settings: Any) -> T:
         raise InputError(str(error)) from None
 
 
-def config_from(context: typer.Context, file: Path | None, **settings: Any) -> Config:
-    """The config of a file, or of options called like its settings. Raises InputError if there are both.
-
-    `seed` alone may be typed beside a file.
-    """
-    typed = {name: value for name, value in settings.items() if _is_typed(context, name)}
-    if file is None:
-        return checked(Config, **typed)
-    if others := [name for name in typed if name != "seed"]:
-        option = f"-{others[0]}" if len(others[0]) == 1 else f"--{others[0].replace('_', '-')}"
-        raise InputError(f"{option} and --config: the file has all settings; change it, or leave it out")
-    return load_config(file).model_copy(update=typed)
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP")
-
-
 def or_pocket(model: Path | None, notes: Console | None = None) -> Path:
     """The model directory, by default that of the package, which ``notes`` are told; of a GGUF file, what it becomes.
 
@@ -116,15 +95,6 @@ def or_pocket(model: Path | None, notes: Console | None = None) -> Path:
 def say(line: str) -> None:
     """One line on stderr, whatever is in it."""
     print(printable(line), file=sys.stderr, flush=True)
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """What --dense-layers says, as `Config` wants it. Raises InputError."""
-    if text is None:
-        return None
-    if text == "none":
-        return ()
-    return whole_numbers(text, "--dense-layers", " nor none")
 
 
 def whole_numbers(text: str, option: str, otherwise: str = "") -> tuple[int, ...]:

@@ -15,16 +15,15 @@ from rich.console import Console
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import read_text
-from magicpig.cli.options import MOST_TOKENS, Dtype, ModelDtype, TrustRemoteCode, checked, config_from, or_pocket
-from magicpig.config import Config, KVDtype, SamplerName
+from magicpig.cli.options import MOST_TOKENS, Dtype, ModelDtype, TrustRemoteCode, checked, or_pocket
+from magicpig.cli.settings import takes_config
+from magicpig.config import Config
 from magicpig.wording import printable
 
-DEFAULTS = Config()
 KEYS_VARIABLE = "MAGICPIG_API_KEYS"
 MOST_REQUESTS = 100_000
 
 MODEL = "Model"
-METHOD = "Sampling of keys"
 NETWORK = "Network"
 ACCESS = "Access"
 LOAD = "Load"
@@ -50,8 +49,10 @@ def _take_settings(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+@takes_config
 def serve(
     context: typer.Context,
+    *,
     model: Annotated[
         Path | None,
         typer.Argument(help="Directory of a transformers model.", show_default="the pocket model"),
@@ -74,34 +75,7 @@ def serve(
         typer.Option(help="A Jinja file, in place of the tokenizer's own template.", rich_help_panel=MODEL),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
-    config_file: Annotated[
-        Path | None,
-        typer.Option("--config", help="A file with settings: magicpig tune writes one.", rich_help_panel=METHOD),
-    ] = None,
-    sampler: Annotated[
-        SamplerName,
-        typer.Option(
-            help="How keys are picked, unless a request says otherwise.",
-            show_default="sketch; lsh with -K or -L",
-            rich_help_panel=METHOD,
-        ),
-    ] = DEFAULTS.sampler,
-    budget: Annotated[
-        float,
-        typer.Option(help="Keys that a head reads per step; below 1, a share of them.", rich_help_panel=METHOD),
-    ] = DEFAULTS.budget,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(help="A sketch draws more until it predicts a smaller error.", rich_help_panel=METHOD),
-    ] = DEFAULTS.epsilon,
-    K: Annotated[int, typer.Option("-K", help="Bits per hash table.", rich_help_panel=METHOD)] = DEFAULTS.K,
-    L: Annotated[int, typer.Option("-L", help="Hash tables.", rich_help_panel=METHOD)] = DEFAULTS.L,
-    kv_dtype: Annotated[
-        KVDtype, typer.Option(help="What keys and values are kept in.", rich_help_panel=METHOD)
-    ] = DEFAULTS.kv_dtype,
-    exact_below: Annotated[
-        int, typer.Option(help="Contexts with fewer tokens are read in full.", rich_help_panel=METHOD)
-    ] = DEFAULTS.exact_below,
+    config: Config,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=NETWORK)
     ] = "127.0.0.1",
@@ -202,19 +176,9 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/models, and /docs for the rest.
 
-    Every option can also be set in the environment, as MAGICPIG_SERVE_PORT=8080, or in the file of --settings.
+    Every option can also be set in the environment, as MAGICPIG_SERVE_PORT=8080, or in the file of --settings. The
+    settings of sampling hold for requests that do not bring their own.
     """
-    config = config_from(
-        context,
-        config_file,
-        sampler=sampler,
-        budget=budget,
-        epsilon=epsilon,
-        K=K,
-        L=L,
-        kv_dtype=kv_dtype,
-        exact_below=exact_below,
-    )
     given = {
         "max-body": max_body,
         "memory": memory,

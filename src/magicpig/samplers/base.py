@@ -127,7 +127,7 @@ class Sampler(ABC):
 
     def leaves_out(self, policy: DrawPolicy, body: int) -> bool:
         """Whether a step may read fewer rows than all of `body`."""
-        return policy.rows(body) < body
+        return policy.budget_for(body) < body
 
     def draw(
         self, query: Tensor, body: Body, policy: DrawPolicy, *, scale: float, softcap: float | None

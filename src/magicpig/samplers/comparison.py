@@ -42,6 +42,9 @@ class Full(Sampler):
 class Window(Sampler):
     """Reads the sinks and the recent window, and nothing between them."""
 
+    def leaves_out(self, policy: DrawPolicy, body: int) -> bool:
+        return True
+
     def reference(
         self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, **where: Any
     ) -> tuple[AttentionState, list[Sample]]:
@@ -69,7 +72,7 @@ class Choosing(Sampler):
         self, query: Tensor, body: Body, policy: DrawPolicy, *, scale: float, softcap: float | None
     ) -> list[Sample]:
         n = sum(piece.shape[1] for piece in body.keys)
-        rows = policy.rows(n - body.sinks)
+        rows = policy.budget_for(n - body.sinks)
         if rows == n - body.sinks:
             log_u = query.new_zeros(len(query), n - body.sinks)
         else:

@@ -174,7 +174,7 @@ class Sketch(Sampler):
             keys,
             values,
             bits=self.bits,
-            budget=policy.rows(end - sinks),
+            budget=policy.budget_for(end - sinks),
             epsilon=policy.epsilon,
             sinks=sinks,
             recent=keys.shape[1] - end,

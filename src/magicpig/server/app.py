@@ -284,7 +284,7 @@ def _model(name: str, engine: Engine) -> dict[str, Any]:
         "created": 0,
         "owned_by": "magicpig",
         "max_model_len": engine.max_length,
-        "magicpig": engine.config.said(),
+        "magicpig": engine.config.nondefault(),
     }
 
 

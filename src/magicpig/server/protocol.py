@@ -63,7 +63,9 @@ class _Sampling(_Body):
     priority: int = Field(0, ge=0, le=100, description="0 comes first")
     user: Text | None = None
     magicpig: dict[str, Any] | None = Field(
-        None, description="settings of sampled attention for this request, as of magicpig.Config: sampler, budget, ..."
+        None,
+        description="settings of sampled attention for this request",
+        json_schema_extra={"properties": Config.model_json_schema()["properties"]},
     )
 
     def sampling(self, **more: Any) -> SamplingParams:
@@ -97,7 +99,7 @@ class _Sampling(_Body):
         if not self.magicpig:
             return None
         try:
-            return Config(**{**base.model_dump(exclude_defaults=True), **self.magicpig})
+            return base.changed(self.magicpig)
         except (ValueError, TypeError) as error:
             raise ApiError(400, f"magicpig: {error}", told="invalid_argument", param="magicpig") from None
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from magicpig.studies.bench import frontier, layer, settings
-from magicpig.studies.bench.draw import draw_frontier
 from magicpig.studies.bench.layer import Shape
+from magicpig.studies.bench.plot import plot_frontier
 from magicpig.studies.evaluation.matrix import MatrixError
 from magicpig.studies.figures.style import png_and_svg, style
 
@@ -82,9 +82,9 @@ def test_the_figure_has_a_column_per_source(samplers):
     rows = [dataclasses.asdict(point) for point in measured(samplers)]
     both = [row | {"source": source} for source in ("one", "two") for row in rows]
     with style():
-        figure = draw_frontier(both)
+        figure = plot_frontier(both)
         files = png_and_svg(figure)
-        again = png_and_svg(draw_frontier(both))
+        again = png_and_svg(plot_frontier(both))
     assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["one", "two"]
     assert len(figure.axes) == 6
     assert files == again
@@ -98,6 +98,6 @@ def test_layers_of_a_capture_are_averaged():
         for point in measured("topk:64")
     ]
     with style():
-        (line,) = draw_frontier(rows).axes[1].get_lines()
+        (line,) = plot_frontier(rows).axes[1].get_lines()
     assert list(line.get_ydata()) == [pytest.approx(0.2)]
     assert all(math.isfinite(x) for x in line.get_xdata())

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from magicpig.studies.evaluation.tasks import lexicon
+from magicpig.studies.evaluation.tasks.vocabulary import vocabulary
 
 LIMIT = 8192
 
@@ -16,7 +16,7 @@ LIMIT = 8192
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers, the first of which is dense by default."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    words = ["<unk>", "<eos>", *lexicon.vocabulary()]
+    words = ["<unk>", "<eos>", *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(path)

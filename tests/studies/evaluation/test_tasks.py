@@ -28,6 +28,7 @@ from magicpig.studies.evaluation.tasks import (
     score,
     templates,
 )
+from magicpig.studies.evaluation.tasks.vocabulary import vocabulary
 
 GENERATED = [name for name, task in TASKS.items() if task.source is None]
 NIAH = [name for name in GENERATED if name.startswith("niah")]
@@ -38,7 +39,7 @@ TOKENIZERS = ["words", "bpe"]
 def tokenizer(name):
     """Whole words with a token in front of each text, and pairs of bytes merged from little text."""
     if name == "words":
-        known = ["<s>", "<unk>", "\n", *lexicon.vocabulary(), *"bcdef"]
+        known = ["<s>", "<unk>", "\n", *vocabulary(), *"bcdef"]
         made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(known)}, "<unk>"))
         split = Regex(r"[A-Za-z]+|[0-9]|\.+|\n|[^A-Za-z0-9.\s]")
         made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -143,7 +144,7 @@ def test_answers_stand_in_the_order_of_the_question():
 
 @pytest.mark.parametrize("task", GENERATED)
 def test_words_are_in_the_vocabulary(task):
-    known = {*lexicon.vocabulary()}
+    known = {*vocabulary()}
     words = generate(task, tokenizer("words"), 6000, index=1).prompt
     words = re.sub(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", "", words)
     assert {*lexicon.pieces(words)} <= known
@@ -160,12 +161,12 @@ def test_vocabulary_has_no_word_twice():
     ):
         assert len({*words}) == len(words) == size
         assert all(re.fullmatch(form, word) for word in words)
-    assert len({*lexicon.vocabulary()}) == len(lexicon.vocabulary())
+    assert len({*vocabulary()}) == len(vocabulary())
 
 
 def test_words_are_those_of_every_other_installation():
     # A tokenizer of whole words, and with it a model, is made for these.
-    digest = hashlib.sha256("\n".join(lexicon.vocabulary()).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(vocabulary()).encode()).hexdigest()
     assert digest[:16] == "c0f19a707790e181"
 
 

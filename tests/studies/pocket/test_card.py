@@ -11,7 +11,7 @@ def test_the_card_has_the_shape_and_a_row_for_every_task():
         same = {"index": 0, "protocol": "question-dense", "sampler": "full", "share_mean": None, "share_max": None}
         return {"task": task, "length": length, "score": score, "index_bytes": 0, "kv_bytes": 1, **same}
 
-    header = {"settings": {"seed": 3}}
+    header = {"settings": {"seed": 3, "samplers": {"full": {"sampler": "full"}}}}
     results = Results(header, [], [line("vt", 1024, 1.0), line("cwe", 1024, 0.25), line("vt", 4096, 0.0)])
     text = card.write(path(), results, command="the command", machine="A machine.")
     config = json.loads((path() / "config.json").read_text())

@@ -111,7 +111,7 @@ def test_errors_that_were_foreseen():
 
 def test_settings_are_named_in_full_whatever_the_defaults_are():
     assert settings_of(EXACT) == {"sampler": "full"}
-    assert settings_of(Config()) == {"sampler": "sketch", "budget": 512, "bits": None}
+    assert settings_of(Config()) == {"sampler": "sketch", "budget": 512}
     assert settings_of(Config(sampler="lsh")) == {"sampler": "lsh", "K": 10, "L": 150}
     assert settings_of(Config(min_hits=3, centre=False, seed=4)) == {
         "sampler": "lsh",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -13,11 +13,9 @@ from rich.table import Table
 
 from magicpig.cli.files import STDIO, OutputFile
 from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, MOST_TOKENS, Dtype, checked
+from magicpig.cli.settings import takes_settings
 from magicpig.cli.studies.bench_options import (
-    DEFAULTS,
     MOST_HEADS,
-    Bits,
-    Budget,
     Contexts,
     JsonFile,
     Samplers,
@@ -35,11 +33,12 @@ if TYPE_CHECKING:
     from magicpig.studies.bench.attention import Result
 
 
+@takes_settings("budget", "bits")
 def attention(
+    *,
     context: Contexts = "32K",
     samplers: Samplers = "lsh,sketch",
-    budget: Budget = DEFAULTS.budget,
-    bits: Bits = DEFAULTS.bits,
+    settings: dict[str, Any],
     heads: Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Key/value heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Length of a query, key or value.")] = 128,
@@ -59,7 +58,7 @@ def attention(
     from magicpig.studies.evaluation.matrix import parse_lengths
 
     contexts = parse_lengths(context, "--context")
-    configs = [method.config for method in methods(samplers, NATIVE, budget=budget, bits=bits)]
+    configs = [method.config for method in methods(samplers, NATIVE, **settings)]
     with OutputFile(None if to_stdout else json_file) as file:
         import torch
 
@@ -98,7 +97,7 @@ def _table(results: list[Result]) -> Table:
     for name in ("step", "exact", "sdpa", "read", "vs\nexact", "vs\nsdpa", "rows", "B/key", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for each in results:
-        name = f"lsh {each.K},{each.L}" if each.sampler == "lsh" else f"sketch {each.budget:g} {each.bits}bit"
+        name = f"lsh {each.K},{each.L}" if each.K is not None else f"sketch {each.budget:g} {each.bits}bit"
         table.add_row(
             short_length(each.context),
             name + ("" if each.kv_dtype == "model" else f" {each.kv_dtype}"),

@@ -31,7 +31,7 @@ from magicpig.cli.studies.bench_options import (
     synthetic_lengths,
     write_results,
 )
-from magicpig.config import SAMPLERS
+from magicpig.config import EXACT, SAMPLERS
 
 if TYPE_CHECKING:
     from magicpig.studies.bench.certificates import Certificate
@@ -59,7 +59,7 @@ def certificates(
     to_stdout = json_file == STDIO
     console = Console(stderr=to_stdout)
     lengths = synthetic_lengths(contexts)
-    asked = methods(samplers, tuple(name for name in SAMPLERS if name != "full"))
+    asked = methods(samplers, tuple(name for name in SAMPLERS if name != EXACT.sampler))
     check_sets(sets, lengths)
     with ExitStack() as files:
         json_out = files.enter_context(OutputFile(None if to_stdout else json_file))

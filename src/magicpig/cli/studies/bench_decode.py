@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -12,11 +12,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from magicpig.cli.files import STDIO, OutputFile
-from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, Dtype, checked, parse_layers
+from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, Dtype, checked
+from magicpig.cli.settings import takes_settings
 from magicpig.cli.studies.bench_options import (
-    DEFAULTS,
-    Bits,
-    Budget,
     Contexts,
     JsonFile,
     Samplers,
@@ -28,7 +26,7 @@ from magicpig.cli.studies.bench_options import (
     torch_dtype,
     write_results,
 )
-from magicpig.config import NATIVE
+from magicpig.config import EXACT, NATIVE
 from magicpig.model_dir import MOST_PARTS
 from magicpig.studies.bench.shapes import SHAPES
 
@@ -36,18 +34,16 @@ if TYPE_CHECKING:
     from magicpig.studies.bench.decode import Result
 
 
+@takes_settings("budget", "bits", "dense_layers")
 def decode(
+    *,
     shape: Annotated[str, typer.Option(help=f"A model's sizes: {', '.join(SHAPES)}.")] = "llama-3.2-1b",
     layers: Annotated[
         int | None, typer.Option(min=1, max=MOST_PARTS, help="Its first so many layers. [default: all]")
     ] = None,
     context: Contexts = "32K",
     samplers: Samplers = "full,lsh,sketch",
-    budget: Budget = DEFAULTS.budget,
-    bits: Bits = DEFAULTS.bits,
-    dense_layers: Annotated[
-        str | None, typer.Option(help="Layers that are read in full, as 0,16, or none. [default: 0,16,32,48]")
-    ] = None,
+    settings: dict[str, Any],
     dtype: Annotated[Dtype, typer.Option(help="Of weights, keys and values.")] = Dtype.bfloat16,
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Tokens of an answer that are timed.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Answers of each sampler, in turns.")] = 3,
@@ -62,13 +58,12 @@ def decode(
     """
     to_stdout = json_file == STDIO
     console = Console(stderr=to_stdout)
-    from magicpig.studies.bench.shapes import settings
+    from magicpig.studies.bench.shapes import settings as shape_settings
     from magicpig.studies.evaluation.matrix import parse_lengths
 
-    checked(settings, shape, layers)
+    checked(shape_settings, shape, layers)
     contexts = parse_lengths(context, "--context")
-    given = {"budget": budget, "bits": bits, "dense_layers": parse_layers(dense_layers)}
-    compared = methods(samplers, ("full", *NATIVE), **given)
+    compared = methods(samplers, (EXACT.sampler, *NATIVE), **settings)
     with OutputFile(None if to_stdout else json_file) as file:
         import torch
 

@@ -56,7 +56,7 @@ def frontier(
     threads: Threads = None,
     json_file: JsonFile = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw the results into this file and its like, .png and .svg.")
+        Path | None, typer.Option(help="Plot the results into this file and its like, .png and .svg.")
     ] = None,
 ) -> None:
     """Output error against time per step, index and keys read, for every sampler and setting.
@@ -130,11 +130,11 @@ def frontier(
         }
         write_results(described, rows, json_out, to_stdout=to_stdout)
         if figure is not None:
-            from magicpig.studies.bench.draw import draw_frontier
+            from magicpig.studies.bench.plot import plot_frontier
             from magicpig.studies.figures.style import png_and_svg, style
 
             with style():
-                for suffix, content in png_and_svg(draw_frontier(rows)).items():
+                for suffix, content in png_and_svg(plot_frontier(rows)).items():
                     pictures[suffix].write(content)
     for source in dict.fromkeys((point.source, point.layer) for point in points):
         if found := bench.best([point for point in points if (point.source, point.layer) == source]):

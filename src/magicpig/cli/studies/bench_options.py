@@ -12,7 +12,6 @@ import typer
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, check_readable
 from magicpig.cli.options import MOST_THREADS, MOST_TOKENS, Dtype
-from magicpig.config import Config
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from magicpig.studies.capture import Capture
     from magicpig.studies.evaluation.matrix import Method
 
-DEFAULTS = Config()
 MOST_HEADS = 65_536
 
 Contexts = Annotated[str, typer.Option(help="Tokens in the cache, as 32768 or 32K; several separated by commas.")]
@@ -30,13 +28,6 @@ Samplers = Annotated[
     typer.Option(
         help="Samplers separated by commas, each with settings behind a colon if it has any: lsh:K=9,L=120,sketch:256,"
         "kv_dtype=int8."
-    ),
-]
-Budget = Annotated[float, typer.Option(help="Rows that samplers without a budget of their own read per head.")]
-Bits = Annotated[
-    int | None,
-    typer.Option(
-        help="Bits of a coordinate in sketches that say nothing else.", show_default="4 to 2, by the length of a head"
     ),
 ]
 Sets = Annotated[

@@ -40,7 +40,8 @@ def serving(
     samplers: Annotated[
         str | None,
         typer.Option(
-            help="Samplers to compare, with commas: sent as magicpig's own field.", show_default="the server's"
+            help="Samplers to compare, as full,sketch:256,lsh:K=9,L=120: sent as magicpig's own field.",
+            show_default="the server's",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of prompts and arrivals.")] = 0,
@@ -55,13 +56,15 @@ def serving(
     if len(bounds) != 2:
         raise InputError(f"--words {words} must be two numbers")
     from magicpig.studies.bench.serving import Load, drive
+    from magicpig.studies.evaluation.matrix import parse_methods
 
+    names = [None] if samplers is None else [method.name for method in parse_methods(samplers)]
     to_stdout = json_file == STDIO
     console = Console(stderr=to_stdout)
     results: list[tuple[str, Result]] = []
     with OutputFile(None if to_stdout else json_file) as file:
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            for name in [None] if samplers is None else samplers.split(","):
+            for name in names:
                 extra: dict[str, Any] = {} if name is None else {"magicpig": {"sampler": name}}
                 for level in levels:
                     load = checked(

@@ -26,8 +26,8 @@ from magicpig.cli.options import (
     ModelOrPocket,
     TrustRemoteCode,
     or_pocket,
-    parse_layers,
 )
+from magicpig.cli.settings import takes_settings
 from magicpig.cli.studies.command import StudyCommand
 from magicpig.cli.studies.progress import run_evaluation
 
@@ -57,7 +57,9 @@ class ChatTemplate(str, Enum):
 
 
 @evaluate.command(cls=StudyCommand)
+@takes_settings("dense_layers", "exact_below", exact_below=0)
 def ruler(
+    *,
     out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
     model: ModelOrPocket = None,
     tasks: Annotated[
@@ -92,13 +94,7 @@ def ruler(
         ),
     ] = 10,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the tasks.", rich_help_panel=WHAT)] = 0,
-    dense_layers: Annotated[
-        str | None,
-        typer.Option(help="Layers that are read in full, as 0,16, or none. [default: 0,16,32,48]", rich_help_panel=HOW),
-    ] = None,
-    exact_below: Annotated[
-        int, typer.Option(min=0, max=MOST_TOKENS, help="Shorter contexts are read in full.", rich_help_panel=HOW)
-    ] = 0,
+    settings: dict[str, Any],
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, max=MOST_TOKENS, help="Shorten answers below what the task allows.", rich_help_panel=HOW),
@@ -136,7 +132,7 @@ def ruler(
     from magicpig.studies.evaluation.tasks import Sources
 
     chosen = matrices.parse_tasks(tasks), matrices.parse_lengths(lengths)
-    methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=parse_layers(dense_layers))
+    methods = matrices.parse_methods(samplers, **settings)
     protocols = matrices.parse_protocols(protocol)
     directory = or_pocket(model, notes)
     with notes.status("Looking into the model and the data"):
@@ -161,7 +157,9 @@ def ruler(
 
 
 @evaluate.command(cls=StudyCommand)
+@takes_settings("dense_layers", "exact_below", exact_below=0)
 def perplexity(
+    *,
     out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
     model: ModelOrPocket = None,
     text: Annotated[
@@ -182,13 +180,7 @@ def perplexity(
     samplers: Annotated[
         str, typer.Option(help="Samplers with their settings, as of `eval ruler`.", rich_help_panel=WHAT)
     ] = SAMPLERS,
-    dense_layers: Annotated[
-        str | None,
-        typer.Option(help="Layers that are read in full, as 0,16, or none.", rich_help_panel=HOW),
-    ] = None,
-    exact_below: Annotated[
-        int, typer.Option(min=0, max=MOST_TOKENS, help="Shorter contexts are read in full.", rich_help_panel=HOW)
-    ] = 0,
+    settings: dict[str, Any],
     dtype: Annotated[
         Dtype,
         typer.Option(help="What the model computes in; bfloat16 has errors of its own.", rich_help_panel=HOW),
@@ -208,7 +200,7 @@ def perplexity(
     notes = Console(stderr=True, highlight=False)
     from magicpig.studies.evaluation import matrix as matrices
 
-    methods = matrices.parse_methods(samplers, exact_below=exact_below, dense_layers=parse_layers(dense_layers))
+    methods = matrices.parse_methods(samplers, **settings)
     parsed = matrices.parse_lengths(lengths)
     directory = or_pocket(model, notes)
     from magicpig.studies.evaluation import perplexity as study

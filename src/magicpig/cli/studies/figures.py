@@ -23,8 +23,8 @@ from magicpig.cli.options import (
     ModelOrPocket,
     TrustRemoteCode,
     or_pocket,
-    parse_layers,
 )
+from magicpig.cli.settings import takes_settings
 from magicpig.cli.studies.progress import run_evaluation, work_progress
 from magicpig.wording import counted
 
@@ -41,7 +41,9 @@ ATTENTION = "Attention: figures 2 and 3"
 Rows = list[dict[str, Any]]
 
 
+@takes_settings("dense_layers")
 def figures(
+    *,
     out: Annotated[Path, typer.Option(help="Directory for the pictures and numbers; made if it is missing.")],
     model: ModelOrPocket = None,
     only: Annotated[str, typer.Option(help="Which figures, separated by commas.")] = ",".join(NAMES),
@@ -63,18 +65,13 @@ def figures(
         str,
         typer.Option(help="question-dense or question-sparse; see `magicpig eval ruler`.", rich_help_panel=ACCURACY),
     ] = "question-dense",
-    dense_layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers that are read in full, as 0,16, or none. [default: 0,16,32,48]", rich_help_panel=ACCURACY
-        ),
-    ] = None,
+    settings: dict[str, Any],
     texts: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Texts per task.", rich_help_panel=ATTENTION)] = 2,
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Queries per text.", rich_help_panel=ATTENTION)] = 8,
     dtype: ModelDtype = Dtype.auto,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Draw what the method rests on, measured on a local model: PNG, SVG and the numbers behind them as JSON lines.
+    """Plot what the method rests on, measured on a local model: PNG, SVG and the numbers behind them as JSON lines.
 
     1: accuracy against the share of keys read. 2: where attention goes, and where keys and queries lie. 3: error of the
     attention output against the share of keys read. centring: needles found with and without centred keys.
@@ -88,7 +85,7 @@ def figures(
     from magicpig.studies.evaluation import matrix as matrices
     from magicpig.studies.figures import accuracy
 
-    shared = {"exact_below": 0, "dense_layers": parse_layers(dense_layers)}
+    shared = {"exact_below": 0, **settings}
     methods = accuracy.methods(None if samplers is None else samplers.split(","), **shared)
     common: dict[str, Any] = {
         "lengths": matrices.parse_lengths(length)[:1],
@@ -115,17 +112,17 @@ def figures(
         chat = bool(opened.tokenizer.chat_template)
         compared, ablation = replace(compared, chat=chat), replace(ablation, chat=chat)
     from magicpig.studies.evaluation.run import evaluate
-    from magicpig.studies.figures import draw
+    from magicpig.studies.figures import plot
 
     if "1" in wanted:
         results = run_evaluation(evaluate, opened, compared, out / "figure1-results.jsonl", notes, dtype=dtype.value)
         rows = accuracy.accuracy_rows(results, compared)
-        _write(out, "figure1", _origin(results), rows, draw.draw_accuracy)
+        _write(out, "figure1", _origin(results), rows, plot.plot_accuracy)
     if "2" in wanted or "3" in wanted:
         _attention(opened, compared, out, wanted, dtype, texts, steps, notes)
     if "centring" in wanted:
         results = run_evaluation(evaluate, opened, ablation, out / "centring-results.jsonl", notes, dtype=dtype.value)
-        _write(out, "centring", _origin(results), accuracy.centring_rows(results, ablation), draw.draw_centring)
+        _write(out, "centring", _origin(results), accuracy.centring_rows(results, ablation), plot.plot_centring)
     notes.print(f"{counted(len(wanted), 'figure')} in {escape(str(out))}")
 
 
@@ -142,7 +139,7 @@ def _attention(
     """Figures 2 and 3, which look at the same captured attention."""
     from magicpig.generation import load
     from magicpig.studies.evaluation.run import identity
-    from magicpig.studies.figures import draw
+    from magicpig.studies.figures import plot
     from magicpig.studies.figures.texts import measure_attention
     from magicpig.studies.provenance import provenance
 
@@ -172,23 +169,23 @@ def _attention(
     origin = {"model": identity(model), "settings": settings, "made": provenance()}
     if "2" in wanted:
         rows = [{"about": "mass"} | row for row in mass] + [{"about": "cosines"} | row for row in cosines]
-        _write(out, "figure2", origin, rows, lambda _: draw.draw_anatomy(mass, cosines))
+        _write(out, "figure2", origin, rows, lambda _: plot.plot_anatomy(mass, cosines))
     if "3" in wanted:
-        _write(out, "figure3", origin, errors, draw.draw_errors)
+        _write(out, "figure3", origin, errors, plot.plot_errors)
 
 
 def _origin(results: Results) -> dict[str, Any]:
     return {name: results.header[name] for name in ("model", "settings", "made")}
 
 
-def _write(out: Path, name: str, origin: dict[str, Any], rows: Rows, draw: Callable[[Rows], Figure]) -> None:
+def _write(out: Path, name: str, origin: dict[str, Any], rows: Rows, plot: Callable[[Rows], Figure]) -> None:
     """The picture in two formats and its numbers, under a line that says where they come from; nothing has a date."""
     from magicpig.studies.figures.style import png_and_svg, style
 
     made = {key: value for key, value in origin["made"].items() if key != "date"}
     lines = [json.dumps(line) for line in ({"figure": name} | origin | {"made": made}, *rows)]
     with style():
-        files: dict[str, str | bytes] = {".jsonl": "\n".join(lines) + "\n", **png_and_svg(draw(rows))}
+        files: dict[str, str | bytes] = {".jsonl": "\n".join(lines) + "\n", **png_and_svg(plot(rows))}
     for suffix, content in files.items():
         with OutputFile(out / (name + suffix)) as file:
             file.write(content)

@@ -96,7 +96,7 @@ def tune(
             from magicpig.studies.figures.style import png_and_svg, style
             from magicpig.studies.provenance import provenance
             from magicpig.studies.tune import Goal, candidates, report
-            from magicpig.studies.tune.draw import draw_tuning
+            from magicpig.studies.tune.plot import plot_tuning
             from magicpig.studies.tune.run import tune as find
 
             generation.silence_transformers()
@@ -135,12 +135,12 @@ def tune(
             **provenance(),
         }
         with style():
-            pictures = png_and_svg(draw_tuning(tuning))
+            pictures = png_and_svg(plot_tuning(tuning))
         for suffix, plot in plots.items():
             plot.write(pictures[suffix])
         file.write(to_text(tuning.config, about))
     if as_json:
-        settings = tuning.config.said()
+        settings = tuning.config.nondefault()
         print(json.dumps({"settings": settings, "about": about, "measured": report.all_rows(tuning.layers)}, indent=2))
     notes.print(_table(about["layers"], tuning))
     for line in _summary(about, out):

@@ -306,7 +306,7 @@ def _kinds(methods: Sequence[Method]) -> set[KVDtype]:
 
 def _exact(rows: KVDtype) -> Config:
     """Full attention over rows of this kind: what a cache is filled by before it is forked."""
-    return Config(sampler="full", kv_dtype=rows)
+    return EXACT.changed({"kv_dtype": rows})
 
 
 def _layers(cache: MagicPigCache) -> list[MagicPigLayer]:

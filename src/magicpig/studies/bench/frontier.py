@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from magicpig.config import EXACT, NATIVE
+from magicpig.config import EXACT
 from magicpig.store import KVStore
 from magicpig.studies.bench.layer import Layer
 from magicpig.studies.bench.quiet import Quiet, Timing, count, quiet_ms
@@ -91,7 +91,7 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
     layer.forget(stores)
     step_ms = exact_ms = read_ms = None
     quiet = Quiet(0, 0)
-    if config.sampler in NATIVE:
+    if config.native:
 
         def step(step: int) -> Tensor:
             return layer.step(stores, step)

@@ -15,6 +15,8 @@ from magicpig.doctor import self_check
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError
 from magicpig.kernels import base, library
 from magicpig.machine import free_memory, waited_ns
+from magicpig.samplers import sampler_of
+from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.store import KVStore
 from magicpig.store.planner import LayerShape, plan
 from magicpig.studies.bench.quiet import Timing, has_waited
@@ -151,8 +153,9 @@ class Layer:
 
     def leaves_out(self, config: Config) -> bool:
         """Whether a setting reads less than everything: no budget is as large as the body, nor is there none."""
-        body = self.body(config)
-        return body > 0 and (config.hashes or config.rows(body) < body)
+        body, policy = self.body(config), DrawPolicy.of(config)
+        head_dim = self.data[0].keys.shape[2]
+        return body > 0 and sampler_of(IndexSpec.of(config, head_dim), head_dim).leaves_out(policy, body)
 
     def step(self, stores: list[KVStore], step: int) -> Tensor:
         """One decode step: appends its token and attends. Returns (B, H, D)."""

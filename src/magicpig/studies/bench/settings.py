@@ -7,7 +7,6 @@ from magicpig.studies.evaluation.matrix import Method, parse_methods
 TABLES = ((11, 300), (10, 75), (10, 150), (10, 220), (9, 75), (9, 120), (8, 75))  # K, L
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
 BITS = (1, 2, 3, 4)
-REFERENCES = ("topk", "oracle")
 
 
 def settings(samplers: str) -> list[Method]:
@@ -19,12 +18,12 @@ def settings(samplers: str) -> list[Method]:
     names: list[str] = []
     for method in asked:
         budgets = [f"{method.name}:{budget}" for budget in BUDGETS]
-        if method.name == "lsh":
-            names += [f"lsh:K={K},L={L}" for K, L in TABLES]
-        elif method.name == "sketch":
-            names += [f"{budget},bits={bits}" for bits in BITS for budget in budgets]
-        elif method.name in REFERENCES:
-            names += budgets
-        else:
+        if method.name != method.config.sampler or not method.config.named_by:
             names.append(method.name)
+        elif method.config.hashes:
+            names += [f"{method.name}:K={K},L={L}" for K, L in TABLES]
+        elif method.config.sketches:
+            names += [f"{budget},bits={bits}" for bits in BITS for budget in budgets]
+        else:
+            names += budgets
     return list(parse_methods(",".join(names), exact_below=0))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from magicpig import strict_json
-from magicpig.config import MOST_TOKENS, SAMPLERS, Config
+from magicpig.config import MOST_TOKENS, SAMPLERS, Config, did_you_mean, parse_sampler
 from magicpig.config_file import load_config
 from magicpig.errors import ArgumentError
 from magicpig.studies.evaluation.tasks import TASKS, Sources
@@ -136,21 +134,13 @@ def _method(name: str, defaults: dict[str, Any]) -> Method:
     if name.endswith(".json"):
         # By its name alone: results do not depend on where it lies.
         return _with_settings(Path(name).name, {**defaults, **load_config(name).model_dump(exclude_unset=True)})
-    sampler, _, settings = name.partition(":")
-    if sampler not in SAMPLERS:
-        raise _unknown("sampler", sampler, SAMPLERS)
-    given: dict[str, Any] = {}
-    for part in settings.split(",") if settings else []:
-        key, equals, value = part.partition("=")
-        key, value = (key, value) if equals else ("budget", part)
-        if key in given or key not in Config.model_fields or key == "sampler":
-            allowed = [field for field in Config.model_fields if field not in ("sampler", *given)]
-            raise _unknown("setting", key, allowed, f" of {shown(name)}")
-        try:
-            given[key] = value if key == "kv_dtype" else strict_json.parse(value)
-        except strict_json.JsonError:
-            raise MatrixError(f"sampler {shown(name)}: {key}={shown(value)} is not a number, true or false") from None
-    return _with_settings(name, {"sampler": sampler, **defaults, **given})
+    try:
+        given = parse_sampler(name)
+    except ArgumentError as error:
+        raise MatrixError(str(error)) from None
+    if given["sampler"] not in SAMPLERS:
+        raise _unknown("sampler", given["sampler"], SAMPLERS)
+    return _with_settings(name, {**defaults, **given})
 
 
 def _with_settings(name: str, settings: dict[str, Any]) -> Method:
@@ -167,8 +157,5 @@ def _names(text: str, option: str) -> list[str]:
     return names
 
 
-def _unknown(kind: str, name: str, allowed: Iterable[str], where: str = "") -> MatrixError:
-    allowed = list(allowed)
-    near = get_close_matches(name, allowed, n=2, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
-    return MatrixError(f"unknown {kind} {shown(name)}{where}; {hint}")
+def _unknown(kind: str, name: str, allowed: Sequence[str]) -> MatrixError:
+    return MatrixError(f"unknown {kind} {shown(name)}; {did_you_mean(name, allowed)}")

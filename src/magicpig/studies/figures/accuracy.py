@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from magicpig.config import SAMPLERS
 from magicpig.studies.evaluation.matrix import Matrix, Method, parse_methods
 from magicpig.studies.evaluation.results import Results
 from magicpig.studies.evaluation.table import AVERAGE, summarise
@@ -14,10 +13,7 @@ from magicpig.studies.evaluation.table import AVERAGE, summarise
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 TABLES = ((10, 75), (10, 150), (9, 120), (9, 200), (8, 150))  # K, L: about 0.5 to 15 % of the keys
 CENTRED = ((10, 150), (9, 120), (8, 75))  # the paper's settings
-BUDGETED = ("topk", "quest", "uniform-tail", "oracle", "oracle-replacement", "sketch")
-COMPARED = tuple(
-    name for name in ("full", "topk", "quest", "uniform-tail", "oracle", "lsh", "sketch") if name in SAMPLERS
-)
+COMPARED = ("full", "topk", "quest", "uniform-tail", "oracle", "lsh", "sketch")
 
 
 def methods(samplers: Sequence[str] | None = None, **settings: Any) -> tuple[Method, ...]:
@@ -27,9 +23,10 @@ def methods(samplers: Sequence[str] | None = None, **settings: Any) -> tuple[Met
     """
     names = []
     for sampler in COMPARED if samplers is None else samplers:
-        if sampler == "lsh":
-            names += [f"lsh:K={K},L={L}" for K, L in TABLES]
-        elif sampler in BUDGETED:
+        (method,) = parse_methods(sampler)
+        if method.config.hashes:
+            names += [f"{sampler}:K={K},L={L}" for K, L in TABLES]
+        elif method.config.named_by:
             names += [f"{sampler}:{share}" for share in SHARES]
         else:
             names.append(sampler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from magicpig.config import Config
 from magicpig.model_dir import ModelError, read_settings
 from magicpig.studies.evaluation import table
 from magicpig.studies.evaluation.results import Results, ResultsError
@@ -72,13 +73,17 @@ two pieces twice. It says nothing about how well sampled attention serves a larg
 
 
 def write(model: Path, results: Results, *, command: str, machine: str) -> str:
-    """The card of the model in a folder, from results of its evaluation with the sampler `full`."""
+    """The card of the model in a folder, from results of its evaluation with full attention."""
     config = read_settings(model / "config.json")
     hidden, inter, head_dim, heads, groups, layers, vocabulary = (_size(model, config, name) for name in SIZES)
     per_layer = 2 * hidden * head_dim * (heads + groups) + 3 * hidden * inter
-    cells = [cell for cell in table.summarise(results) if cell.sampler == "full"]
+    samplers = results.header["settings"].get("samplers")
+    if not isinstance(samplers, dict) or not all(isinstance(own, dict) for own in samplers.values()):
+        raise ResultsError(f"samplers={shown(samplers)} in the results must be an object of settings by name")
+    full = [name for name, own in samplers.items() if not Config(**own).samples]
+    cells = [cell for cell in table.summarise(results) if cell.sampler in full]
     if not cells:
-        raise ResultsError("the results have no answers of the sampler full, which the card is about")
+        raise ResultsError("the results have no answers of full attention, which the card is about")
     return _CARD.format(
         parameters=(vocabulary * hidden + layers * per_layer) / 1e6,
         layers=layers,

@@ -12,7 +12,7 @@ from itertools import product
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from magicpig.studies.evaluation.tasks import lexicon
+from magicpig.studies.evaluation.tasks.vocabulary import vocabulary
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _SPECIAL = (BEGIN, END, UNKNOWN)
@@ -25,9 +25,9 @@ def build() -> PreTrainedTokenizerFast:
     pairs = ["".join(pair) for pair in product("0123456789abcdef", repeat=2)]
     triples = ["".join(triple) for triple in product(string.digits, repeat=3)]
     parts = sorted({*characters, *pairs, *triples})
-    words = sorted({*lexicon.vocabulary(), *parts, *string.punctuation})
-    vocabulary = [*_SPECIAL, *words, *(f"##{part}" for part in parts)]
-    ids = {piece: index for index, piece in enumerate(vocabulary)}
+    words = sorted({*vocabulary(), *parts, *string.punctuation})
+    pieces = [*_SPECIAL, *words, *(f"##{part}" for part in parts)]
+    ids = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, ids[BEGIN])])

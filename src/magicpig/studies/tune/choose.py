@@ -15,9 +15,6 @@ from magicpig.studies.tune.measure import Measured
 
 FASTER = 0.95  # of the time of full attention: what saves less than that is not worth an error
 
-SAID = {"full": ("sampler",), "lsh": ("sampler", "K", "L"), "sketch": ("sampler", "budget", "bits")}
-"""What a setting is named by, even where it is as by default."""
-
 
 @dataclass(frozen=True)
 class Goal:
@@ -122,9 +119,9 @@ def p95(errors: Tensor) -> float:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What `Config.layers` has to say of a layer that is to be read in this way."""
-    own = {}
+    own, named = {}, ("sampler", *config.named_by)
     for name in BY_LAYER:
         value = getattr(config, name)
-        if name in SAID[config.sampler] or value != Config.model_fields[name].default:
+        if name in named or value != Config.model_fields[name].default:
             own[name] = int(value) if name == "budget" and value.is_integer() else value
     return own

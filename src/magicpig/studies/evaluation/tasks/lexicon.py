@@ -1,4 +1,4 @@
-"""The words of the tasks. A closed list: `vocabulary` has every word and sign that a generator can emit.
+"""The words of the tasks. A closed list: vocabulary.py has every word and sign that a generator can emit.
 
 English words are those of the package wonderwords, as in RULER. Coded words and variable names are letters drawn once,
 the same for everyone, so that a tokenizer of whole words can know them. Numbers and uuids are drawn anew each time.
@@ -80,18 +80,6 @@ def key(rng: random.Random) -> str:
 def uuid4(rng: random.Random) -> str:
     """A random uuid, as 36 characters."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
-@cache
-def vocabulary() -> tuple[str, ...]:
-    """Every piece that the generators can emit without files of the user, except the letters of uuids; sorted."""
-    # Imported here: what the sentences are made of is theirs to know.
-    from magicpig.studies.evaluation.tasks import filler, templates
-
-    fixed = {piece for text in (*templates.TEXTS, *filler.TEXTS) for piece in pieces(text)}
-    return tuple(
-        sorted({*fixed, *string.digits, *english(), *coded_words(), *variables(), *example_variables(), "-", "..."})
-    )
 
 
 @cache

@@ -13,10 +13,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from magicpig.studies.figures.style import BLACK, LOOKS, legend_below, percent_ticks
 
 Rows = Sequence[dict[str, Any]]
-BITS = 2  # of the sketch that is drawn in full; those of other widths stand behind it
+BITS = 2  # of the sketch that is plotted in full; those of other widths stand behind it
 
 
-def draw_frontier(rows: Rows) -> Figure:
+def plot_frontier(rows: Rows) -> Figure:
     """A column per context; in it, error against time per step, against the share of keys read, and against the index.
 
     Lines are means over heads and steps, bands reach up to the 95th percentile. Layers of one capture are averaged.
@@ -31,7 +31,7 @@ def draw_frontier(rows: Rows) -> Figure:
         for axes, chosen, name in zip(
             column, (timed, points, timed), ("step_ms", "sampled_share", "index_bytes_per_key"), strict=True
         ):
-            _draw_curves(axes, chosen, name)
+            _plot_curves(axes, chosen, name)
             axes.set_yscale("log")
         if timed:
             exact = median(point["exact_ms"] for point in timed)
@@ -52,7 +52,7 @@ def draw_frontier(rows: Rows) -> Figure:
     return figure
 
 
-def _draw_curves(axes: Axes, points: Rows, name: str) -> None:
+def _plot_curves(axes: Axes, points: Rows, name: str) -> None:
     """The settings of each sampler; of a sketch a curve for each width, of tables a curve for each K."""
     for sampler in (sampler for sampler in LOOKS if any(point["sampler"] == sampler for point in points)):
         curves: dict[Any, list[dict[str, Any]]] = {}
@@ -60,11 +60,11 @@ def _draw_curves(axes: Axes, points: Rows, name: str) -> None:
             if point["sampler"] == sampler:
                 curves.setdefault(point["bits"] or point["K"], []).append(point)
         for setting, curve in sorted(curves.items(), key=lambda item: str(item[0])):
-            aside = sampler == "sketch" and setting != BITS
-            _draw_curve(axes, sampler, sorted(curve, key=_setting), name, aside=aside)
-            if sampler in ("sketch", "lsh") and name == "index_bytes_per_key":  # there each curve has its own place
+            aside = curve[0]["bits"] not in (None, BITS)
+            _plot_curve(axes, sampler, sorted(curve, key=_setting), name, aside=aside)
+            if setting is not None and name == "index_bytes_per_key":  # there each curve has its own place
                 last = max(curve, key=lambda point: point["error"])
-                text = f"{setting} bit" if sampler == "sketch" else f"K {setting}"
+                text = f"K {setting}" if last["bits"] is None else f"{setting} bit"
                 axes.annotate(
                     text,
                     (last[name], last["error"]),
@@ -76,7 +76,7 @@ def _draw_curves(axes: Axes, points: Rows, name: str) -> None:
                 )
 
 
-def _draw_curve(axes: Axes, sampler: str, curve: Rows, name: str, *, aside: bool) -> None:
+def _plot_curve(axes: Axes, sampler: str, curve: Rows, name: str, *, aside: bool) -> None:
     look = LOOKS[sampler]
     across, errors = [point[name] for point in curve], [point["error"] for point in curve]
     axes.plot(
@@ -91,7 +91,7 @@ def _draw_curve(axes: Axes, sampler: str, curve: Rows, name: str, *, aside: bool
         zorder=2 if aside else 3,
         label=None if aside else look.label,
     )
-    if not aside and sampler in ("sketch", "lsh"):
+    if not aside and curve[0]["step_ms"] is not None:
         above = [point["error_p95"] for point in curve]
         axes.fill_between(across, errors, above, color=look.colour, alpha=0.12, linewidth=0)
 

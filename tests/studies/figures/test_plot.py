@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from magicpig.studies.figures import draw
+from magicpig.studies.figures import plot
 from magicpig.studies.figures.anatomy import SHARES
 from magicpig.studies.figures.style import LOOKS, RULES, Point, curve, legend_below, panels, png_and_svg, style
 
@@ -59,10 +59,10 @@ def anatomy_rows():
 
 
 FIGURES = {
-    "accuracy": lambda: draw.draw_accuracy(accuracy_rows()),
-    "anatomy": lambda: draw.draw_anatomy(*anatomy_rows()),
-    "errors": lambda: draw.draw_errors(error_rows()),
-    "centring": lambda: draw.draw_centring(centring_rows()),
+    "accuracy": lambda: plot.plot_accuracy(accuracy_rows()),
+    "anatomy": lambda: plot.plot_anatomy(*anatomy_rows()),
+    "errors": lambda: plot.plot_errors(error_rows()),
+    "centring": lambda: plot.plot_centring(centring_rows()),
 }
 
 
@@ -84,7 +84,7 @@ def drawn(axes, label):
 
 def test_curves_of_errors_are_medians_over_heads():
     with style():
-        tailed, everything = draw.draw_errors(error_rows()).axes
+        tailed, everything = plot.plot_errors(error_rows()).axes
     assert tailed.get_title(loc="left") == "Long-tailed heads (4 of 8)"
     assert everything.get_title(loc="left") == "All heads (8)"
     shares, errors = drawn(everything, "topk")
@@ -96,13 +96,13 @@ def test_curves_of_errors_are_medians_over_heads():
 
 def test_no_panel_for_long_tailed_heads_where_there_are_none():
     with style():
-        (only,) = draw.draw_errors(error_rows((False, False))).axes
+        (only,) = plot.plot_errors(error_rows((False, False))).axes
     assert only.get_title(loc="left") == "All heads (8)"
 
 
 def test_accuracy_has_a_panel_per_task_and_full_attention_across():
     with style():
-        panels = draw.draw_accuracy(accuracy_rows()).axes
+        panels = plot.plot_accuracy(accuracy_rows()).axes
     assert [axes.get_title(loc="left") for axes in panels] == ["cwe", "fwe"]
     shares, accuracies = drawn(panels[0], "lsh")
     assert list(shares) == [0.01, 0.05]
@@ -115,11 +115,11 @@ def test_the_users_own_settings_do_not_matter(monkeypatch):
     import matplotlib
 
     with style():
-        once = png_and_svg(draw.draw_errors(error_rows()))
+        once = png_and_svg(plot.plot_errors(error_rows()))
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 9)
     monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "red")
     with style():
-        assert png_and_svg(draw.draw_errors(error_rows())) == once
+        assert png_and_svg(plot.plot_errors(error_rows())) == once
     assert matplotlib.rcParams["lines.linewidth"] == 9
 
 
@@ -131,12 +131,12 @@ def test_looks_can_be_told_apart_without_colour():
 
 def test_bootstrap_is_about_two_standard_errors():
     values = np.random.default_rng(1).normal(3, 1, 400)
-    low, high = draw.bootstrap(values)
+    low, high = plot.bootstrap(values)
     # A median's standard error is sqrt(pi / 2) / sqrt(400); a percentile of 1000 resamples is within some 10 % of it,
     # and the density of 400 values at their median within some 20 % of the normal one.
     assert low == pytest.approx(np.median(values) - 1.96 * 0.0627, abs=0.04)
     assert high == pytest.approx(np.median(values) + 1.96 * 0.0627, abs=0.04)
-    assert draw.bootstrap([0.5]) == (0.5, 0.5)
+    assert plot.bootstrap([0.5]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

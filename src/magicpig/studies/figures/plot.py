@@ -1,4 +1,4 @@
-"""The figures, each from its rows of numbers alone: what is drawn can be drawn again from the JSON lines beside it."""
+"""The figures, each from its rows of numbers alone, so that it can be plotted again from the JSON lines beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from magicpig.config import Config
 from magicpig.studies.figures.anatomy import SHARES, TAIL_MASS, TAIL_SHARE
 from magicpig.studies.figures.style import (
     BLACK,
@@ -30,16 +31,16 @@ RESAMPLES = 1000
 CLAIM = ("topk", "lsh", "sketch")  # one loses aggregation, the others keep it
 
 
-def draw_anatomy(mass: Rows, cosines: Rows) -> Figure:
+def plot_anatomy(mass: Rows, cosines: Rows) -> Figure:
     """Figure 2: how attention is spread, what the sink does to that, and the geometry behind both."""
     figure, (spread, sink, cones) = panels(3, height=3.5)
-    _draw_spread(spread, mass)
-    _draw_sink(sink, mass)
-    _draw_cones(cones, cosines)
+    _plot_spread(spread, mass)
+    _plot_sink(sink, mass)
+    _plot_cones(cones, cosines)
     return figure
 
 
-def draw_errors(rows: Rows) -> Figure:
+def plot_errors(rows: Rows) -> Figure:
     """Figure 3: error of the attention output against the share of keys read, for long-tailed heads and for all."""
     tailed = [row for row in rows if row["long_tailed"]]
     heads, among = ({_head(row) for row in part} for part in (rows, tailed))
@@ -50,7 +51,7 @@ def draw_errors(rows: Rows) -> Figure:
         each.set_title(title)
         curves = _curves(chosen)
         for sampler, points in curves.items():
-            _draw_points(each, sampler, points)
+            _plot_points(each, sampler, points)
         shares = [point.share for points in curves.values() for point in points]
         share_axis(each, "share of keys read", *_range(shares))
         each.set_yscale("log")
@@ -60,10 +61,10 @@ def draw_errors(rows: Rows) -> Figure:
     return figure
 
 
-def draw_accuracy(rows: Rows) -> Figure:
+def plot_accuracy(rows: Rows) -> Figure:
     """Figure 1: accuracy against the share of keys read, a panel per task; full attention is the line across.
 
-    Intervals are drawn where the claim needs them; more would hide the curves.
+    Intervals are shown where the claim needs them; more would hide the curves.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = panels(len(tasks), height=3.6, share_y=True)
@@ -77,7 +78,7 @@ def draw_accuracy(rows: Rows) -> Figure:
                 for row in chosen
                 if row["sampler"] == sampler
             ]
-            _draw_points(each, sampler, points, aside=sampler not in CLAIM)
+            _plot_points(each, sampler, points, aside=sampler not in CLAIM)
         share_axis(each, "share of keys read", *_range(shares))
         each.set_ylim(-0.03, 1.03)
         each.yaxis.set_major_formatter(_percent)
@@ -86,7 +87,7 @@ def draw_accuracy(rows: Rows) -> Figure:
     return figure
 
 
-def draw_centring(rows: Rows) -> Figure:
+def plot_centring(rows: Rows) -> Figure:
     """The ablation: accuracy, and share of keys sampled, with the keys centred before hashing and without."""
     figure, (accuracy, shares) = panels(2, height=2.6, share_y=True)
     settings = list(dict.fromkeys(row["setting"] for row in rows if row["setting"]))[::-1]
@@ -123,20 +124,20 @@ def draw_centring(rows: Rows) -> Figure:
 
 def _range(shares: list[float]) -> tuple[float, float]:
     """The ends of a logarithmic axis with some room on both sides."""
-    drawn = [share for share in shares if share > 0]
-    return min(drawn, default=0.01) / 1.2, max(drawn, default=1.0) * 1.2
+    positive = [share for share in shares if share > 0]
+    return min(positive, default=0.01) / 1.2, max(positive, default=1.0) * 1.2
 
 
-def _draw_points(axes: Axes, sampler: str, points: list[Point], *, aside: bool = False) -> None:
-    if sampler not in ("full", "window"):
+def _plot_points(axes: Axes, sampler: str, points: list[Point], *, aside: bool = False) -> None:
+    if Config(sampler=sampler).named_by:
         curve(axes, sampler, points, aside=aside)
         return
-    (point,), look = points, LOOKS[sampler]  # there is nothing to set, so this is a line across
+    (point,), look = points, LOOKS[sampler]  # there is nothing to set, so it is a line across
     axes.axhspan(point.low, point.high, color=look.colour, alpha=0.07, linewidth=0)
     axes.axhline(point.value, color=look.colour, linestyle=look.dashes, linewidth=1.2, label=look.label)
 
 
-def _draw_spread(axes: Axes, rows: Rows) -> None:
+def _plot_spread(axes: Axes, rows: Rows) -> None:
     axes.set_title("How attention is spread")
     looks = {False: (GREY, "-", "other heads"), True: (ORANGE, "-", "long-tailed heads")}
     for tailed, (colour, dashes, label) in looks.items():
@@ -151,7 +152,7 @@ def _draw_spread(axes: Axes, rows: Rows) -> None:
     _legend_under(axes, rule)
 
 
-def _draw_sink(axes: Axes, rows: Rows) -> None:
+def _plot_sink(axes: Axes, rows: Rows) -> None:
     axes.set_title("With and without the sink")
     for name, colour, dashes, label in (
         ("mass", BLUE, "-", "all keys"),
@@ -164,7 +165,7 @@ def _draw_sink(axes: Axes, rows: Rows) -> None:
     _legend_under(axes, "median and quartiles of heads")
 
 
-def _draw_cones(axes: Axes, rows: Rows) -> None:
+def _plot_cones(axes: Axes, rows: Rows) -> None:
     axes.set_title("Where keys and queries lie")
     pairs = {
         "sink_moves": "sink key,\ntwo texts",

@@ -28,16 +28,16 @@ from magicpig.studies.tune.measure import Measured
 BITS = {1: (GREY, "v", ":"), 2: (SKY, "D", "-"), 3: (GREEN, "^", "--"), 4: (ORANGE, "s", "-.")}
 
 
-def draw_tuning(tuning: Tuning) -> Figure:
+def plot_tuning(tuning: Tuning) -> Figure:
     """Error against time of every setting over all layers, and the time of each layer before and after."""
     figure, (trade, layers) = panels(2, width=3.9, height=3.6)
-    _draw_trade(trade, tuning)
-    _draw_layers(layers, tuning.layers)
+    _plot_trade(trade, tuning)
+    _plot_layers(layers, tuning.layers)
     legend_below(figure, [layers, trade])
     return figure
 
 
-def _draw_trade(axes: Axes, tuning: Tuning) -> None:
+def _plot_trade(axes: Axes, tuning: Tuning) -> None:
     axes.set_title("One setting for all layers, and tuned")
     curves: dict[Look, list[tuple[float, float]]] = {}
     for tried in zip(*(each.measured[1:] for each in tuning.layers), strict=True):
@@ -63,7 +63,7 @@ def _draw_trade(axes: Axes, tuning: Tuning) -> None:
     axes.set_ylabel("relative error of the attention output")
 
 
-def _draw_layers(axes: Axes, layers: Sequence[LayerChoice]) -> None:
+def _plot_layers(axes: Axes, layers: Sequence[LayerChoice]) -> None:
     axes.set_title("Each layer")
     places = range(len(layers))
     axes.bar(places, [each.full_ms for each in layers], width=0.8, color="#d9d9d9", label="full attention")
@@ -78,7 +78,7 @@ def _draw_layers(axes: Axes, layers: Sequence[LayerChoice]) -> None:
 
 
 def _look(config: Config) -> Look:
-    """How a setting's family is drawn: the settings on one curve differ in how many rows they read."""
+    """How a setting's family is plotted: the settings on one curve differ in how many rows they read."""
     if config.hashes:
         return Look("LSH sampling", BLUE, "o")
     assert config.bits is not None  # what was measured says it
