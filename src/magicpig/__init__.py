@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from magicpig.advice import SamplingWarning
     from magicpig.config import Config
     from magicpig.engine.llm import LLM
     from magicpig.engine.request import SamplingParams
@@ -27,6 +28,7 @@ __all__ = [
     "Config",
     "MagicPigCache",
     "SamplingParams",
+    "SamplingWarning",
     "UnsupportedModelError",
     "attach",
     "attend",
@@ -41,6 +43,7 @@ _HOMES = {
     "Config": "magicpig.config",
     "MagicPigCache": "magicpig.integrations.transformers",
     "SamplingParams": "magicpig.engine.request",
+    "SamplingWarning": "magicpig.advice",
     "UnsupportedModelError": "magicpig.integrations.transformers",
     "attach": "magicpig.integrations.transformers",
     "attend": "magicpig.functional",

@@ -13,8 +13,6 @@ from magicpig import strict_json
 from magicpig.errors import ArgumentError
 from magicpig.wording import LONGEST_VALUE, printable, shown
 
-DENSE_LAYERS = (0, 16, 32, 48)  # the paper's, of models with 32 and with 80 layers
-
 SamplerName = Literal[
     "lsh", "sketch", "full", "window", "topk", "oracle", "oracle-replacement", "quest", "uniform-tail"
 ]
@@ -85,9 +83,7 @@ class Config(BaseModel):
         description="Tokens that are indexed at once as they leave the newest ones; a power of two.",
     )
     exact_below: int = Field(2048, ge=0, le=MOST_TOKENS, description="Contexts with fewer tokens are read in full.")
-    dense_layers: tuple[int, ...] | None = Field(
-        None, description="Layers that are read in full, as 0,16, or none. By default 0, 16, 32 and 48."
-    )
+    dense_layers: tuple[int, ...] = Field((), description="Layers that are read in full, as 0,16, or none.")
     layers: dict[int, dict[str, Any]] = Field(
         {}, description="Settings of single layers, by their index. They come before those of all layers."
     )
@@ -121,7 +117,7 @@ class Config(BaseModel):
             raise ValueError(
                 f"kv_dtype='int8': sampler={self.sampler!r} does not read it; allowed: {', '.join(QUANTISED)}"
             )
-        if self.dense_layers is not None and any(layer < 0 for layer in self.dense_layers):
+        if any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} has a negative layer; layers count from 0")
         for layer, own in self.layers.items():
             if layer < 0:
@@ -130,7 +126,7 @@ class Config(BaseModel):
                 raise ValueError(
                     f"layers.{layer}.{unknown[0]} is no setting of a single layer; these are {', '.join(BY_LAYER)}"
                 )
-            if layer in (self.dense_layers or ()):
+            if layer in self.dense_layers:
                 raise ValueError(f"layers.{layer}: the layer is in dense_layers as well")
             try:
                 self.of_layer(layer)
@@ -166,7 +162,7 @@ class Config(BaseModel):
         config = self.of_layer(layer)
         if not config.samples:
             return True
-        return layer in (DENSE_LAYERS if config.dense_layers is None else config.dense_layers)
+        return layer in config.dense_layers
 
     @property
     def samples(self) -> bool:

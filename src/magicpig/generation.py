@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from magicpig import adapters, gguf, machine
+from magicpig.advice import SamplingWarning, advice
 from magicpig.config import Config
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
 from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
@@ -298,7 +300,8 @@ def generate(
     """Generate from the prompt ``ids``; temperature 0 is greedy.
 
     What the model's generation_config.json says is heeded, but for `OVERRULED`; on_note is called with a sentence if
-    that makes a difference. Raises ModelError for settings in it that transformers refuses.
+    that makes a difference, and with one of `advice` if the samples say that they are bad.
+    Raises ModelError for settings in it that transformers refuses.
 
     stop: texts that end the answer and are no part of it; those in generation_config.json, which also end it, are.
     chunk: the prompt is read this many tokens at a time. max_length: as in `attach`.
@@ -320,7 +323,13 @@ def generate(
     prompt = torch.tensor([ids], device=network.device, dtype=torch.int64)
     try:
         start = time.perf_counter()
-        with _overruled(network, on_note), _blaming_settings(network), _finite(network):
+        with (
+            warnings.catch_warnings(),
+            _overruled(network, on_note),
+            _blaming_settings(network),
+            _finite(network),
+        ):
+            warnings.simplefilter("ignore", SamplingWarning)  # a note says it
             output = network.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -335,7 +344,9 @@ def generate(
             )
     finally:
         hook.remove()
-    times = watch.times
+    times, report = watch.times, cache_of(output).report()
+    if (said := advice(report, config)) is not None:
+        on_note(said)
     return Generation(
         text=watch.text,
         token_ids=output.sequences[0, len(ids) :].tolist(),
@@ -344,7 +355,7 @@ def generate(
         first_step_s=times[1] - times[0] if len(times) > 1 else None,
         decode_s=times[-1] - times[1] if len(times) > 1 else 0.0,
         decode_steps=max(len(times) - 2, 0),
-        cache=cache_of(output).report(),
+        cache=report,
     )
 
 

@@ -212,7 +212,15 @@ def test_the_report_of_an_empty_cache(tiny: Tiny) -> None:
 @torch.no_grad()
 def test_the_report_adds_up(tiny: Tiny, tokens: Tokens) -> None:
     model = attach(tiny("llama"))
-    settings: dict[str, Any] = {"K": 4, "L": 16, "sinks": 2, "recent": 6, "block": 8, "exact_below": 0}
+    settings: dict[str, Any] = {
+        "K": 4,
+        "L": 16,
+        "sinks": 2,
+        "recent": 6,
+        "block": 8,
+        "exact_below": 0,
+        "dense_layers": (0,),
+    }
     cache = MagicPigCache(model.config, Config(**settings))
     ids = tokens(1, 48)
     for first, last in [(0, 47), (47, 48)]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
+from magicpig.advice import SamplingWarning, advice
 from magicpig.config import Config
 from magicpig.config_file import load_config
 from magicpig.errors import ArgumentError, ArgumentTypeError
@@ -37,6 +38,7 @@ class _Attachment:
     config: Config
     attn_implementation: str
     max_length: int | None
+    warned: bool = False  # that settings do not work
 
 
 class _Attached:
@@ -85,7 +87,7 @@ def attach(
     attached = _attachment(inner)
     if attached is not None:
         MagicPigCache(inner.config, config)  # refuses what does not fit the model
-        attached.config, attached.max_length = config, max_length
+        attached.config, attached.max_length, attached.warned = config, max_length, False
         return model
     part = _check_model(inner, config)
     before = part.config._attn_implementation
@@ -157,7 +159,10 @@ def _attached_class(base: Any) -> Any:
             return generate(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         request = {name: value for name, value in given.items() if name not in ("self", "kwargs")}
-        return generate(self, **_prepared(self, attached, {**request, **given.get("kwargs", {})}))
+        prepared = _prepared(self, attached, {**request, **given.get("kwargs", {})})
+        output = generate(self, **prepared)
+        _warn(attached, prepared)
+        return output
 
     names = {
         "_magicpig_base": base,
@@ -224,6 +229,16 @@ def _prepared(model: Any, attached: _Attachment, request: dict[str, Any]) -> dic
             sequences = prompt.shape[0] * max(asked("num_beams", 1), asked("num_return_sequences", 1))
             _check_memory(model, cache, sequences, tokens + new)
     return request if cache is None else {**request, **compat.cache_argument(cache)}
+
+
+def _warn(attached: _Attachment, prepared: dict[str, Any]) -> None:
+    """Say once what the samples say of themselves, if that is bad."""
+    cache = prepared.get(compat.CACHE)
+    if attached.warned or not isinstance(cache, MagicPigCache):
+        return
+    if (said := advice(cache.report(), cache.config)) is not None:
+        attached.warned = True
+        warnings.warn(said, SamplingWarning, stacklevel=4)
 
 
 def _check_request(asked: Callable[..., Any], cache: Any, request: dict[str, Any]) -> None:

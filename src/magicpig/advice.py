@@ -1,0 +1,70 @@
+"""What a user should know of a setting that did not work: said once, with what to do."""
+
+from __future__ import annotations
+
+from magicpig.config import Config
+from magicpig.report import CacheReport, LayerReport
+from magicpig.wording import counted
+
+WORST_ERROR = 0.3  # of a layer's output: from there on, the answer may be another one
+FEWEST_ROWS = 16  # drawn by a head in a step
+MOST_UNKNOWN = 0.25  # share of steps and heads that drew nothing to judge by
+_NAMED = 8  # layers in a sentence
+
+
+class SamplingWarning(UserWarning):
+    """Attention was sampled in a way that can hardly have worked: too few keys, or errors that are too large."""
+
+
+def advice(report: CacheReport, config: Config) -> str | None:
+    """One paragraph on what sampled steps say of themselves: what is wrong, and what to do. None where nothing is.
+
+    config: the settings of the cache that was reported on.
+    """
+    wrong = [layer for layer in report.layers if _error(layer) > WORST_ERROR]
+    thin = [layer for layer in report.layers if layer not in wrong and _is_thin(layer)]
+    if not wrong and not thin:
+        return None
+    parts = []
+    if wrong:
+        worst = max(_error(layer) for layer in wrong)
+        parts.append(f"the samples of {_names(wrong)} predict errors of {WORST_ERROR:.0%} to {worst:.0%} of the output")
+    if thin:
+        rows = min(_rows(layer) for layer in thin)
+        parts.append(f"{_names(thin)} drew next to nothing, as few as {counted(round(rows), 'key')} a step")
+    return f"sampled attention is too coarse here: {'; '.join(parts)}. {_remedy(config, [*wrong, *thin])}"
+
+
+def _remedy(config: Config, layers: list[LayerReport]) -> str:
+    exact = ", ".join(str(layer.layer) for layer in layers[:_NAMED])
+    more = (
+        f"lower K (now {config.K}), raise L (now {config.L}), or take sampler='sketch'"
+        if config.hashes
+        else f"raise the budget (now {config.budget:g})"
+    )
+    every = len(layers) > _NAMED
+    rest = "" if every else f", keep these layers exact (dense_layers={exact})"
+    return f"To mend it, {more}{rest}, or let `magicpig tune` choose."
+
+
+def _error(layer: LayerReport) -> float:
+    return layer.predicted_error_mean or 0.0
+
+
+def _rows(layer: LayerReport) -> float:
+    return (layer.sampled_share_mean or 0.0) * layer.indexed
+
+
+def _is_thin(layer: LayerReport) -> bool:
+    # Those that predict nothing draw what they were told to.
+    if layer.sampled_share_mean is None or layer.predicted_error_unknown is None:
+        return False
+    few = _rows(layer) < min(FEWEST_ROWS, layer.indexed)
+    return few or layer.predicted_error_unknown > MOST_UNKNOWN
+
+
+def _names(layers: list[LayerReport]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0].layer}"
+    named = ", ".join(str(layer.layer) for layer in layers[:_NAMED])
+    return f"layers {named}" + (f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else "")
