@@ -734,6 +734,8 @@ def test_capture_writes_what_load_capture_reads(model_dir, tmp_path):
     assert (each.tokens, each.steps, each.heads, each.kv_heads) == (200, 3, 2, 1)
     assert captured.about["model"] == "tiny"
     assert captured.about["tokens_read"] == 200
+    assert capture(model_dir, tmp_path, "--layers", "all", "--length", 200).exit_code == 0
+    assert list(load_capture(tmp_path / "out").layers) == [0, 1]
 
 
 def test_capture_of_a_task_has_the_queries_of_the_answer(model_dir, tmp_path):
@@ -757,7 +759,7 @@ def test_capture_reads_a_text_or_a_task(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (["--layers", "0,x"], "--layers '0,x' is not whole numbers with commas"),
+        (["--layers", "0,x"], "--layers '0,x' is neither whole numbers with commas nor all"),
         (["--layers", "2"], "layers=2: the model has layers 0 to 1"),
         (["--kv-heads", "5"], "kv_heads=5"),
         (["--steps", "1000"], "steps=1000 must be between 1 and the 300 tokens"),
@@ -810,6 +812,19 @@ def test_figures_are_pictures_and_the_numbers_behind_them(model_dir, tmp_path, m
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert figures(model_dir, tmp_path / "out", "--only", "1,3").exit_code == 0  # accuracies are not measured again
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_figures_of_attention_take_texts_and_all_layers(model_dir, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"w{7 * i % 31}" for i in range(400)))
+    options = ["--only", "2,3", "--text", text, "--all-layers", "--length", 380, "--steps", 2, "--samplers", "topk"]
+    result = run("figures", "--model", model_dir, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    header, *rows = map(json.loads, (tmp_path / "out" / "figure3.jsonl").read_text().splitlines())
+    assert header["settings"]["texts"] == ["words.txt"]
+    assert {(row["task"], row["layer"]) for row in rows} == {("words", 0), ("words", 1)}
+    _, *rows = map(json.loads, (tmp_path / "out" / "figure2.jsonl").read_text().splitlines())
+    assert all("sink_at" in row for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -1040,8 +1055,10 @@ def bench_certificates(*arguments):
 
 @pytest.mark.usefixtures("small_evictor")
 def test_bench_certificates_writes_numbers_and_shows_tables(tmp_path):
-    result = bench_certificates("--set", CAPTURE, "--json", tmp_path / "a.json")
+    result = bench_certificates("--set", CAPTURE, "--json", tmp_path / "a.json", "--figure", tmp_path / "heads.png")
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "heads.svg").exists()
     assert "synthetic, 300, 8 heads and steps" in result.stdout
     assert "holds" in result.stdout
     rows = json.loads((tmp_path / "a.json").read_text())["results"]

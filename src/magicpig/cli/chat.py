@@ -13,7 +13,16 @@ from rich.console import Console
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import read_text
-from magicpig.cli.options import MOST_TOKENS, Dtype, ModelDtype, TrustRemoteCode, checked, or_pocket
+from magicpig.cli.options import (
+    MOST_TOKENS,
+    Adapter,
+    Dtype,
+    ModelDtype,
+    RopeScaling,
+    TrustRemoteCode,
+    checked,
+    or_pocket,
+)
 from magicpig.cli.settings import takes_config
 from magicpig.config import Config
 from magicpig.errors import MagicPigError
@@ -44,6 +53,8 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.0,
     config: Config,
     dtype: ModelDtype = Dtype.auto,
+    adapter: Adapter = None,
+    rope_scaling: RopeScaling = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a local model. Type /help for what else can be said."""
@@ -54,7 +65,9 @@ def chat(
 
     with notes.status("Loading the model"):
         generation.silence_transformers()
-        opened = generation.open_model(folder, trust_remote_code=trust_remote_code)
+        opened = generation.open_model(
+            folder, trust_remote_code=trust_remote_code, adapter=adapter, rope_scaling=rope_scaling
+        )
         engine = checked(Engine, generation.load(opened, dtype=dtype.value), opened.tokenizer, config)
     session = Session(engine, system=system, max_tokens=max_tokens, temperature=temperature)
     if doc is not None:

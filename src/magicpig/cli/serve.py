@@ -15,7 +15,16 @@ from rich.console import Console
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import read_text
-from magicpig.cli.options import MOST_TOKENS, Dtype, ModelDtype, TrustRemoteCode, checked, or_pocket
+from magicpig.cli.options import (
+    MOST_TOKENS,
+    Adapter,
+    Dtype,
+    ModelDtype,
+    RopeScaling,
+    TrustRemoteCode,
+    checked,
+    or_pocket,
+)
 from magicpig.cli.settings import takes_config
 from magicpig.config import Config
 from magicpig.wording import printable
@@ -74,6 +83,8 @@ def serve(
         Path | None,
         typer.Option(help="A Jinja file, in place of the tokenizer's own template.", rich_help_panel=MODEL),
     ] = None,
+    adapter: Adapter = None,
+    rope_scaling: RopeScaling = None,
     trust_remote_code: TrustRemoteCode = False,
     config: Config,
     host: Annotated[
@@ -221,7 +232,9 @@ def serve(
     )
     with Console(stderr=True).status("Loading the model"):
         generation.silence_transformers()
-        opened = generation.open_model(folder, trust_remote_code=trust_remote_code)
+        opened = generation.open_model(
+            folder, trust_remote_code=trust_remote_code, adapter=adapter, rope_scaling=rope_scaling
+        )
         if chat_template is not None:
             opened.tokenizer.chat_template = read_text(chat_template)
         network = generation.load(opened, dtype=dtype.value)

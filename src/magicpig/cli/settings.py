@@ -69,10 +69,10 @@ def config_from(context: typer.Context, file: Path | None, **settings: Any) -> C
     return load_config(file).model_copy(update={name: settings[name] for name in given})
 
 
-def parse_layers(value: Any) -> tuple[int, ...] | None:
+def parse_layers(value: Any) -> tuple[int, ...]:
     """Indices of layers, as "0,16" or "none" says them, or a list of a file. Raises InputError."""
-    if value is None or isinstance(value, (list, tuple)):
-        return value if value is None else tuple(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
     return () if value == "none" else whole_numbers(str(value), "--dense-layers", " nor none")
 
 
@@ -82,7 +82,7 @@ def _option(name: str, *, default: Any = None, variables: Iterable[str] = ()) ->
     info = typer.Option(
         *_flags(name, field),
         help=field.description,
-        show_default=default is not None,
+        show_default=default not in (None, ()),
         envvar=[f"MAGICPIG_{variable.upper()}" for variable in variables] or None,
         show_envvar=False,
         rich_help_panel=PANEL,

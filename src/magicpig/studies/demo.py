@@ -1,7 +1,8 @@
 """Questions with known answers about two long documents, with full attention and with a sample of the keys.
 
 One document hides numbers among sentences: a question needs one place of it. The other is full of words to be counted:
-the question needs all of it. Each is read once; both attentions answer from the same cache.
+the question needs all of it. Each is read once; both attentions answer from the same cache. A chat model is asked about
+numbers in a novel instead, in its own template.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from magicpig.config import EXACT, Config
-from magicpig.generation import Model, encode_in_two, load, stop_tokens
+from magicpig.generation import Model, load, stop_tokens
 from magicpig.integrations.transformers import attach
 from magicpig.kernels import library
 from magicpig.studies.evaluation.answer import Answer, answers, read_document
 from magicpig.studies.evaluation.matrix import Method
-from magicpig.studies.evaluation.tasks import Sample, generate, score, templates
+from magicpig.studies.evaluation.perplexity import TEXTS
+from magicpig.studies.evaluation.run import make_prompt, template_tokens
+from magicpig.studies.evaluation.tasks import Sample, Sources, generate, score, templates
 
 METHODS = (Method("full attention", EXACT), Method("sampled", Config(exact_below=0)))
 RUNS = [("question-dense", method) for method in METHODS]
+NOVEL = next(path for path in TEXTS if path.stem == "pride")
 SPEED_TOKENS = 33  # the first of them comes from reading the question
 
 _NEEDLE = re.compile(
@@ -92,10 +96,14 @@ def run(
     on_start is called with what is about to be read and its tokens, on_read with the tokens of each chunk read.
     Raises TaskError if a document cannot have this length, ModelError if the model cannot read it.
     """
-    prepared = {
-        "numbers hidden among sentences": list(_needles(model, tokens, seed)),
-        "words to be counted": [generate("fwe", model.tokenizer, tokens, index=0, seed=seed)],
-    }
+    chat = bool(model.tokenizer.chat_template)
+    if chat:  # a model that was taught to talk, not to count
+        prepared = {"numbers hidden in a novel": list(_needles(model, tokens, seed, Sources(NOVEL)))}
+    else:
+        prepared = {
+            "numbers hidden among sentences": list(_needles(model, tokens, seed, Sources())),
+            "words to be counted": [generate("fwe", model.tokenizer, tokens, index=0, seed=seed)],
+        }
     network = attach(load(model, dtype=fast_dtype()), EXACT)
     documents: list[Document] = []
     timed: list[list[Answer]] = []
@@ -129,7 +137,8 @@ def _question(
     on_read: Callable[[int], None],
 ) -> tuple[Document, list[Answer]]:
     """Ask all questions about one document. Returns, by method, some more tokens to tell the speed from."""
-    parts = [encode_in_two(model, each.context, each.question, new_tokens=each.tokens_to_generate) for each in samples]
+    chat = bool(model.tokenizer.chat_template)
+    parts = [make_prompt(model, each, each.tokens_to_generate, chat=chat) for each in samples]
     context, last = parts[0][0], parts[-1][1]
     on_start(about, len(context))
     start = time.perf_counter()
@@ -146,9 +155,10 @@ def _question(
     return Document(about, len(context), read_s, questions), probes
 
 
-def _needles(model: Model, tokens: int, seed: int) -> Iterator[Sample]:
+def _needles(model: Model, tokens: int, seed: int, sources: Sources) -> Iterator[Sample]:
     """A document with four numbers, asked for one by one."""
-    sample = generate("niah_multikey_1", model.tokenizer, tokens, index=0, seed=seed)
+    reserve = template_tokens(model) if model.tokenizer.chat_template else 0
+    sample = generate("niah_multikey_1", model.tokenizer, tokens, index=0, seed=seed, sources=sources, reserve=reserve)
     for key, value in _NEEDLE.findall(sample.context):
         _, question, prefix = templates.niah("numbers", [key], 1)
         yield replace(sample, question=question + prefix, answer_prefix=prefix, answers=(value,))

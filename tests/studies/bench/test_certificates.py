@@ -5,7 +5,9 @@ import torch
 
 from magicpig.studies.bench import certificates, layer
 from magicpig.studies.bench.layer import Shape
+from magicpig.studies.bench.plot import plot_heads
 from magicpig.studies.evaluation.matrix import parse_methods
+from magicpig.studies.figures.style import png_and_svg, style
 
 LARGE = Shape(heads=8, kv_heads=2)  # heads of 128: their attention is spread widely enough for each to err
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=32, dtype=torch.bfloat16)
@@ -38,6 +40,20 @@ def test_a_certificate_per_setting_over_all_contexts():
     assert bounded.below <= bounded.nearly_below
     assert bounded.rows > few.rows
     assert (oracle.predicted, oracle.kept) == (None, None)
+
+
+def test_errors_of_each_context_and_head():
+    (found,) = measured("sketch:32", contexts=3)
+    assert [len(heads) for heads in found.heads] == [4, 4, 4]
+    assert sum(map(sum, found.heads)) / 12 == pytest.approx(found.error, rel=1e-3)
+    with style():
+        figure = plot_heads([dataclasses.asdict(found)] * 2, [0, 5, 11])
+        files = png_and_svg(figure)
+    panel, other, _ = figure.axes
+    assert panel.get_images()[0].get_array().shape == (3, 4)
+    assert panel.get_title(loc="left") == other.get_title(loc="left") == f"sketch:32: {100 * found.error:.2g} %"
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["0", "5", "11"]
+    assert files[".png"].startswith(b"\x89PNG")
 
 
 def test_predictions_hold_on_synthetic_contexts():

@@ -8,7 +8,7 @@ from magicpig.studies.bench import frontier, layer, settings
 from magicpig.studies.bench.layer import Shape
 from magicpig.studies.bench.plot import plot_frontier
 from magicpig.studies.evaluation.matrix import MatrixError
-from magicpig.studies.figures.style import png_and_svg, style
+from magicpig.studies.figures.style import LOOKS, png_and_svg, style
 
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=32, dtype=torch.float32)
 
@@ -64,6 +64,26 @@ def test_what_leaves_nothing_out_is_left_out():
     assert [point.name for point in points] == ["topk:100", "lsh:K=4,L=20"]
     assert len(calls) == 4
     assert measured("lsh", tokens=68) == []
+
+
+def test_layers_of_a_capture_become_one_point():
+    layers = [measured("sketch:32,topk:64", layer=n) for n in (0, 1)]
+    sketch, topk = frontier.over_layers([point for points in layers for point in points])
+    assert (sketch.name, sketch.layer, topk.name, topk.layer) == ("sketch:32", None, "topk:64", None)
+    assert sketch.error == pytest.approx((layers[0][0].error + layers[1][0].error) / 2)
+    assert sketch.calls == layers[0][0].calls + layers[1][0].calls
+    assert topk.step_ms is None
+    assert frontier.over_layers(layers[0]) == layers[0]
+
+
+def test_the_default_width_of_a_sketch_is_bold():
+    # Heads of 32 have four bits by default.
+    rows = [dataclasses.asdict(point) for point in measured("sketch:32,bits=2,sketch:64,bits=2,sketch:32,sketch:64")]
+    with style():
+        bold = [line for line in plot_frontier(rows).axes[1].get_lines() if line.get_label() == LOOKS["sketch"].label]
+    (line,) = bold
+    default = [row["error"] for row in rows if row["bits"] == 4]
+    assert sorted(line.get_ydata()) == sorted(default)
 
 
 def test_the_best_are_beaten_by_none():

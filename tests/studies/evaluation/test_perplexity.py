@@ -13,7 +13,7 @@ from magicpig.integrations.transformers import attach
 from magicpig.studies.evaluation import perplexity
 from magicpig.studies.evaluation.matrix import MatrixError, parse_methods
 from magicpig.studies.evaluation.results import ResultsError, read_results
-from magicpig.studies.evaluation.tasks import lexicon
+from magicpig.studies.evaluation.tasks.vocabulary import vocabulary
 
 METHODS = parse_methods("full,window,lsh:K=4,L=20,sketch:64", exact_below=0, dense_layers=())
 FIELDS = {"text", "length", "sampler", "nll", "kl", "kl_p95", "top1", "share_mean", "kl_tokens"}
@@ -26,7 +26,7 @@ def model(model_dir):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    words = lexicon.vocabulary()
+    words = vocabulary()
     paths = [tmp_path_factory.mktemp("texts") / f"{name}.txt" for name in ("one", "two")]
     for seed, path in enumerate(paths):
         drawn = torch.randint(len(words), (700,), generator=torch.Generator().manual_seed(seed))

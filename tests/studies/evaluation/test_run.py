@@ -210,7 +210,7 @@ def test_in_a_chat_the_answer_begins_behind_the_template(model_dir, tmp_path):
     model.tokenizer.chat_template = "the {% for message in messages %}{{ message.content }}{% endfor %} of and"
     matrix = replace(MATRIX, tasks=("niah_single_1",), lengths=(1000,), samples=1, chat=True)
     sample = run.make_sample(model, matrix, "niah_single_1", 1000, 0)
-    context, question = run.make_prompt(model, matrix, sample, 3)
+    context, question = run.make_prompt(model, sample, 3, chat=matrix.chat)
     assert len(context) + len(question) == 1000 - sample.tokens_to_generate
     text = model.tokenizer.decode(question)
     assert text.startswith("What is the special magic number for")

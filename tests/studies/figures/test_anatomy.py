@@ -29,8 +29,12 @@ def test_one_key_that_gets_everything_is_none():
     queries[:, :, 0] = 1
     for row in attention_mass(attention_set(keys, queries)):
         assert row["mass"] == pytest.approx([1.0] * len(SHARES))
-        assert row["sink"] == 0
+        assert (row["sink"], row["sink_at"]) == (pytest.approx(1), 500)  # a sink need not be the first key
+        assert row["mass_without_sink"] == pytest.approx(SHARES, abs=1 / 998)
         assert row["long_tailed"] is False
+    (geometric,) = geometry(attention_set(keys, queries))
+    assert geometric["sink_at"] == 500
+    assert geometric["sink_key"] == keys[0, 500].tolist()
 
 
 def test_what_a_sink_hides():
@@ -57,7 +61,7 @@ def test_cones():
     keys[:, 1:, 0] += 1  # a cone around the first axis,
     keys[:, 0, 1] = 5  # and a sink at right angles to it
     queries = torch.zeros(4, 6, D)
-    queries[:, :3, 0] = -1  # the first head looks away from its keys,
+    queries[:, :3, 0] = -1  # the first head looks away from its keys, so most at the sink,
     queries[:, 3:, 2] = 1  # the second across
     first, second = geometry(attention_set(keys, queries))
     assert first["mean_to_keys"] > 0.9

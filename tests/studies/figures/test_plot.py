@@ -94,6 +94,14 @@ def test_curves_of_errors_are_medians_over_heads():
     assert errors[1] == pytest.approx(np.median([0.1 / (1 + place) / 0.02 for place in (0, 2, 4, 6)]))
 
 
+def test_many_heads_are_bands_and_a_median():
+    mass, cosines = anatomy_rows()
+    with style():
+        spread = plot.plot_anatomy([row | {"index": i} for i in range(20) for row in mass], cosines).axes[0]
+    assert len(spread.get_lines()) == 5  # two medians, two entries of the legend, and the rule
+    assert len(spread.collections) == 4
+
+
 def test_no_panel_for_long_tailed_heads_where_there_are_none():
     with style():
         (only,) = plot.plot_errors(error_rows((False, False))).axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,6 +50,9 @@ def certificates(
     head_dim: SyntheticHeadDim = 128,
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Query steps of a synthetic context.")] = 8,
     threads: Threads = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the errors of each layer and head of the first --set, as PNG and SVG.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Predicted errors against true ones, over all heads and steps of synthetic contexts and captured ones.
@@ -61,7 +65,14 @@ def certificates(
     lengths = synthetic_lengths(contexts)
     asked = methods(samplers, tuple(name for name in SAMPLERS if name != EXACT.sampler))
     check_sets(sets, lengths)
+    if figure is not None and not sets:
+        raise InputError("--figure draws the layers of a capture; pass one with --set")
     with ExitStack() as files:
+        pictures = {
+            suffix: files.enter_context(OutputFile(figure.with_suffix(suffix)))
+            for suffix in (".png", ".svg")
+            if figure is not None
+        }
         json_out = files.enter_context(OutputFile(None if to_stdout else json_file))
         import torch
 
@@ -100,7 +111,18 @@ def certificates(
             "head_dim": head_dim,
             "steps": steps,
         }
+        first = next(iter(captures.values()), None)
+        if first is not None:
+            described["layers"] = list(first.layers)  # of the first capture: what `heads` are of
         write_results(described, [asdict(each) for each in found], json_out, to_stdout=to_stdout)
+        if figure is not None and first is not None:
+            from magicpig.studies.bench.plot import plot_heads
+            from magicpig.studies.figures.style import png_and_svg, style
+
+            rows = [asdict(each) for each in found if each.source == found[0].source]
+            with style():
+                for suffix, content in png_and_svg(plot_heads(rows, list(first.layers))).items():
+                    pictures[suffix].write(content)
     for source in dict.fromkeys(each.source for each in found):
         console.print(_table([each for each in found if each.source == source]))
     console.print(

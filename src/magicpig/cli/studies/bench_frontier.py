@@ -136,15 +136,16 @@ def frontier(
             with style():
                 for suffix, content in png_and_svg(plot_frontier(rows)).items():
                     pictures[suffix].write(content)
-    for source in dict.fromkeys((point.source, point.layer) for point in points):
-        if found := bench.best([point for point in points if (point.source, point.layer) == source]):
+    averaged = bench.over_layers(points)
+    for source in dict.fromkeys(point.source for point in averaged):
+        if found := bench.best([point for point in averaged if point.source == source]):
             console.print(_table(found))
     say_if_busy(console, points)
     say_if_slow_baseline(console, ((each.read_ms, each.exact_ms) for each in points))
+    made_up = f"synthetic: {heads} query heads, {kv_heads} key/value heads, head dim {head_dim}, {dtype.value}; "
     console.print(
-        f"[dim]ms per layer and step, medians, with cold caches; synthetic: {heads} query heads, {kv_heads} key/value "
-        f"heads, head dim {head_dim}, {dtype.value}; {described['isa']}, {described['threads']} threads, "
-        f"{described['machine']}"
+        f"[dim]ms per layer and step, medians, with cold caches, of captures means over their layers; "
+        f"{made_up if lengths else ''}{described['isa']}, {described['threads']} threads, {described['machine']}"
     )
 
 

@@ -65,7 +65,7 @@ def capture(
         ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers to keep, separated by commas. [default: four, evenly spread]")
+        str | None, typer.Option(help="Layers to keep, separated by commas, or all. [default: four, evenly spread]")
     ] = None,
     kv_heads: Annotated[
         str | None, typer.Option(help="Key/value heads to keep, separated by commas. [default: all]")
@@ -85,7 +85,7 @@ def capture(
     from magicpig.studies.evaluation.matrix import parse_lengths
     from magicpig.studies.evaluation.tasks import find_task
 
-    chosen = None if layers is None else whole_numbers(layers, "--layers")
+    chosen = None if layers in (None, "all") else whole_numbers(layers, "--layers", " nor all")
     heads = None if kv_heads is None else whole_numbers(kv_heads, "--kv-heads")
     wanted = None if length is None else parse_lengths(length)[0]
     if task is not None:
@@ -99,7 +99,7 @@ def capture(
         with notes.status("Loading the model"):
             from magicpig import generation
             from magicpig.studies.capture import Capture
-            from magicpig.studies.capture.record import record
+            from magicpig.studies.capture.record import full_layers, record
             from magicpig.studies.evaluation.tasks import generate
 
             generation.silence_transformers()
@@ -115,7 +115,7 @@ def capture(
             sets = record(
                 network,
                 ids,
-                layers=chosen,
+                layers=full_layers(opened.config) if layers == "all" else chosen,
                 kv_heads=heads,
                 steps=steps,
                 new_tokens=new_tokens,

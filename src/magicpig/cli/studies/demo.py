@@ -20,6 +20,7 @@ from magicpig.wording import counted, printable
 if TYPE_CHECKING:
     from magicpig.studies.demo import Demo
 
+LENGTH = 32768  # tokens
 SHOWN = 40  # characters of an answer
 
 
@@ -28,8 +29,14 @@ def demo(
         Path | None, typer.Option(help="Directory of a transformers model; the one in this package by default.")
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_TOKENS, help="Length of each document, question and answer included.")
-    ] = 32768,
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="Length of each document, question and answer included.",
+            show_default="32768, or what the model can read",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the documents.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")] = False,
 ) -> None:
@@ -49,7 +56,7 @@ def demo(
         bar = progress.add_task("Writing the documents", total=None)
         result = demonstration.run(
             opened,
-            tokens=tokens,
+            tokens=min(LENGTH, opened.limit or LENGTH) if tokens is None else tokens,
             seed=seed,
             on_start=lambda about, count: progress.reset(bar, description=f"Reading {about}", total=count),
             on_read=lambda count: progress.advance(bar, count),
@@ -98,10 +105,10 @@ def _show(result: Demo, console: Console) -> None:
     )
     console.print(table)
     budget = result.performance[-1].config.budget
-    layers = ", ".join(map(str, result.sampled_layers)) or "none"
-    console.print(
-        f"[dim]Sampled: {budget:g} keys a step by a sketch, layers {layers} of {result.layers}; the rest read all keys."
-    )
+    layers = f"layers {', '.join(map(str, result.sampled_layers)) or 'none'} of {result.layers}; the rest read all keys"
+    if len(result.sampled_layers) == result.layers:
+        layers = f"all {result.layers} layers"
+    console.print(f"[dim]Sampled: {budget:g} keys a step by a sketch, {layers}.")
 
 
 def _marked(said: str, score: float) -> str:

@@ -216,6 +216,50 @@ def perplexity(
 
 
 @evaluate.command(cls=StudyCommand)
+def recall(
+    out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
+    model: ModelOrPocket = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text. [default: prose that comes along]", rich_help_panel=WHAT)
+    ] = None,
+    prompt: Annotated[
+        int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens that are read as a prompt.", rich_help_panel=WHAT)
+    ] = 512,
+    decoded: Annotated[
+        int, typer.Option(min=64, max=MOST_TOKENS, help="Tokens behind it that are decoded.", rich_help_panel=WHAT)
+    ] = 4352,
+    needles: Annotated[int, typer.Option(min=1, max=100, help="Needles among these.", rich_help_panel=WHAT)] = 4,
+    samples: Annotated[
+        int, typer.Option(min=1, max=MOST_SAMPLES, help="Times, with other needles.", rich_help_panel=WHAT)
+    ] = 1,
+    samplers: Annotated[
+        str, typer.Option(help="Samplers with their settings, as of `eval ruler`.", rich_help_panel=WHAT)
+    ] = "full,window,lsh,sketch",
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the needles.", rich_help_panel=WHAT)] = 0,
+    dtype: ModelDtype = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Whether a model finds again what stands in its own answer, far behind the prompt.
+
+    A text is decoded token by token, as if the model had written it, with needles in it that are asked for at the end.
+    """
+    notes = Console(stderr=True, highlight=False)
+    from magicpig.studies.evaluation import matrix as matrices
+    from magicpig.studies.evaluation import perplexity
+    from magicpig.studies.evaluation import recall as study
+
+    methods = matrices.parse_methods(samplers, exact_below=0)
+    plan = study.Plan(text or perplexity.TEXTS[-1], methods, prompt, decoded, needles, samples, seed)
+    directory = or_pocket(model, notes)
+    with notes.status("Looking into the model and the text"):
+        from magicpig import generation
+
+        generation.silence_transformers()
+        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+    _show(run_evaluation(study.evaluate, opened, plan, out, notes, dtype=dtype.value))
+
+
+@evaluate.command(cls=StudyCommand)
 def show(
     file: Annotated[Path, typer.Argument(help="A results file, finished or not.")],
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
@@ -340,21 +384,20 @@ def lm_eval(
 
 
 def _cells(results: Results) -> list[dict[str, Any]]:
-    from magicpig.studies.evaluation import perplexity
     from magicpig.studies.evaluation.table import summarise
 
-    if results.header.get("benchmark") == perplexity.BENCHMARK:
-        return results.lines
-    return [asdict(cell) for cell in summarise(results)]
+    return (
+        [asdict(cell) for cell in summarise(results)] if results.header.get("benchmark") == "ruler" else results.lines
+    )
 
 
 def _tables(results: Results) -> list[ResultsTable]:
-    from magicpig.studies.evaluation import perplexity
+    from magicpig.studies.evaluation import perplexity, recall
     from magicpig.studies.evaluation.table import summarise, tables
 
-    if results.header.get("benchmark") == perplexity.BENCHMARK:
-        return [perplexity.table(results)]
-    return tables(summarise(results))
+    others = {perplexity.BENCHMARK: perplexity.table, recall.BENCHMARK: recall.table}
+    own = others.get(results.header.get("benchmark", ""))
+    return tables(summarise(results)) if own is None else [own(results)]
 
 
 def _show(results: Results) -> None:

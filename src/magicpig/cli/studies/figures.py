@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +41,16 @@ ATTENTION = "Attention: figures 2 and 3"
 Rows = list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Look:
+    """At what figures 2 and 3 look: texts, or so many samples of each task; all layers, or a few; queries per text."""
+
+    samples: int
+    texts: tuple[Path, ...]
+    all_layers: bool
+    steps: int
+
+
 @takes_settings("dense_layers")
 def figures(
     *,
@@ -67,6 +77,14 @@ def figures(
     ] = "question-dense",
     settings: dict[str, Any],
     texts: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Texts per task.", rich_help_panel=ATTENTION)] = 2,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Read this UTF-8 text, not tasks; may be given several times.", rich_help_panel=ATTENTION),
+    ] = None,
+    all_layers: Annotated[
+        bool,
+        typer.Option("--all-layers", help="Look at every layer, not at four evenly spread.", rich_help_panel=ATTENTION),
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Queries per text.", rich_help_panel=ATTENTION)] = 8,
     dtype: ModelDtype = Dtype.auto,
     trust_remote_code: TrustRemoteCode = False,
@@ -119,7 +137,8 @@ def figures(
         rows = accuracy.accuracy_rows(results, compared)
         _write(out, "figure1", _origin(results), rows, plot.plot_accuracy)
     if "2" in wanted or "3" in wanted:
-        _attention(opened, compared, out, wanted, dtype, texts, steps, notes)
+        look = Look(texts, tuple(text or ()), all_layers, steps)
+        _attention(opened, compared, out, wanted, dtype, look, notes)
     if "centring" in wanted:
         results = run_evaluation(evaluate, opened, ablation, out / "centring-results.jsonl", notes, dtype=dtype.value)
         _write(out, "centring", _origin(results), accuracy.centring_rows(results, ablation), plot.plot_centring)
@@ -132,12 +151,12 @@ def _attention(
     out: Path,
     wanted: Sequence[str],
     dtype: Dtype,
-    texts: int,
-    steps: int,
+    look: Look,
     notes: Console,
 ) -> None:
     """Figures 2 and 3, which look at the same captured attention."""
     from magicpig.generation import load
+    from magicpig.studies.capture.record import full_layers
     from magicpig.studies.evaluation.run import identity
     from magicpig.studies.figures import plot
     from magicpig.studies.figures.texts import measure_attention
@@ -145,23 +164,26 @@ def _attention(
 
     methods = [method for method in compared.methods if method.config.samples] if "3" in wanted else []
     with work_progress(notes) as progress:
-        bar = progress.add_task("Loading the model", total=texts * len(compared.tasks))
+        bar = progress.add_task("Loading the model", total=len(look.texts) or look.samples * len(compared.tasks))
         mass, cosines, errors = measure_attention(
             model,
             load(model, dtype=dtype.value),
             tasks=compared.tasks,
             length=compared.lengths[0],
-            samples=texts,
-            steps=steps,
+            samples=look.samples,
+            steps=look.steps,
             methods=methods,
+            texts=look.texts,
+            layers=full_layers(model.config) if look.all_layers else None,
             seed=compared.seed,
             on_step=lambda step, done: progress.update(bar, description=escape(step), completed=done),
         )
     settings = {
-        "tasks": compared.tasks,
+        "tasks": () if look.texts else compared.tasks,
         "length": compared.lengths[0],
-        "texts": texts,
-        "steps": steps,
+        "texts": [path.name for path in look.texts] or look.samples,
+        "all_layers": look.all_layers,
+        "steps": look.steps,
         "seed": compared.seed,
         "dtype": dtype.value,
         "methods": {method.name: method.config.model_dump(mode="json") for method in methods},

@@ -26,6 +26,7 @@ class Certificate:
     predicted: mean of the predicted errors. kept: of the cases with one, the share whose error is at most
     SLACK times that. Both None where none was. below, nearly_below: shares at most epsilon, and at most
     SLACK times epsilon; None without one. rows: drawn per kv head and step; share: of the body.
+    heads: for every context, such as a layer of a capture, the mean error of each query head over the steps.
     """
 
     source: str
@@ -41,6 +42,7 @@ class Certificate:
     nearly_below: float | None
     rows: float
     share: float
+    heads: tuple[tuple[float, ...], ...]
 
 
 def measure(
@@ -111,4 +113,5 @@ def _certificate(
         nearly_below=None if epsilon is None else share_within(SLACK * epsilon),
         rows=float(rows.mean()),
         share=float(rows.mean()) / body,
+        heads=tuple(tuple(round(error, 5) for error in each[0].mean(0).tolist()) for each in found),
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +41,7 @@ class Point:
     K: int | None
     L: int | None
     bits: int | None
+    head_dim: int
     budget: float | None
     error: float
     error_p95: float
@@ -71,6 +73,24 @@ def measure(
         if measured.leaves_out(method.config):
             yield _point(source, layer, measured, method, dense, repeats)
         on_point()
+
+
+def over_layers(points: Sequence[Point]) -> list[Point]:
+    """One point per source and setting: means over the layers of a capture. layer: None where there were several."""
+    named: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        named.setdefault((point.source, point.name), []).append(point)
+    numbers = ("error", "error_p95", "sampled_share", "step_ms", "exact_ms", "read_ms", "index_bytes_per_key")
+    found = []
+    for same in named.values():
+        changed: dict[str, Any] = {"layer": same[0].layer if len(same) == 1 else None}
+        for name in numbers:
+            values = [getattr(point, name) for point in same]
+            changed[name] = None if None in values else statistics.fmean(values)
+        for name in ("calls", "quiet_calls"):
+            changed[name] = sum(getattr(point, name) for point in same)
+        found.append(replace(same[0], **changed))
+    return found
 
 
 def best(points: Sequence[Point]) -> list[Point]:
@@ -115,6 +135,7 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
         K=config.K if config.hashes else None,
         L=config.L if config.hashes else None,
         bits=config.sketch_bits(layer.data[0].keys.shape[2]) if config.sketches else None,
+        head_dim=layer.data[0].keys.shape[2],
         budget=None if config.hashes else config.budget,
         error=float(errors.mean()),
         error_p95=float(errors.flatten().quantile(0.95)),

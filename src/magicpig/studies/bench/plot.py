@@ -1,19 +1,21 @@
-"""The figure of `magicpig bench frontier`, from its rows of numbers alone."""
+"""The figures of `magicpig bench frontier` and `bench certificates`, from their rows of numbers alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from magicpig.config import Config
 from magicpig.studies.figures.style import BLACK, LOOKS, legend_below, percent_ticks
 
 Rows = Sequence[dict[str, Any]]
-BITS = 2  # of the sketch that is plotted in full; those of other widths stand behind it
 
 
 def plot_frontier(rows: Rows) -> Figure:
@@ -52,15 +54,36 @@ def plot_frontier(rows: Rows) -> Figure:
     return figure
 
 
+def plot_heads(rows: Rows, layers: Sequence[int]) -> Figure:
+    """Where the error of a capture is: a panel per setting, in it a square for every layer and query head."""
+    width, height = max(1.8, 0.22 * len(rows[0]["heads"][0])), max(3.0, 1.2 + 0.16 * len(layers))
+    figure = Figure(figsize=(1.8 + width * len(rows), height))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+    every = [error for row in rows for head in row["heads"] for error in head if error > 0]
+    norm = LogNorm(min(every, default=0.001), max(every, default=1.0))
+    for axes, row in zip(grid, rows, strict=True):
+        image = axes.imshow(row["heads"], aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
+        axes.set_title(f"{row['name']}: {100 * row['error']:.2g} %")
+        axes.set_xlabel("query head")
+        axes.grid(visible=False)
+    marked = range(0, len(layers), max(1, math.ceil(len(layers) / 10)))
+    grid[0].set_yticks(list(marked), [str(layers[i]) for i in marked])
+    grid[0].set_ylabel("layer")
+    bar = figure.colorbar(image, ax=list(grid), label="relative error of the output")
+    percent_ticks(bar.ax.yaxis, norm.vmin or 0.001, norm.vmax or 1.0)
+    return figure
+
+
 def _plot_curves(axes: Axes, points: Rows, name: str) -> None:
-    """The settings of each sampler; of a sketch a curve for each width, of tables a curve for each K."""
+    """A curve for each width of a sketch, in bold that of the default, each K of tables, and each other sampler."""
     for sampler in (sampler for sampler in LOOKS if any(point["sampler"] == sampler for point in points)):
         curves: dict[Any, list[dict[str, Any]]] = {}
         for point in points:
             if point["sampler"] == sampler:
                 curves.setdefault(point["bits"] or point["K"], []).append(point)
         for setting, curve in sorted(curves.items(), key=lambda item: str(item[0])):
-            aside = curve[0]["bits"] not in (None, BITS)
+            aside = curve[0]["bits"] not in (None, Config().sketch_bits(curve[0]["head_dim"]))
             _plot_curve(axes, sampler, sorted(curve, key=_setting), name, aside=aside)
             if setting is not None and name == "index_bytes_per_key":  # there each curve has its own place
                 last = max(curve, key=lambda point: point["error"])

@@ -71,7 +71,7 @@ def evaluate(
     dtype, chunk, on_start, on_step: as in `run.evaluate`; work is counted in tokens.
     Raises MatrixError for a text that is too short or too long for the model, ResultsError, ModelError, MemoryError.
     """
-    ids = {text: _encoded(model, text, plan.lengths) for text in plan.texts}
+    ids = {text: beginning(model, text, plan.lengths[-1]) for text in plan.texts}
     cells = [(text, length) for length in plan.lengths for text in plan.texts]
     work = [length + plan.decoded * (1 + len(plan.methods)) for _, length in cells]
     with ResultsFile(path, _settings(model, plan, dtype, chunk), provenance(), group=len(plan.methods)) as file:
@@ -148,16 +148,17 @@ def _log_probabilities(network: Any, cache: MagicPigCache, ids: list[int]) -> Te
     return torch.cat(parts)
 
 
-def _encoded(model: Model, text: Path, lengths: Sequence[int]) -> list[int]:
+def beginning(model: Model, text: Path, length: int) -> list[int]:
+    """The first ``length`` tokens of a UTF-8 file. Raises MatrixError if it cannot be read or has fewer."""
     try:
         content = text.read_text(encoding="utf-8")
     except OSError as error:
         raise MatrixError(f"cannot read {text}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise MatrixError(f"{text} is not UTF-8 text (byte {error.start})") from None
-    ids = encode(model, content, most=lengths[-1])
-    if len(ids) < lengths[-1]:
-        raise MatrixError(f"{text} has {len(ids)} tokens, length {lengths[-1]} needs more")
+    ids = encode(model, content, most=length)
+    if len(ids) < length:
+        raise MatrixError(f"{text} has {len(ids)} tokens, length {length} needs more")
     return ids
 
 

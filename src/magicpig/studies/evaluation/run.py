@@ -85,7 +85,7 @@ class Examiner:
         on_step(name, 0)
         sample = make_sample(model, matrix, task, length, index)
         new_tokens = min(sample.tokens_to_generate, matrix.new_tokens or sample.tokens_to_generate)
-        context, question = make_prompt(model, matrix, sample, new_tokens)
+        context, question = make_prompt(model, sample, new_tokens, chat=matrix.chat)
         document = read_document(self.network, context, chunk=self.chunk, on_chunk=partial(on_step, name))
         on_step(name, length - len(context))
         lines, runs = [], list(matrix.runs())
@@ -139,12 +139,17 @@ def make_sample(model: Model, matrix: Matrix, task: str, length: int, index: int
 
 
 def _reserve(model: Model, matrix: Matrix) -> int:
-    return max(0, len(encode(model, "x", chat=True)) - len(encode(model, "x"))) if matrix.chat else 0
+    return template_tokens(model) if matrix.chat else 0
 
 
-def make_prompt(model: Model, matrix: Matrix, sample: Sample, new_tokens: int) -> tuple[list[int], list[int]]:
+def template_tokens(model: Model) -> int:
+    """How many tokens the chat template adds to a message."""
+    return max(0, len(encode(model, "x", chat=True)) - len(encode(model, "x")))
+
+
+def make_prompt(model: Model, sample: Sample, new_tokens: int, *, chat: bool) -> tuple[list[int], list[int]]:
     """Context and question as token ids. In a chat, the answer prefix is the beginning of the assistant's turn."""
-    if not matrix.chat:
+    if not chat:
         return encode_in_two(model, sample.context, sample.question, new_tokens=new_tokens)
     question = sample.question.removesuffix(sample.answer_prefix)
     return encode_in_two(model, sample.context, question, chat=True, answer=sample.answer_prefix, new_tokens=new_tokens)

@@ -1,7 +1,7 @@
 """Where the attention of a head goes, and where its keys and queries lie: the numbers of figure 2.
 
-After MagicPIG (arXiv 2410.16179), section 3: many heads spread their attention over a long tail of keys, the first
-token is a sink, and keys lie in a narrow cone that the queries point away from.
+After MagicPIG (arXiv 2410.16179), section 3: many heads spread their attention over a long tail of keys, one token,
+mostly the first, is a sink, and keys lie in a narrow cone that the queries point away from.
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ def long_tailed(mass: list[float]) -> bool:
 def attention_mass(attention: AttentionSet) -> list[dict[str, Any]]:
     """For every query head the share of its attention that the top `SHARES` of the keys hold, mean over the steps.
 
-    mass: of all keys. mass_without_sink: of the keys after the first, and of the attention that these get.
-    sink: the attention that the first key gets.
+    mass: of all keys. sink: the attention of the key that gets most of it; sink_at: which one that is. Often it is the
+    first, but not in every model and layer. mass_without_sink: of the others, and of the attention that these get.
     """
     H, T = attention.heads, attention.steps
+    heaviest = sinks(attention)
     whole, rest = torch.zeros(2, H, len(SHARES), dtype=torch.float32, device="cpu")
     sink = torch.zeros(H, dtype=torch.float32, device="cpu")
     for step in range(T):
         weights = attention.weights(step)
         whole += _held_by_top(weights) / T
-        sink += weights[:, 0] / T
-        others = weights[:, 1:]
+        sink += weights.gather(1, heaviest[:, None])[:, 0] / T
+        kept = torch.ones_like(weights, dtype=torch.bool).scatter(1, heaviest[:, None], False)
+        others = weights[kept].view(H, -1)
         rest += _held_by_top(others / others.sum(-1, keepdim=True)) / T
     return [
         {
@@ -63,22 +65,32 @@ def attention_mass(attention: AttentionSet) -> list[dict[str, Any]]:
             "mass": _rounded(whole[head]),
             "mass_without_sink": _rounded(rest[head]),
             "sink": round(float(sink[head]), 6),
+            "sink_at": int(heaviest[head]),
             "long_tailed": long_tailed(whole[head].tolist()),
         }
         for head in range(H)
     ]
 
 
+def sinks(attention: AttentionSet) -> Tensor:
+    """(H,) for every query head the key that gets most of its attention, of those that all steps see."""
+    return _attention_of_keys(attention).argmax(-1)
+
+
 def geometry(attention: AttentionSet) -> list[dict[str, Any]]:
     """For every key/value head, cosines in which the cones show; means over tokens, or steps and query heads.
 
-    sink_to_keys: the first key to every other. mean_to_keys: the mean key to every key. mean_to_queries: the mean key
-    to the queries of the head. sink_key: the first key itself, to compare with that of other texts.
+    The sink is the key that gets most of the attention of the head's queries. sink_to_keys: it to every other key.
+    mean_to_keys: the mean of the others to each of them. mean_to_queries: that mean to the queries of the head.
+    sink_key: the sink itself, to compare with that of other texts; sink_at: its place.
     """
     rows = []
     queries = attention.queries.unflatten(1, (attention.kv_heads, -1)).double()  # (T, G, R, D)
+    heaviest = _attention_of_keys(attention).unflatten(0, (attention.kv_heads, -1)).sum(1).argmax(-1)
     for head, keys in enumerate(attention.keys.double()):
-        sink, others, mean = keys[0], keys[1:], keys[1:].mean(0)
+        at = int(heaviest[head])
+        sink, others = keys[at], torch.cat([keys[:at], keys[at + 1 :]])
+        mean = others.mean(0)
         rows.append(
             {
                 "kv_head": head,
@@ -86,17 +98,24 @@ def geometry(attention: AttentionSet) -> list[dict[str, Any]]:
                 "mean_to_keys": _mean_cosine(mean, others),
                 "mean_to_queries": _mean_cosine(mean, queries[:, head].flatten(0, 1)),
                 "sink_key": _rounded(sink),
+                "sink_at": at,
             }
         )
     return rows
 
 
 def sink_moves(sinks: list[list[float]]) -> float:
-    """The mean cosine between the first keys (D,) of one head in every two of at least two texts."""
+    """The mean cosine between the sinks (D,) of one head in every two of at least two texts."""
     unit = torch.nn.functional.normalize(torch.tensor(sinks, dtype=torch.float64, device="cpu"), dim=-1)
     cosines = unit @ unit.T
     above = torch.triu_indices(len(sinks), len(sinks), 1, dtype=torch.int64, device="cpu")
     return float(cosines[above[0], above[1]].mean())
+
+
+def _attention_of_keys(attention: AttentionSet) -> Tensor:
+    """(H, n) float64: what each key that all steps see gets, summed over them."""
+    n = attention.seen_by(0)
+    return torch.stack([attention.weights(step)[:, :n] for step in range(attention.steps)]).sum(0)
 
 
 def _held_by_top(weights: Tensor) -> Tensor:

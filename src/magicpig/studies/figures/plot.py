@@ -28,6 +28,7 @@ from magicpig.studies.figures.style import (
 
 Rows = Sequence[dict[str, Any]]
 RESAMPLES = 1000
+MOST_LINES = 60  # heads that can be told apart; of more, the median and two bands
 CLAIM = ("topk", "lsh", "sketch")  # one loses aggregation, the others keep it
 
 
@@ -142,8 +143,14 @@ def _plot_spread(axes: Axes, rows: Rows) -> None:
     looks = {False: (GREY, "-", "other heads"), True: (ORANGE, "-", "long-tailed heads")}
     for tailed, (colour, dashes, label) in looks.items():
         chosen = [row for row in rows if row["long_tailed"] is tailed]
-        for row in chosen:
-            axes.plot(SHARES, row["mass"], color=colour, linewidth=0.7, alpha=0.6, linestyle=dashes)
+        if len(chosen) > MOST_LINES:
+            curves = np.array([row["mass"] for row in chosen])
+            for ends, alpha in (((0.05, 0.95), 0.15), ((0.25, 0.75), 0.3)):
+                axes.fill_between(SHARES, *np.quantile(curves, ends, axis=0), color=colour, alpha=alpha, linewidth=0)
+            axes.plot(SHARES, np.median(curves, axis=0), color=colour, linewidth=1.6, linestyle=dashes)
+        else:
+            for row in chosen:
+                axes.plot(SHARES, row["mass"], color=colour, linewidth=0.7, alpha=0.6, linestyle=dashes)
         if chosen:
             axes.plot([], [], color=colour, label=f"{label} ({len(chosen)})")
     axes.plot([TAIL_SHARE, TAIL_SHARE, SHARES[0]], [0.3, TAIL_MASS, TAIL_MASS], color=BLACK, linestyle=":", linewidth=1)
@@ -156,7 +163,7 @@ def _plot_sink(axes: Axes, rows: Rows) -> None:
     axes.set_title("With and without the sink")
     for name, colour, dashes, label in (
         ("mass", BLUE, "-", "all keys"),
-        ("mass_without_sink", VERMILLION, "--", "without the first key"),
+        ("mass_without_sink", VERMILLION, "--", "without the heaviest key"),
     ):
         curves = np.array([row[name] for row in rows])
         axes.fill_between(SHARES, *np.quantile(curves, [0.25, 0.75], axis=0), color=colour, alpha=0.14, linewidth=0)
