@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from magicpig.config import Config, KVDtype, SamplerName
 from magicpig.errors import ArgumentError, ArgumentTypeError, NotFiniteError
 from magicpig.kernels import algorithm, base, library
 from magicpig.kernels.rows.reference import from_bytes, to_bytes
-from magicpig.samplers import sampler_of
+from magicpig.samplers import Context, sampler_of
 from magicpig.settings import DrawPolicy, IndexSpec, Policy
 from magicpig.store import KVStore
 from magicpig.types import StepInfo
@@ -112,10 +112,9 @@ def _attend_reference(
             )
             error = torch.zeros_like(state.lse)
         else:
-            place: dict[str, int] = {"sinks": config.sinks, "end": end, "layer": 0, "first_head": 0}
-            rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
-            state, drawn = sampler.reference(q, k, v, DrawPolicy.of(config), **place, **rule)
-            error = algorithm.predicted_errors(state, drawn, q, k, v, **rule)
+            context = Context(config.sinks, end, N, layer=0, first_head=0, scale=scale, softcap=softcap)
+            state, drawn = sampler.reference(q, k, v, DrawPolicy.of(config), context)
+            error = algorithm.predicted_errors(state, drawn, q, k, v, scale=scale, softcap=softcap)
         states.append(state)
         samples.append(drawn)
         errors.append(torch.full_like(error, math.nan) if sampler.chooses and end else error)

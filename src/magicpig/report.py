@@ -5,6 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+ERROR_BINS, BINS_PER_OCTAVE = 128, 8  # bin i: up to 2^((i + 1) / 8 - 12), below and above included
+
+
+def error_bin(error: float) -> int:
+    """The bin of a finite predicted error."""
+    wanted = math.ceil(BINS_PER_OCTAVE * (math.log2(max(error, 1e-9)) + 12)) - 1
+    return min(max(wanted, 0), ERROR_BINS - 1)
+
 
 @dataclass(frozen=True)
 class PredictedErrors:
@@ -17,7 +25,7 @@ class PredictedErrors:
     unknown: int
     sum: float
     largest: float
-    bins: tuple[int, ...]  # see PredictedErrors in kernels/native/step.h
+    bins: tuple[int, ...]  # see error_bin
 
     @property
     def mean(self) -> float:
@@ -32,7 +40,7 @@ class PredictedErrors:
         for i, heads in enumerate(self.bins):
             seen += heads
             if seen >= wanted:
-                return min(self.largest, float(2.0 ** ((i + 1) / 8 - 12)))
+                return min(self.largest, float(2.0 ** ((i + 1) / BINS_PER_OCTAVE - 12)))
         return self.largest
 
     def __add__(self, other: PredictedErrors) -> PredictedErrors:

@@ -72,13 +72,13 @@ def codes(segment: base.SketchSegment, head: int, bits: int, D: int) -> Tensor:
 
 def assert_weights_are_the_references(found: base.SketchWeights, scores: Tensor, sinks: int = 0) -> None:
     """scores: (R, n) float64, from the whole numbers and codes of the native ones."""
-    (ones, _), expected = reference.ones(scores, sinks), reference.weigh(scores, sinks)
+    (octave, _), expected = reference.log_normalisers(scores, sinks), reference.weigh(scores, sinks)
     assert not found.weights[:sinks].any()
     assert (found.weights[sinks:] > 0).all()
     # A score, and what it is relative to, are float32 numbers in 2**-23 octaves that five operations have rounded.
     # An offset is a sum of D products more, whose roundings add up like their root.
     octaves = 12 * (float(scores.abs().max()) + 160) * 2**-24
-    assert float((found.ones - ones).abs().max()) <= 2 * octaves
+    assert float((found.log_normalisers - octave).abs().max()) <= 2 * octaves
     assert float(((found.weights - expected).abs() - 1).div(expected.clamp(min=1)).max()) <= 3 * octaves
 
 
@@ -139,7 +139,7 @@ def test_centres_of_the_largest_keys_are_finite(isa):
         segment, sampler = sketch(keys, 2, stride)
         assert segment.centres.isfinite().all()
         assert segment.scales.isfinite().all()
-        found = cpu.weigh(torch.randn(2, 32), segment, 0, sampler, stride=stride, scale=0.1)
+        found = cpu.weigh(torch.randn(2, 32), [segment], 0, sampler, stride=stride, scale=0.1)
         assert (found.weights > 0).all()
 
 
@@ -217,7 +217,7 @@ def test_strides_that_are_no_power_of_two_or_go_over_a_block_are_refused(stride)
 def test_weights_follow_from_codes_and_centres(D, bits, isa):
     keys, query = make_keys(200, D) + torch.randn(2, 1, D), 4 * torch.randn(3, D)
     segment, sampler = sketch(keys, bits)
-    found = cpu.weigh(query, segment, 1, sampler, stride=8, scale=D**-0.5)
+    found = cpu.weigh(query, [segment], 1, sampler, stride=8, scale=D**-0.5)
     whole, _ = reference.quantise_query(query.double(), reference.make_rotation(D, 0).double())
     assert int((found.query.to(torch.int64) - whole).abs().max()) <= 1
     assert_weights_are_the_references(found, scores_of(found, segment, 1, bits, query, 8, scale=D**-0.5))
@@ -229,7 +229,7 @@ def test_strides_of_every_size_and_any_number_of_sinks(stride, sinks, isa):
     # Strides that lie far from each other, and an odd number of keys.
     keys, query = make_keys(1001, 64) + torch.randn(2, 126, 64).repeat_interleave(8, 1)[:, :1001], torch.randn(5, 64)
     segment, sampler = sketch(keys, 2, stride)
-    found = cpu.weigh(query, segment, 0, sampler, stride=stride, scale=0.2, sinks=sinks)
+    found = cpu.weigh(query, [segment], 0, sampler, stride=stride, scale=0.2, sinks=sinks)
     assert_weights_are_the_references(found, scores_of(found, segment, 0, 2, query, stride, scale=0.2), sinks)
     for budget in (1, 100, 1001 - sinks, 2000):
         assert_same_draw(found.weights, budget)
@@ -239,7 +239,7 @@ def test_strides_of_every_size_and_any_number_of_sinks(stride, sinks, isa):
 def test_weights_with_a_softcap(softcap, isa):
     keys, query = make_keys(200, 64) + 2 * torch.randn(2, 1, 64), 8 * torch.randn(2, 64)
     segment, sampler = sketch(keys, 2)
-    found = cpu.weigh(query, segment, 0, sampler, stride=8, scale=0.2, softcap=softcap)
+    found = cpu.weigh(query, [segment], 0, sampler, stride=8, scale=0.2, softcap=softcap)
     settings = {"scale": 0.2, "softcap": softcap}
     assert_weights_are_the_references(found, scores_of(found, segment, 0, 2, query, 8, **settings))
 
@@ -248,7 +248,7 @@ def test_weights_with_a_softcap(softcap, isa):
 def test_weights_of_many_keys_have_the_references_pilot(n, isa):
     keys, query = make_keys(n, 32, heads=1), torch.randn(2, 32)
     segment, sampler = sketch(keys, 4, stride=256)
-    found = cpu.weigh(query, segment, 0, sampler, stride=256, scale=0.1, sinks=4)
+    found = cpu.weigh(query, [segment], 0, sampler, stride=256, scale=0.1, sinks=4)
     assert_weights_are_the_references(found, scores_of(found, segment, 0, 4, query, 256, scale=0.1), 4)
 
 
@@ -256,7 +256,7 @@ def test_weights_of_many_keys_have_the_references_pilot(n, isa):
 def test_keys_with_far_larger_logits_than_others_have_the_largest_weights(size, isa):
     keys, query = make_keys(200, 64), size * torch.randn(2, 64)
     segment, sampler = sketch(keys, 2, centred=False)
-    found = cpu.weigh(query, segment, 0, sampler, stride=8, scale=0.2)
+    found = cpu.weigh(query, [segment], 0, sampler, stride=8, scale=0.2)
     levels = 2 * codes(segment, 0, 2, 64) - 3
     best = (found.query.double() @ levels.double().T * segment.scales[0, :200].double()).argmax(1)
     floor = int(0.05 * 2**30 / 200)
@@ -270,11 +270,11 @@ def test_keys_with_far_larger_logits_than_others_have_the_largest_weights(size, 
 def test_groups_of_every_size_weigh_alike(R, isa):
     keys, query = make_keys(1000, 80), torch.randn(R, 80)
     segment, sampler = sketch(keys, 2)
-    together = cpu.weigh(query, segment, 0, sampler, stride=8, scale=0.1)
-    alone = [cpu.weigh(query[h : h + 1], segment, 0, sampler, stride=8, scale=0.1) for h in range(R)]
+    together = cpu.weigh(query, [segment], 0, sampler, stride=8, scale=0.1)
+    alone = [cpu.weigh(query[h : h + 1], [segment], 0, sampler, stride=8, scale=0.1) for h in range(R)]
     # A head of several has a share of the weight: as many octaves less for a score.
-    expected = torch.cat([own.ones for own in alone]) + math.log2(R)
-    torch.testing.assert_close(together.ones, expected, rtol=0, atol=1e-5)
+    expected = torch.cat([own.log_normalisers for own in alone]) + math.log2(R)
+    torch.testing.assert_close(together.log_normalisers, expected, rtol=0, atol=1e-5)
     assert torch.equal(together.query, torch.cat([own.query for own in alone]))
     if R & (R - 1) == 0:  # whole octaves: the same powers, but for rounding
         mean = sum(own.weights for own in alone) / R
@@ -285,7 +285,7 @@ def test_groups_of_every_size_weigh_alike(R, isa):
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0, 1e4, 1e9])
 def test_logits_of_every_size_are_drawn_as_the_reference_draws(size, isa):
     segment, sampler = sketch(make_keys(1000, 64), 2)
-    found = cpu.weigh(size * torch.randn(4, 64), segment, 0, sampler, stride=8, scale=0.125)
+    found = cpu.weigh(size * torch.randn(4, 64), [segment], 0, sampler, stride=8, scale=0.125)
     for budget in [1, 10, 200]:
         assert_same_draw(found.weights, budget)
 
@@ -293,7 +293,7 @@ def test_logits_of_every_size_are_drawn_as_the_reference_draws(size, isa):
 @pytest.mark.parametrize("n", SIZES)
 def test_the_same_weights_give_the_same_sample(n):
     segment, sampler = sketch(make_keys(n, 64), 2)
-    found = cpu.weigh(4 * torch.randn(4, 64), segment, 1, sampler, stride=8, scale=0.125)
+    found = cpu.weigh(4 * torch.randn(4, 64), [segment], 1, sampler, stride=8, scale=0.125)
     for budget in sorted({1, 2, n // 10 + 1, n // 2 + 1, n, 2 * n}):
         for doublings in [0, 1, 5]:
             assert_same_draw(found.weights, budget, doublings)
@@ -323,9 +323,9 @@ def test_keys_past_the_count_do_not_exist(isa):
     short.words[:, 1, :, :6], short.scales[:, 64:70] = segment.words[:, 1, :, :6], segment.scales[:, 64:70]
     short.centres[:, :9] = segment.centres[:, :9]
     other = replace(short, count=70)
-    found, same = (cpu.weigh(query, each, 0, sampler, stride=8, scale=0.5) for each in (keys, other))
+    found, same = (cpu.weigh(query, [each], 0, sampler, stride=8, scale=0.5) for each in (keys, other))
     assert torch.equal(found.weights, same.weights)
-    assert torch.equal(found.ones, same.ones)
+    assert torch.equal(found.log_normalisers, same.log_normalisers)
     assert int(cpu.draw(found.weights, 70, seed=0, head=0, position=0).ids.max()) == 69
     assert_same_draw(found.weights, 30)
 
@@ -338,7 +338,7 @@ def test_one_key_with_nearly_all_of_the_weight_leaves_the_rest_their_share(isa):
     keys[0, 7] = 5.0
     keys[0, 100:163] += 0.3 * torch.linspace(0.5, 1, 63)[:, None]
     segment, sampler = sketch(keys, 4, centred=False)
-    found = cpu.weigh(query, segment, 0, sampler, stride=8, scale=1.0)
+    found = cpu.weigh(query, [segment], 0, sampler, stride=8, scale=1.0)
     assert_same_draw(found.weights, budget)
     assert 7 in cpu.draw(found.weights, budget, seed=0, head=0, position=0).ids
 
@@ -346,7 +346,7 @@ def test_one_key_with_nearly_all_of_the_weight_leaves_the_rest_their_share(isa):
 def test_zero_keys_and_zero_queries_are_drawn_evenly(isa):
     segment, sampler = sketch(torch.zeros(1, 640, 64), 2)
     for query in [torch.zeros(2, 64), torch.randn(2, 64)]:
-        found = cpu.weigh(query, segment, 0, sampler, stride=8, scale=1.0)
+        found = cpu.weigh(query, [segment], 0, sampler, stride=8, scale=1.0)
         assert len(found.weights.unique()) == 1
         drawn = cpu.draw(found.weights, 64, seed=0, head=0, position=0)
         assert len(drawn.ids) == 64

@@ -446,6 +446,8 @@ def _check_stores(stores: Sequence[KVStore], query: Tensor, tokens: int, scale: 
     if len(stores) > 1:
         if any((store.kv_heads, store.head_dim) != (G, D) for store in stores):
             raise ArgumentError("stores differ in kv_heads or head_dim; one step takes stores of one layer")
+        if any(store.kernels is not first.kernels for store in stores):
+            raise ArgumentError("stores differ in kernels; one step is one computation")
         if len({id(store) for store in stores}) < len(stores):
             raise ArgumentError("stores has the same store twice; fork it")
     shape = query.shape

@@ -135,6 +135,33 @@ def decode_step(
         ]
     ],
 ]: ...
+def sampled_half(
+    stores: Sequence[StoreView],
+    dtype: int,
+    query_heads: int,
+    query: int,
+    key: int,
+    value: int,
+    scale: float,
+    softcap: float,
+    sink_logits: int,
+    codes: Sequence[int],
+    rotated: Sequence[int],
+    exact_output: int,
+    exact_lse: int,
+    output: int,
+    lse: int,
+    spread: int,
+    capture: bool,
+) -> tuple[
+    list[int],
+    list[
+        tuple[
+            Annotated[NDArray[numpy.uint8], dict(shape=(None,))], Annotated[NDArray[numpy.uint8], dict(shape=(None,))]
+        ]
+    ],
+]: ...
+def rotate(sampler: SketchSampler, vectors: int, count: int, rotated: int) -> None: ...
 def sketch(
     dtype: int,
     rows: Sequence[int],
@@ -156,10 +183,10 @@ def weigh(
     heads: int,
     scale: float,
     softcap: float,
-    words: int,
-    scales: int,
-    centres: int,
-    count: int,
+    words: Sequence[int],
+    scales: Sequence[int],
+    centres: Sequence[int],
+    counts: Sequence[int],
     sinks: int,
     stride_shift: int,
     weights: int,
@@ -223,6 +250,7 @@ class StoreView:
     def max_share(self, arg: float, /) -> None: ...
     @property
     def predicted(self) -> tuple[int, int, float, float, list[int]]: ...
+    def count_predicted(self, errors: Sequence[float]) -> None: ...
     def set_sampler(self, lsh: LshSampler | None, sketch: SketchSampler | None) -> None: ...
     def set_policy(self, budget: float, epsilon: float, limit: float, seed: int, law: HitLaw | None) -> None: ...
     def set_blocks(self, rows: Sequence[int], head_strides: Sequence[int]) -> None: ...

@@ -5,8 +5,6 @@ with another sampler. They handle one query token of one request, keep no state 
 they are given float64.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -154,8 +152,7 @@ def attend_sketch(
             error = float(predicted_error(state, group, *rows, sample.log_u, scale=scale, softcap=softcap).max())
             if epsilon is None or everything or error <= epsilon:
                 break
-            # The error falls with the square root of the rows.
-            doublings += min(20, max(1, math.ceil(2 * math.log2(error / epsilon)))) if math.isfinite(error) else 20
+            doublings += sketch.more_doublings(error, epsilon)
         states.append(state)
         samples += [sample] * len(group)
 
@@ -164,11 +161,11 @@ def attend_sketch(
     return AttentionState(output=output, lse=lse), samples
 
 
-def no_sample() -> Sample:
+def no_sample(dtype: torch.dtype = torch.float64) -> Sample:
     """Of a head that draws nothing, as all it attends to is read."""
     return Sample(
         ids=torch.empty(0, dtype=torch.int64, device="cpu"),
-        log_u=torch.empty(0, dtype=torch.float64, device="cpu"),
+        log_u=torch.empty(0, dtype=dtype, device="cpu"),
     )
 
 

@@ -1,7 +1,8 @@
 """The verbs that a store, a sampler and a step are made of, whoever computes them; and the forms of what they exchange.
 
-`load_kernels` gives an implementation, so far one: compiled code for processors (cpu.py). Nothing above this folder
-imports one of them by name. Rows, tables and sketches are tensors of the same form for all of them.
+`load_kernels` gives an implementation: compiled code for processors (cpu.py), or plain PyTorch, slow and obvious
+(reference.py). Nothing above this folder imports one of them by name. Rows, tables and sketches are tensors of the same
+form for both, so a store that one has filled can be read by the other.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_HEAD_DIM = 512
 MAX_GROUP = 256  # query heads of one key/value head
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-KernelsName = Literal["cpu"]
+KernelsName = Literal["cpu", "reference"]
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -71,6 +72,15 @@ def sketch_shapes(
         ((heads, blocks * SKETCH_KEYS), torch.float16),
         ((heads, -(-blocks * SKETCH_KEYS // stride), padded(sampler.head_dim)), torch.bfloat16),
     )
+
+
+def as_rows(keys: Tensor, values: Tensor) -> Tensor:
+    """Rows (n, width) = [key | value], zero padded, from keys and values (n, D) of one float dtype."""
+    (n, D), width = keys.shape, padded(keys.shape[1])
+    rows = torch.zeros(n, 2 * width, dtype=keys.dtype, device="cpu")
+    rows[:, :D] = keys
+    rows[:, width : width + D] = values
+    return rows
 
 
 def interleave_heads(keys: Tensor) -> Tensor:
@@ -134,14 +144,14 @@ class SketchWeights:
     """What a sketch says of n keys to the R heads of a group: weights (n,) int64.
 
     query: (R, D) int8, the whole numbers of the rotated queries; offsets: (R, strides), what centres add to scores, in
-    octaves, or to logits where there is a softcap; ones: (R,) float64, the score in octaves to which each head gives a
-    weight of one.
+    octaves, or to logits where there is a softcap; log_normalisers: (R,) float64, the score in octaves to which
+    each head gives a weight of one.
     """
 
     weights: Tensor
     query: Tensor
     offsets: Tensor
-    ones: Tensor
+    log_normalisers: Tensor
 
 
 @dataclass(frozen=True)
@@ -170,6 +180,34 @@ class StepResult:
     predicted_error: Tensor
     faults: list[int]
     samples: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class SampledHalf:
+    """The half of a step that attends to what is drawn. Merged with that over the exact rows it is the whole.
+
+    state: output (B, H, D) and lse (B, H), float32; zeros and -inf where nothing was drawn. spread: (B, H, D + 2)
+    float32, sums over the sample of (1 - u) w^2 times value, value^2 and 1, w being the share of a row in this state:
+    see `predicted_error`. faults, samples: as of a `StepResult`; the state of a sequence with a fault is NaN.
+    """
+
+    state: AttentionState
+    spread: Tensor
+    faults: list[int]
+    samples: list[tuple[Tensor, Tensor]]
+
+    def predicted_error(self, whole: AttentionState) -> Tensor:
+        """What the sample says of the relative error of the merged state (B, H, D): (B, H) float32, 0 of no sample.
+
+        As kernels/attend/reference.py, with the square multiplied out.
+        """
+        output = whole.output.double()
+        share = (self.state.lse.double() - whole.lse.double()).exp()
+        values, square, total = self.spread.double().split([output.shape[-1], 1, 1], -1)
+        norm = output.square().sum(-1)
+        away = square[..., 0] - 2 * (output * values).sum(-1) + norm * total[..., 0]
+        error = share * (away.clamp(min=0) / norm).sqrt()
+        return torch.where(total[..., 0] == 0, 0.0, error).float()
 
 
 class HashSampler(Protocol):
@@ -258,6 +296,7 @@ class Kernels(Protocol):
     def make_sampler(self, head_dim: int, K: int, L: int, seed: int) -> HashSampler: ...
     def make_law(self, K: int, L: int, min_hits: int) -> Any: ...
     def hash_rows(self, pieces: Sequence[Tensor], sampler: Any, centres: Sequence[Tensor] = ()) -> Tensor: ...
+    def hash_queries(self, query: Tensor, sampler: Any) -> Tensor: ...
     def build(self, codes: Tensor, K: int, first: int, centre: Tensor | None = None) -> Segment: ...
     def extend(self, a: Segment, b: Segment) -> Segment: ...
     def shorten(self, a: Segment, count: int) -> Segment: ...
@@ -266,6 +305,7 @@ class Kernels(Protocol):
     # --- sketch, score, draw ---
 
     def make_sketcher(self, head_dim: int, bits: int, seed: int) -> SketchSampler: ...
+    def rotate(self, query: Tensor, sampler: Any) -> Tensor: ...
     def sketch_into(
         self,
         segment: SketchSegment,
@@ -280,7 +320,7 @@ class Kernels(Protocol):
     def weigh(
         self,
         query: Tensor,
-        segment: SketchSegment,
+        segments: Sequence[SketchSegment],
         head: int,
         sampler: Any,
         *,
@@ -344,6 +384,21 @@ class Kernels(Protocol):
         sink_logits: Tensor | None = None,
         capture: bool = False,
     ) -> StepResult: ...
+    def sampled_half(
+        self,
+        views: list[Any],
+        query: Tensor,
+        keys: Tensor | None,
+        values: Tensor | None,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
+        prepared: Sequence[Tensor | None] = (),
+        exact: AttentionState | None = None,
+        capture: bool = False,
+    ) -> SampledHalf: ...
+    def count_predicted(self, view: Any, errors: Tensor) -> None: ...
     def repeated_step(
         self, B: int, H: int, D: int, scale: float, softcap: float
     ) -> Callable[[list[Any], Tensor, Tensor, Tensor], tuple[Tensor, list[int]]]: ...
@@ -363,4 +418,8 @@ def load_kernels(name: str | None = None) -> Kernels:
         from magicpig.kernels import cpu
 
         return cpu
+    if name == "reference":
+        from magicpig.kernels import reference
+
+        return reference
     raise ArgumentError(f"kernels={name!r} is not one of {', '.join(map(repr, names))}")

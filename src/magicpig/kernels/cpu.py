@@ -7,6 +7,7 @@ L tables.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from magicpig.kernels.base import (
     SEGMENT_ROWS,
     SKETCH_KEYS,
     Draw,
+    SampledHalf,
     Segment,
     SketchSegment,
     SketchWeights,
     StepResult,
+    as_rows,
     check_dtype,
     padded,
     row_width,
@@ -192,6 +195,13 @@ def hash_rows(pieces: Sequence[Tensor], sampler: LshSampler, centres: Sequence[T
     return codes
 
 
+def hash_queries(query: Tensor, sampler: LshSampler) -> Tensor:
+    """Codes (H, L) uint16 of queries (H, D)."""
+    rows = _zeros(1, len(query), padded(query.shape[1]))
+    rows[0, :, : query.shape[1]] = query
+    return hash_rows([rows], sampler)[0].T.contiguous()
+
+
 def build(codes: Tensor, K: int, first: int, centre: Tensor | None = None) -> Segment:
     """Sorts the codes (G, L, n <= 65536) uint16 of keys `first` .. into buckets."""
     G, L, n = codes.shape
@@ -269,6 +279,15 @@ def make_sketcher(head_dim: int, bits: int, seed: int) -> SketchSampler:
     return SketchSampler(head_dim, bits, LEVEL_DISTANCE[bits] / head_dim**0.5, rotation.data_ptr())
 
 
+def rotate(query: Tensor, sampler: SketchSampler) -> Tensor:
+    """Queries (H, D) times the rotation, (H, D) float32: how a sketch meets them."""
+    (H, D), width = query.shape, padded(query.shape[1])
+    vectors, rotated = _zeros(H, width), _zeros(H, width)
+    vectors[:, :D] = query
+    _native.rotate(sampler, vectors.data_ptr(), H, rotated.data_ptr())
+    return rotated[:, :D].contiguous()
+
+
 def sketch(
     pieces: Sequence[Tensor],
     sampler: SketchSampler,
@@ -342,7 +361,7 @@ def new_sketch(heads: int, keys: int, sampler: SketchSampler, first: int, stride
 
 def weigh(
     query: Tensor,
-    segment: SketchSegment,
+    segments: Sequence[SketchSegment],
     head: int,
     sampler: SketchSampler,
     *,
@@ -351,22 +370,26 @@ def weigh(
     softcap: float = 0.0,
     sinks: int = 0,
 ) -> SketchWeights:
-    """Weights of one kv head's keys for the queries (R, D) float32 of its group; the first `sinks` have none."""
-    (R, D), n = query.shape, segment.count
-    width, blocks = padded(D), -(-n // SKETCH_KEYS)
+    """Weights of one kv head's keys for the queries (R, D) float32 of its group; the first `sinks` have none.
+
+    segments: of all keys, as for `set_sketches`.
+    """
+    (R, D), counts = query.shape, [segment.count for segment in segments]
+    width, blocks = padded(D), sum(-(-count // SKETCH_KEYS) for count in counts)
     lanes, whole = _zeros(R, width), torch.empty(R, width, dtype=torch.int8, device="cpu")
     lanes[:, :D] = query
-    weights, offsets = torch.empty(blocks * SKETCH_KEYS, dtype=torch.int32, device="cpu"), _zeros(R, -(-n // stride))
-    ones = _native.weigh(
+    weights = torch.empty(blocks * SKETCH_KEYS, dtype=torch.int32, device="cpu")
+    offsets = _zeros(R, sum(-(-count // stride) for count in counts))
+    log_normalisers = _native.weigh(
         sampler,
         lanes.data_ptr(),
         R,
         scale,
         softcap,
-        segment.words[head].data_ptr(),
-        segment.scales[head].data_ptr(),
-        segment.centres[head].data_ptr(),
-        n,
+        [segment.words[head].data_ptr() for segment in segments],
+        [segment.scales[head].data_ptr() for segment in segments],
+        [segment.centres[head].data_ptr() for segment in segments],
+        counts,
         sinks,
         stride_shift(stride),
         weights.data_ptr(),
@@ -374,8 +397,8 @@ def weigh(
         offsets.data_ptr(),
     )
     unit = 1.0 if softcap > 0 else 2.0**23
-    one_each = torch.tensor(ones, dtype=torch.float64, device="cpu")
-    return SketchWeights(weights[:n].to(torch.int64), whole[:, :D], offsets / unit, one_each)
+    octaves = torch.tensor(log_normalisers, dtype=torch.float64, device="cpu")
+    return SketchWeights(weights[: sum(counts)].to(torch.int64), whole[:, :D], offsets / unit, octaves)
 
 
 def draw(
@@ -415,17 +438,13 @@ def interleave(keys: Tensor, values: Tensor, dtype: torch.dtype | None = None) -
 
     dtype: int8 rounds them to whole numbers; otherwise it is that of the keys.
     """
+    if dtype != torch.int8:
+        return as_rows(keys, values)
     n, D = keys.shape
-    width = padded(D)
-    if dtype == torch.int8:
-        rows = torch.zeros(1, n, row_width(D, dtype), dtype=dtype, device="cpu")
-        write_bytes(keys[None], rows, 0)
-        write_bytes(values[None], rows, 1)
-        return rows[0]
-    rows = torch.zeros(n, 2 * width, dtype=keys.dtype, device="cpu")
-    rows[:, :D] = keys
-    rows[:, width : width + D] = values
-    return rows
+    rows = torch.zeros(1, n, row_width(D, dtype), dtype=dtype, device="cpu")
+    write_bytes(keys[None], rows, 0)
+    write_bytes(values[None], rows, 1)
+    return rows[0]
 
 
 def attend_rows(
@@ -577,14 +596,13 @@ def decode_step(
     sink_logits: Tensor | None = None,
     capture: bool = False,
 ) -> StepResult:
-    """One step of one layer: append, sample, attend, merge. As decode.decode_step, which checks; contiguous.
+    """One step of one layer: append, sample, attend, merge. As attention.step.decode_step, which checks; contiguous.
 
     A sequence whose numbers are not finite is left as it was, and the others are served.
     """
     B, H, D = query.shape
     output = torch.empty(B, H, D, dtype=query.dtype, device="cpu")
-    lse = torch.empty(B, H, dtype=torch.float32, device="cpu")
-    predicted_error = torch.empty(B, H, dtype=torch.float32, device="cpu")
+    lse, predicted_error = _nothing(B, H), _nothing(B, H)
     faults, samples = _native.decode_step(
         views,
         _CODES[query.dtype],
@@ -600,11 +618,76 @@ def decode_step(
         predicted_error.data_ptr(),
         capture,
     )
-    pairs = [
+    return StepResult(output, lse, predicted_error, faults, _samples(samples))
+
+
+def sampled_half(
+    views: list[StoreView],
+    query: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    prepared: Sequence[Tensor | None] = (),
+    exact: AttentionState | None = None,
+    capture: bool = False,
+) -> SampledHalf:
+    """The half of `decode_step` that attends to what is drawn; a merge of it with the other half is the whole.
+
+    prepared: for each sequence what `hash_queries` or `rotate` made of its queries, or None to make it here. exact:
+    float32 (B, H, D) and (B, H), the other half; where a store has an epsilon it says when a draw is enough, and
+    sink_logits as well. Raises ArgumentError where it is missing then.
+    """
+    B, H, D = query.shape
+    output, spread = _nothing(B, H, D), _nothing(B, H, D + 2)
+    lse = _nothing(B, H)
+    given: list[Tensor | None] = list(prepared) or [None] * B
+    for x in given:
+        codes = x is not None and x.dtype == torch.uint16 and x.ndim == 2 and len(x) == H
+        rotated = x is not None and x.dtype == torch.float32 and x.shape == (H, D)
+        _require(
+            x is None or ((codes or rotated) and x.is_contiguous()),
+            f"prepared queries must be contiguous: uint16 ({H}, L) or float32 ({H}, {D})",
+        )
+    other = (None, None) if exact is None else (exact.output.contiguous(), exact.lse.contiguous())
+    faults, samples = _native.sampled_half(
+        views,
+        _CODES[query.dtype],
+        H,
+        query.data_ptr(),
+        0 if keys is None else keys.data_ptr(),
+        0 if values is None else values.data_ptr(),
+        scale,
+        softcap,
+        0 if sink_logits is None else sink_logits.data_ptr(),
+        [0 if x is None or x.dtype != torch.uint16 else x.data_ptr() for x in given],
+        [0 if x is None or x.dtype != torch.float32 else x.data_ptr() for x in given],
+        _address(other[0]),
+        _address(other[1]),
+        output.data_ptr(),
+        lse.data_ptr(),
+        spread.data_ptr(),
+        capture,
+    )
+    return SampledHalf(AttentionState(output, lse), spread, faults, _samples(samples))
+
+
+def count_predicted(view: StoreView, errors: Tensor) -> None:
+    """Adds predicted errors, of all heads, to what a view counts."""
+    view.count_predicted(errors.tolist())
+
+
+def _samples(found: list[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:
+    return [
         (torch.from_numpy(ids).view(torch.int32).to(torch.int64), torch.from_numpy(log_u).view(torch.float32))
-        for ids, log_u in samples
+        for ids, log_u in found
     ]
-    return StepResult(output, lse, predicted_error, faults, pairs)
+
+
+def _nothing(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 class _RepeatedStep:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from magicpig.kernels.base import Kernels, load_kernels
-from magicpig.samplers.base import Body, Costs, Index, Rows, Sampler
+from magicpig.samplers.base import Body, Context, Costs, Found, Index, Rows, Sampler
 from magicpig.samplers.comparison import RULES, Choosing, Full, Quest, Window
 from magicpig.samplers.lsh import Lsh
 from magicpig.samplers.sketch import Sketch
 from magicpig.settings import IndexSpec
 
-__all__ = ["CHOOSING", "SAMPLERS", "Body", "Costs", "Index", "Rows", "Sampler", "sampler_of"]
+__all__ = ["CHOOSING", "SAMPLERS", "Body", "Context", "Costs", "Found", "Index", "Rows", "Sampler", "sampler_of"]
 
 
 def _choosing(name: str) -> Callable[[IndexSpec, int, Kernels], Sampler]:

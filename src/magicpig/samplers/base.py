@@ -7,13 +7,15 @@ comparison.py and a line in `SAMPLERS`; one that the kernels draw by is a file h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
+from magicpig.kernels.algorithm import no_sample
 from magicpig.kernels.arena import Arena, Memory
 from magicpig.kernels.base import HashSampler, Kernels, View, load_kernels
 from magicpig.kernels.rows.layout import RowLayout
@@ -81,6 +83,38 @@ class Costs:
     itemsize: int
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a step computes, beside its tensors and the policy: positions [sinks, end) are sampled, for a query that
+    follows `position` tokens. layer, first_head: as of a store. Logits are softcap * tanh(scale * q.k / softcap).
+    """
+
+    sinks: int
+    end: int
+    position: int
+    layer: int
+    first_head: int
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one query head found by an index: its sample; their keys and values (S, D) float32; its attention over them,
+    (D,) and (). extensible: whether a larger draw would have found more.
+    """
+
+    sample: Sample
+    keys: Tensor
+    values: Tensor
+    state: AttentionState
+    extensible: bool = False
+
+
+Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Brings keys and values (S, D) float32 of positions (S,) from where they lie."""
+
+
 class Sampler(ABC):
     """One way of choosing rows, for stores of one `IndexSpec`, head dimension and kernels, shared by all.
 
@@ -135,24 +169,35 @@ class Sampler(ABC):
         """The rows that each of the query heads (H, D) reads of a body. Only of samplers that choose."""
         raise NotImplementedError
 
-    @abstractmethod
-    def reference(
+    def prepare(self, query: Tensor) -> Tensor | None:
+        """What the kernels' half of a step needs of queries (H, D): see `Kernels.sampled_half`."""
+        return None
+
+    def found(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        head: int,
+        index: Index,
         policy: DrawPolicy,
-        *,
-        sinks: int,
-        end: int,
-        layer: int,
-        first_head: int,
-        scale: float,
-        softcap: float | None,
+        context: Context,
+        fetch: Fetch,
+        doublings: int = 0,
+    ) -> list[Found]:
+        """What the query heads (R, D) float32 of one kv head find by an index, verb by verb, as a step does at once.
+
+        doublings: of the draw, where there is one.
+        """
+        nothing = query.new_zeros(0, query.shape[1])
+        state = AttentionState(torch.zeros_like(query[0]), query.new_tensor(-torch.inf))
+        return [Found(no_sample(torch.float32), nothing, nothing, state)] * len(query)
+
+    @abstractmethod
+    def reference(
+        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
     ) -> tuple[AttentionState, list[Sample]]:
         """What a step computes, in plain PyTorch and from the keys alone: query (H, D), keys and values (G, N, D).
 
-        Positions [sinks, end) are sampled. Returns output (H, D), lse (H,) and the sample of every head.
+        Returns output (H, D), lse (H,) and the sample of every head.
         """
 
 

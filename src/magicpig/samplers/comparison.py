@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy
 import torch
@@ -21,7 +20,7 @@ from magicpig.kernels.attend.reference import attend
 from magicpig.kernels.base import Kernels, View
 from magicpig.kernels.pages import PAGE_ROWS, page_ranges, upper_bounds
 from magicpig.kernels.sketch.reference import walk_order
-from magicpig.samplers.base import Body, Costs, Index, Rows, Sampler
+from magicpig.samplers.base import Body, Context, Costs, Index, Rows, Sampler
 from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.types import AttentionState, Sample
 
@@ -33,9 +32,9 @@ class Full(Sampler):
         return False
 
     def reference(
-        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, **where: Any
+        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
     ) -> tuple[AttentionState, list[Sample]]:
-        state = attend_full(query, keys, values, scale=where["scale"], softcap=where["softcap"])
+        state = attend_full(query, keys, values, scale=context.scale, softcap=context.softcap)
         return state, [no_sample()] * len(query)
 
 
@@ -46,10 +45,10 @@ class Window(Sampler):
         return True
 
     def reference(
-        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, **where: Any
+        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
     ) -> tuple[AttentionState, list[Sample]]:
         samples = [no_sample()] * len(query)
-        return _attend(query, keys, values, samples, where), samples
+        return _attend(query, keys, values, samples, context), samples
 
 
 class Choosing(Sampler):
@@ -90,12 +89,12 @@ class Choosing(Sampler):
         return torch.cat([self._rule(own, rows, generator) for own, generator in zip(logits, generators, strict=True)])
 
     def reference(
-        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, **where: Any
+        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
     ) -> tuple[AttentionState, list[Sample]]:
         working = torch.promote_types(query.dtype, torch.float32)
-        body = Body([keys[:, : where["end"]]], where["sinks"], keys.shape[1], where["layer"], where["first_head"])
-        samples = self.draw(query.to(working), body, policy, scale=where["scale"], softcap=where["softcap"])
-        return _attend(query, keys, values, samples, where), samples
+        body = Body([keys[:, : context.end]], context.sinks, keys.shape[1], context.layer, context.first_head)
+        samples = self.draw(query.to(working), body, policy, scale=context.scale, softcap=context.softcap)
+        return _attend(query, keys, values, samples, context), samples
 
 
 class Quest(Choosing):
@@ -241,16 +240,14 @@ def _logits(query: Tensor, body: Sequence[Tensor], scale: float, softcap: float 
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, samples: Sequence[Sample], where: Mapping[str, Any]
-) -> AttentionState:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, samples: Sequence[Sample], context: Context) -> AttentionState:
     """Attention of the heads (H, D) over the exact rows and each over its sample."""
     position = torch.arange(keys.shape[1], dtype=torch.int64, device="cpu")
-    exact = position[(position < where["sinks"]) | (position >= where["end"])]
+    exact = position[(position < context.sinks) | (position >= context.end)]
     states, group = [], len(query) // len(keys)
     for h, sample in enumerate(samples):
         rows = torch.cat([exact, sample.ids])
         log_u = torch.cat([torch.zeros(len(exact), dtype=torch.float32, device="cpu"), sample.log_u])
         k, v = keys[h // group, rows], values[h // group, rows]
-        states.append(attend(query[h : h + 1], k, v, scale=where["scale"], log_u=log_u, softcap=where["softcap"]))
+        states.append(attend(query[h : h + 1], k, v, scale=context.scale, log_u=log_u, softcap=context.softcap))
     return AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states]))

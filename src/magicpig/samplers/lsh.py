@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from magicpig.errors import ArgumentError
 from magicpig.kernels import algorithm
 from magicpig.kernels.arena import Arena, Memory
-from magicpig.kernels.base import SEGMENT_ROWS, Kernels, Segment, View, load_kernels
+from magicpig.kernels.attend.reference import merge
+from magicpig.kernels.base import BLOCK_ROWS, SEGMENT_ROWS, Kernels, Segment, View, as_rows, load_kernels
 from magicpig.kernels.hash.reference import centre_strides
-from magicpig.samplers.base import Costs, Index, Rows, Sampler
+from magicpig.samplers.base import Context, Costs, Fetch, Found, Index, Rows, Sampler
 from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.types import AttentionState, Sample
 
@@ -192,19 +194,59 @@ class Lsh(Sampler):
     def leaves_out(self, policy: DrawPolicy, body: int) -> bool:
         return True
 
-    def reference(
+    def prepare(self, query: Tensor) -> Tensor:
+        return self.kernels.hash_queries(query, self.hasher)
+
+    def found(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        head: int,
+        index: Index,
         policy: DrawPolicy,
-        *,
-        sinks: int,
-        end: int,
-        layer: int,
-        first_head: int,
-        scale: float,
-        softcap: float | None,
+        context: Context,
+        fetch: Fetch,
+        doublings: int = 0,
+    ) -> list[Found]:
+        assert isinstance(index, TableIndex)
+        law = _law(self.kernels.NAME, self.K, self.L, policy.min_hits)
+        found = []
+        for q, codes in zip(query, self.prepare(query), strict=True):
+            parts = [self._found(q, codes, head, tables, law, policy, context, fetch) for tables in index.tables]
+            sample = Sample(*(torch.cat(x) for x in zip(*((p.sample.ids, p.sample.log_u) for p in parts), strict=True)))
+            keys, values = (torch.cat(x) for x in zip(*((p.keys, p.values) for p in parts), strict=True))
+            found.append(Found(sample, keys, values, merge([p.state for p in parts])))
+        return found
+
+    def _found(
+        self,
+        query: Tensor,
+        codes: Tensor,
+        head: int,
+        tables: Segment,
+        law: Any,
+        policy: DrawPolicy,
+        context: Context,
+        fetch: Fetch,
+    ) -> Found:
+        """Of one query head (D,) in one set of tables."""
+        ids = self.kernels.lookup(codes, tables, head, policy.min_hits)
+        ids = ids[ids >= context.sinks]
+        keys, values = fetch(ids)
+        centre = torch.zeros_like(query) if tables.centre is None else tables.centre[head]
+        state, log_u = self.kernels.attend_hashed(
+            query,
+            as_rows(keys, values).split(BLOCK_ROWS),
+            torch.arange(len(ids), dtype=torch.int64, device="cpu"),
+            law,
+            scale=context.scale,
+            centres=centre[None],
+            offsets=context.scale * (centre @ query)[None],
+            softcap=context.softcap or 0.0,
+        )
+        return Found(Sample(ids, log_u), keys, values, state)
+
+    def reference(
+        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
     ) -> tuple[AttentionState, list[Sample]]:
         return algorithm.attend_lsh(
             query,
@@ -213,13 +255,13 @@ class Lsh(Sampler):
             K=self.K,
             L=self.L,
             min_hits=policy.min_hits,
-            sinks=sinks,
-            recent=keys.shape[1] - end,
+            sinks=context.sinks,
+            recent=keys.shape[1] - context.end,
             stride=self.spec.stride,
             seed=self.seed,
             centre=self.spec.centre,
-            scale=scale,
-            softcap=softcap,
+            scale=context.scale,
+            softcap=context.softcap,
         )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from magicpig.kernels import algorithm
 from magicpig.kernels.arena import Arena, Memory, block_capacity
-from magicpig.kernels.base import BLOCK_ROWS, SKETCH_KEYS, Kernels, SketchSegment, View, sketch_shapes
-from magicpig.samplers.base import Costs, Index, Rows, Sampler
+from magicpig.kernels.base import BLOCK_ROWS, SKETCH_KEYS, Kernels, SketchSegment, View, as_rows, sketch_shapes
+from magicpig.kernels.sketch.reference import EXACT_SHARE
+from magicpig.samplers.base import Context, Costs, Fetch, Found, Index, Rows, Sampler
 from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.types import AttentionState, Sample
 
@@ -87,9 +88,13 @@ class SketchIndex(Index):
         """How many keys of each block are in this index."""
         return [min(self.end - i * BLOCK_ROWS, BLOCK_ROWS) for i in range(len(self.blocks))]
 
-    def connect(self, kernels: Kernels, view: View) -> None:
+    def segments(self) -> list[SketchSegment]:
+        """All of the sketch, by position."""
         parts = zip(self.blocks, self.counts(), strict=True)
-        kernels.set_sketches(view, [replace(block.segment, count=count) for block, count in parts])
+        return [replace(block.segment, count=count) for block, count in parts]
+
+    def connect(self, kernels: Kernels, view: View) -> None:
+        kernels.set_sketches(view, self.segments())
 
     def memories(self) -> Iterable[Memory]:
         for block in self.blocks:
@@ -155,34 +160,65 @@ class Sketch(Sampler):
         block = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._shapes(costs.kv_heads, capacity))
         return -(-keys // BLOCK_ROWS) * block
 
-    def reference(
+    def prepare(self, query: Tensor) -> Tensor:
+        return self.kernels.rotate(query, self.sketcher)
+
+    def found(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        head: int,
+        index: Index,
         policy: DrawPolicy,
-        *,
-        sinks: int,
-        end: int,
-        layer: int,
-        first_head: int,
-        scale: float,
-        softcap: float | None,
+        context: Context,
+        fetch: Fetch,
+        doublings: int = 0,
+    ) -> list[Found]:
+        assert isinstance(index, SketchIndex)
+        body, softcap = context.end - context.sinks, context.softcap or 0.0
+        budget = policy.budget_for(body)
+        extensible = doublings == 0 or budget << doublings <= EXACT_SHARE * body
+        if extensible:
+            rule = {"scale": context.scale, "softcap": softcap}
+            weighed = self.kernels.weigh(
+                query, index.segments(), head, self.sketcher, stride=self.spec.stride, sinks=context.sinks, **rule
+            )
+            drawn = self.kernels.draw(
+                weighed.weights,
+                budget,
+                seed=policy.seed,
+                layer=context.layer,
+                head=context.first_head + head,
+                position=context.position,
+                doublings=doublings,
+                sinks=context.sinks,
+            )
+            sample = Sample(drawn.ids, drawn.log_u)
+        else:
+            ids = torch.arange(context.sinks, context.end, dtype=torch.int64, device="cpu")
+            sample = Sample(ids, torch.zeros(body, dtype=torch.float32, device="cpu"))
+        keys, values = fetch(sample.ids)
+        number = torch.arange(len(keys), dtype=torch.int64, device="cpu")
+        rows, log_u = as_rows(keys, values).split(BLOCK_ROWS), sample.log_u
+        states = [self.kernels.attend(q, rows, number, log_u, scale=context.scale, softcap=softcap) for q in query]
+        return [Found(sample, keys, values, state, extensible) for state in states]
+
+    def reference(
+        self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
     ) -> tuple[AttentionState, list[Sample]]:
         return algorithm.attend_sketch(
             query,
             keys,
             values,
             bits=self.bits,
-            budget=policy.budget_for(end - sinks),
+            budget=policy.budget_for(context.end - context.sinks),
             epsilon=policy.epsilon,
-            sinks=sinks,
-            recent=keys.shape[1] - end,
+            sinks=context.sinks,
+            recent=keys.shape[1] - context.end,
             stride=self.spec.stride,
             seed=policy.seed,
-            layer=layer,
-            first_head=first_head,
+            layer=context.layer,
+            first_head=context.first_head,
             centre=self.spec.centre,
-            scale=scale,
-            softcap=softcap,
+            scale=context.scale,
+            softcap=context.softcap,
         )

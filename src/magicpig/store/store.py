@@ -158,19 +158,35 @@ class KVStore:
         predicted = PredictedErrors(count, unknown, total, largest, tuple(bins))
         return StepStats(view.steps, view.sampled_rows, view.body_rows, view.max_share, predicted)
 
-    def blocks(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys (G, n, D) and values (G, n, D) of [begin, end), piece by piece; of int8 rows copies in `dtype`."""
-        end = self.length if end is None else end
+    def blocks(
+        self, begin: int = 0, end: int | None = None, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys (G, n, D) and values (G, n, D) of [begin, end), piece by piece, in `dtype`, by default the model's.
+
+        Views where nothing has to be computed, copies of int8 rows and in another dtype.
+        """
+        end, dtype = self.length if end is None else end, dtype or self.dtype
         for rows, centre in self.pieces(begin, min(end, self._flushed)):
-            keys = self.layout.keys(rows)
+            keys = self.layout.keys(rows, dtype)
             if centre is not None:
-                keys = (self.layout.keys(rows, torch.float32) + centre[:, None]).to(self.dtype)
-            yield keys, self.layout.values(rows)
+                keys = (self.layout.keys(rows, torch.float32) + centre[:, None]).to(dtype)
+            yield keys, self.layout.values(rows, dtype)
         begin = max(begin, self._flushed)
         if begin < end:
             assert self._tail is not None
             rows = self._tail.rows[:, begin - self._flushed : end - self._flushed]
-            yield self.tail_layout.keys(rows), self.tail_layout.values(rows)
+            yield self.tail_layout.keys(rows, dtype), self.tail_layout.values(rows, dtype)
+
+    def fetch(self, head: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (S, D) float32 of one kv head at positions (S,) int64, ascending, all before `flushed`."""
+        keys, values = [torch.empty(0, self.head_dim, device="cpu", dtype=torch.float32)], []
+        for number in (ids // BLOCK_ROWS).unique().tolist():
+            block = self._blocks[number]
+            rows = block.rows[head, ids[ids // BLOCK_ROWS == number] % BLOCK_ROWS][None]
+            own = self.layout.keys(rows, torch.float32)[0]
+            keys.append(own if block.centre is None else own + block.centre[head])
+            values.append(self.layout.values(rows, torch.float32)[0])
+        return torch.cat(keys), torch.cat([keys[0], *values])
 
     def pieces(self, begin: int, end: int) -> list[tuple[Tensor, Tensor | None]]:
         """The stored rows (G, n, width) of [begin, end), block by block, and the centre (G, D) that their keys lack.
@@ -194,6 +210,15 @@ class KVStore:
         view = self.view
         view.sampled_rows += sum(sample_sizes)
         view.max_share = max(view.max_share, max(sample_sizes) / self.body)
+
+    def count_step(self, sample_sizes: Sequence[int], predicted: Tensor) -> None:
+        """Adds a step that the kernels did not take: what its query heads read, and the errors (H,) they predict."""
+        view = self.view
+        view.steps += 1
+        if self.body:
+            view.body_rows += self.body * len(sample_sizes)
+            self.count_drawn(sample_sizes)
+            self.kernels.count_predicted(view, predicted)
 
     def memories(self) -> tuple[list[Memory], list[Memory]]:
         """What is held for rows and for the index, shared parts included."""
@@ -359,12 +384,13 @@ class KVStore:
 
     # --- forks --------------------------------------------------------------------------------------------------------
 
-    def fork(self, config: Config | None = None, *, sampled: bool = True) -> KVStore:
+    def fork(self, config: Config | None = None, *, sampled: bool = True, kernels: Kernels | None = None) -> KVStore:
         """A store that starts with the same tokens and goes its own way. Copies nothing until one of the two writes.
 
         config, sampled: as of a new store, to go on by other settings. The index is kept where it does not depend on
         what has changed, else it is built anew when the next step or `settle` asks for it. Raises ArgumentError where
         the rows depend on it: for another kv_dtype, and for int8 rows another block or centre.
+        kernels: of who goes on, if it is another one; then the index is copied.
         """
         self.tidy()
         other = object.__new__(KVStore)
@@ -380,6 +406,8 @@ class KVStore:
             "_flushed",
         ):
             setattr(other, name, getattr(self, name))
+        if kernels is not None:
+            other.kernels = kernels
         for block in self._blocks:
             block.shared = True
         other._blocks, other._tail, other._previous = list(self._blocks), self._tail, self._previous
@@ -402,7 +430,10 @@ class KVStore:
         end = other.policy.index_end(self.length, other.spec.stride)
         if other.spec == self.spec and self.index.end:
             end = min(end, self.index.end)
-            other._set_index(self.index if end == self.index.end else self.index.moved(other, end))
+            index = self.index
+            if other.kernels is not self.kernels:
+                index = other.sampler.restored(index.tensors(), index.end, other.arena)
+            other._set_index(index if end == index.end else index.moved(other, end))
         other._schedule()
         return other
 

@@ -14,12 +14,12 @@
 #include <tuple>
 
 #include "errors.h"
-#include "index.h"
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
 #include "rows.h"
 #include "step.h"
+#include "tables.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -171,42 +171,58 @@ void merge_states(int parts, int heads, int dim, Address outputs, Address lses, 
   }
 }
 
-// Weights of `count` keys of one kv head, (blocks, kSketchKeys) uint32, as the queries (heads, dim) of its group see them.
+// Weights of the keys of one kv head, (blocks, kSketchKeys) uint32, as the queries (heads, dim) of its group see them. The
+// keys are in pieces, all but the last of whole blocks.
 // Also the whole numbers of these queries, (heads, dim) int8, and what centres add to scores in octaves, (heads, strides)
 // float; returns the score, in octaves, that weighs 1 for each of them.
 std::vector<double> weigh_sketch(const SketchSampler& sampler, Address queries, int heads, float scale, float softcap,
-                                 Address words, Address scales, Address centres, int64_t count, int64_t sinks,
+                                 const std::vector<Address>& words, const std::vector<Address>& scales,
+                                 const std::vector<Address>& centres, const std::vector<int64_t>& counts, int64_t sinks,
                                  int stride_shift, Address weights, Address whole, Address offsets) {
   std::vector<SketchQuery> prepared(heads);
   std::vector<ScoreRule> rules;
-  std::vector<ScoreSum> sums(heads);
   const int dim = sampler.dim();
-  std::vector<float> turned(static_cast<size_t>(heads) * dim), lanes(static_cast<size_t>(heads) * dim);
+  std::vector<float> rotated(static_cast<size_t>(heads) * dim), lanes(static_cast<size_t>(heads) * dim);
   std::vector<const float*> each;
-  kernels().turn(at<const float>(queries), dim, heads, sampler.rotation(), turned.data());
+  kernels().rotate(at<const float>(queries), dim, heads, sampler.rotation(), rotated.data());
   for (int h = 0; h < heads; ++h) {
     const int64_t first = static_cast<int64_t>(h) * dim;
-    prepare_query(sampler, turned.data() + first, {scale, softcap}, &prepared[h]);
+    prepare_query(sampler, rotated.data() + first, {scale, softcap}, &prepared[h]);
     rules.push_back(prepared[h].rule);
     std::copy_n(prepared[h].values, dim, at<int8_t>(whole) + first);
     kernels().to_lane_order(Dtype::bf16, at<const float>(queries) + first, dim, lanes.data() + first);
     each.push_back(lanes.data() + first);
   }
-  const SketchPiece all{at<const uint32_t>(words), at<const uint16_t>(scales), at<const uint16_t>(centres), 0, count};
+  std::vector<SketchPiece> pieces;
+  std::vector<const void*> vectors;
+  int64_t count = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    pieces.push_back({at<const uint32_t>(words[i]), at<const uint16_t>(scales[i]), at<const uint16_t>(centres[i]),
+                      count, counts[i]});
+    for (int64_t key = 0; key < counts[i]; key += int64_t{1} << stride_shift) {
+      vectors.push_back(pieces[i].centres + (key >> stride_shift) * dim);
+    }
+    count += counts[i];
+  }
   const ScoredGroup group{sampler.layout(), dim, stride_shift, heads, rules.data(), each.data()};
   const Pilot pilot(count, sinks);
-  sum_pilot(group, {all}, pilot, 0, pilot.blocks(), sums.data());
-  const WeightRule rule = weight_rule(rules, sums.data(), 1, pilot);
+  const int64_t parts = (pilot.blocks() + kPilotPart - 1) / kPilotPart;
+  std::vector<ScoreSum> sums(parts * heads);
+  for (int64_t i = 0; i < parts; ++i) {  // as a step does
+    sum_pilot(group, pieces, pilot, i * kPilotPart, std::min(pilot.blocks(), (i + 1) * kPilotPart),
+              sums.data() + i * heads);
+  }
+  const WeightRule rule = weight_rule(rules, sums.data(), parts, pilot);
   std::vector<uint32_t> unused((count + kSumKeys - 1) / kSumKeys + kSketchKeys);
-  weigh_piece(group, all, rule, at<uint32_t>(weights), unused.data());
+  for (const SketchPiece& piece : pieces) {
+    weigh_piece(group, piece, rule, at<uint32_t>(weights) + piece.first, unused.data());
+  }
   std::fill_n(at<uint32_t>(weights), sinks, 0u);
-  const int64_t strides = ((count - 1) >> stride_shift) + 1;
-  std::vector<const void*> vectors;
-  for (int64_t i = 0; i < strides; ++i) vectors.push_back(all.centres + i * dim);
+  const auto strides = static_cast<int64_t>(vectors.size());
   score_offsets(group, vectors.data(), strides, at<float>(offsets), strides);
-  std::vector<double> ones;
-  for (const float one : rule.ones) ones.push_back(one / (1 << 23));
-  return ones;
+  std::vector<double> log_normalisers;
+  for (const float each : rule.log_normalisers) log_normalisers.push_back(each / (1 << 23));
+  return log_normalisers;
 }
 
 // The draw of `budget` of the `count` keys of one kv head by their weights: the step, the start, the indices of the keys
@@ -233,23 +249,11 @@ std::tuple<uint64_t, uint64_t, std::vector<uint32_t>, std::vector<float>> draw_s
   return {own.step(), start, indices, log_u};
 }
 
-// The faults of the sequences, or nothing if there are none; and their samples.
-Stepped decode_step(const std::vector<StoreView*>& stores, int dtype, int query_heads, Address query, Address key,
-                    Address value, float scale, float softcap, Address sink_logits, Address output, Address lse,
-                    Address predicted_error, bool capture) {
+// Runs a step. Returns the faults of the sequences, or nothing if there are none; and their samples.
+Stepped run_step(const std::vector<StoreView*>& stores, Step step, bool capture) {
   std::vector<HeadSample> samples;
   std::vector<Fault> faults;
-  Step step{.dtype = dtype_of(dtype),
-            .query_heads = query_heads,
-            .query = at<const void>(query),
-            .key = at<const void>(key),
-            .value = at<const void>(value),
-            .rule = {scale, softcap},
-            .sink_logits = at<const float>(sink_logits),
-            .output = at<void>(output),
-            .lse = at<float>(lse),
-            .predicted_error = at<float>(predicted_error),
-            .capture = capture ? &samples : nullptr};
+  step.capture = capture ? &samples : nullptr;
   {
     nb::gil_scoped_release release;
     faults = decode(stores, step);
@@ -267,6 +271,49 @@ Stepped decode_step(const std::vector<StoreView*>& stores, int dtype, int query_
     for (const Fault fault : faults) found.append(static_cast<int>(fault));
   }
   return nb::make_tuple(found, out);
+}
+
+Stepped decode_step(const std::vector<StoreView*>& stores, int dtype, int query_heads, Address query, Address key,
+                    Address value, float scale, float softcap, Address sink_logits, Address output, Address lse,
+                    Address predicted_error, bool capture) {
+  return run_step(stores,
+                  {.dtype = dtype_of(dtype),
+                   .query_heads = query_heads,
+                   .query = at<const void>(query),
+                   .key = at<const void>(key),
+                   .value = at<const void>(value),
+                   .rule = {scale, softcap},
+                   .sink_logits = at<const float>(sink_logits),
+                   .output = at<void>(output),
+                   .lse = at<float>(lse),
+                   .predicted_error = at<float>(predicted_error)},
+                  capture);
+}
+
+// The half of a step that attends to what is drawn. codes, rotated: what was prepared elsewhere for each sequence, or 0.
+Stepped sampled_half(const std::vector<StoreView*>& stores, int dtype, int query_heads, Address query, Address key,
+                     Address value, float scale, float softcap, Address sink_logits, const std::vector<Address>& codes,
+                     const std::vector<Address>& rotated, Address exact_output, Address exact_lse, Address output,
+                     Address lse, Address spread, bool capture) {
+  const SampledHalf half{at<float>(spread), at<const float>(exact_output), at<const float>(exact_lse)};
+  std::vector<Prepared> prepared;
+  for (size_t b = 0; b < stores.size(); ++b) {
+    prepared.push_back({at<const uint16_t>(codes[b]), at<const float>(rotated[b])});
+  }
+  return run_step(stores,
+                  {.dtype = dtype_of(dtype),
+                   .query_heads = query_heads,
+                   .query = at<const void>(query),
+                   .key = at<const void>(key),
+                   .value = at<const void>(value),
+                   .rule = {scale, softcap},
+                   .sink_logits = at<const float>(sink_logits),
+                   .output = at<void>(output),
+                   .lse = at<float>(lse),
+                   .predicted_error = nullptr,
+                   .prepared = prepared.data(),
+                   .half = &half},
+                  capture);
 }
 
 std::vector<const float*> floats_at(const std::vector<Address>& addresses) {
@@ -413,6 +460,15 @@ NB_MODULE(_native, m) {
       "from_dtype"_a, "source"_a, "count"_a, "to_dtype"_a, "to"_a, Unlocked());
   m.def("decode_step", &decode_step, "stores"_a, "dtype"_a, "query_heads"_a, "query"_a, "key"_a, "value"_a, "scale"_a,
         "softcap"_a, "sink_logits"_a, "output"_a, "lse"_a, "predicted_error"_a, "capture"_a);
+  m.def("sampled_half", &sampled_half, "stores"_a, "dtype"_a, "query_heads"_a, "query"_a, "key"_a, "value"_a, "scale"_a,
+        "softcap"_a, "sink_logits"_a, "codes"_a, "rotated"_a, "exact_output"_a, "exact_lse"_a, "output"_a, "lse"_a,
+        "spread"_a, "capture"_a);
+  m.def(
+      "rotate",
+      [](const SketchSampler& sampler, Address vectors, int64_t count, Address rotated) {
+        kernels().rotate(at<const float>(vectors), sampler.dim(), count, sampler.rotation(), at<float>(rotated));
+      },
+      "sampler"_a, "vectors"_a, "count"_a, "rotated"_a, Unlocked());
   m.def(
       "sketch",
       [](int dtype, const std::vector<Address>& rows, int64_t count, int64_t row_bytes, Address row_centres,
@@ -434,7 +490,7 @@ NB_MODULE(_native, m) {
       "dtype"_a, "rows"_a, "count"_a, "row_bytes"_a, "row_centres"_a, "sampler"_a, "first"_a, "blocks"_a,
       "stride_shift"_a, "centred"_a, "words"_a, "scales"_a, "centres"_a, Unlocked());
   m.def("weigh", &weigh_sketch, "sampler"_a, "queries"_a, "heads"_a, "scale"_a, "softcap"_a, "words"_a, "scales"_a,
-        "centres"_a, "count"_a, "sinks"_a, "stride_shift"_a, "weights"_a, "whole"_a, "offsets"_a, Unlocked());
+        "centres"_a, "counts"_a, "sinks"_a, "stride_shift"_a, "weights"_a, "whole"_a, "offsets"_a, Unlocked());
   m.def("draw", &draw_sketch, "weights"_a, "count"_a, "sinks"_a, "budget"_a, "seed"_a, "layer"_a, "head"_a,
         "position"_a, "doublings"_a, Unlocked());
 
@@ -506,6 +562,12 @@ NB_MODULE(_native, m) {
                      return std::make_tuple(all.count, all.unknown, all.sum, all.largest,
                                             std::vector<int64_t>(all.bins.begin(), all.bins.end()));
                    })
+      .def(
+          "count_predicted",
+          [](StoreView& self, const std::vector<double>& errors) {
+            for (const double error : errors) self.predicted.add(error);
+          },
+          "errors"_a)
       .def(
           "set_sampler",
           [](StoreView& self, std::shared_ptr<const LshSampler> lsh, std::shared_ptr<const SketchSampler> sketch) {

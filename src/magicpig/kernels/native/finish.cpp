@@ -8,6 +8,16 @@
 namespace magicpig {
 namespace {
 
+// Adds the state of the other half of a step to that of query q.
+void merge_other_half(const Plan& plan, int64_t q, State* state) {
+  const SampledHalf& half = *plan.step.half;
+  if (std::isinf(half.exact_lse[q])) return;  // of no rows
+  alignas(64) float natural[kMaxDim] = {}, values[kMaxDim];
+  std::copy_n(half.exact_output + q * plan.head_dim, plan.head_dim, natural);
+  plan.run.to_lane_order(plan.stores[q / plan.step.query_heads]->dtype, natural, plan.dim, values);
+  plan.run.merge(plan.dim, {half.exact_lse[q], 1.0, values, nullptr, 0, 0}, state);
+}
+
 // The attention of query head r of a pair over everything that has been attended to, in `values` and `spread` [dim].
 State merged(const Plan& plan, int64_t pair, int r, float* values, float* spread) {
   State state = empty_state(plan.dim, values, spread);
@@ -47,6 +57,32 @@ float predicted_error(int dim, const State& state, const Denominator& denominato
   return away < 0 ? 0.0f : static_cast<float>(std::sqrt(away / norm) * denominator.weight);
 }
 
+// What is left of `finish` for half of a step.
+void finish_half(const Plan& plan, int64_t pair) {
+  const int b = static_cast<int>(pair / plan.heads);
+  const StoreView& store = *plan.stores[b];
+  const bool failed = plan.faults[b] != Fault::none;
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  alignas(64) float total[kMaxDim], spread[kMaxDim], values[kMaxDim], spreads[kMaxDim];
+  for (int r = 0; r < plan.group; ++r) {
+    const int64_t q = plan.first_query(pair) + r;
+    const State state = merged(plan, pair, r, total, spread);
+    const double weight = state.sum > 0 ? 1.0 / state.sum : 0.0;
+    plan.run.from_lane_order(store.dtype, total, plan.dim, values);
+    plan.run.from_lane_order(store.dtype, spread, plan.dim, spreads);
+    float* output = static_cast<float*>(plan.step.output) + q * plan.head_dim;
+    float* sums = plan.step.half->spread + q * (plan.head_dim + 2);
+    for (int d = 0; d < plan.head_dim; ++d) {
+      output[d] = failed ? kNaN : static_cast<float>(values[d] * weight);
+      sums[d] = static_cast<float>(spreads[d] * weight * weight);
+    }
+    sums[plan.head_dim] = static_cast<float>(state.spread_square * weight * weight);
+    sums[plan.head_dim + 1] = static_cast<float>(state.spread_sum * weight * weight);
+    const double lse = state.sum > 0 ? state.max + std::log(state.sum) : -std::numeric_limits<double>::infinity();
+    plan.step.lse[q] = failed ? kNaN : static_cast<float>(lse);
+  }
+}
+
 }  // namespace
 
 State empty_state(int dim, float* values, float* spread) {
@@ -59,8 +95,9 @@ float worst_error(const Plan& plan, int64_t pair) {
   alignas(64) float values[kMaxDim], spread[kMaxDim];
   float worst = 0;
   for (int r = 0; r < plan.group; ++r) {
-    const State state = merged(plan, pair, r, values, spread);
+    State state = merged(plan, pair, r, values, spread);
     const int h = static_cast<int>(pair % plan.heads) * plan.group + r;
+    if (plan.step.half != nullptr) merge_other_half(plan, plan.first_query(pair) + r, &state);
     const float error = predicted_error(plan.dim, state, denominator(plan, state, h));
     if (!std::isfinite(error)) return std::numeric_limits<float>::infinity();
     worst = std::max(worst, error);
@@ -69,6 +106,7 @@ float worst_error(const Plan& plan, int64_t pair) {
 }
 
 void finish(const Plan& plan, int64_t pair) {
+  if (plan.step.half != nullptr) return finish_half(plan, pair);
   const int b = static_cast<int>(pair / plan.heads), g = static_cast<int>(pair % plan.heads);
   const StoreView& store = *plan.stores[b];
   const bool failed = plan.faults[b] != Fault::none;

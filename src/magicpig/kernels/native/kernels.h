@@ -175,19 +175,19 @@ struct Kernels {
   void (*merge)(int dim, const State& from, State* into);
 
   // n vectors (each `stride` floats apart) times the rotation: y [n][dim].
-  void (*turn)(const float* x, int64_t stride, int64_t n, const Rotation& rotation, float* y);
-  // Codes of one turned key, into lane `lane` of a block, and its scale. distance: between levels, relative to the
+  void (*rotate)(const float* x, int64_t stride, int64_t n, const Rotation& rotation, float* y);
+  // Codes of one rotated key, into lane `lane` of a block, and its scale. distance: between levels, relative to the
   // length of the key.
-  void (*pack)(const float* turned, const Rotation& rotation, int bits, float distance, int lane, uint32_t* block,
+  void (*pack)(const float* rotated, const Rotation& rotation, int bits, float distance, int lane, uint32_t* block,
                uint16_t* scale);
   // Sums of the powers of the scores of `count` blocks, one a head. Of `offsets` it takes all but the values.
   void (*sum_powers)(const SketchLayout& layout, const SketchBlock* blocks, int count, int heads,
                      const ScoreRule* rules, const ScoreOffsets& offsets, ScoreSum* sums);
-  // Weights [block][kSketchKeys] of such keys: sum over heads of the powers of scores less `ones`, none above
+  // Weights [block][kSketchKeys] of such keys: sum over heads of the powers of scores less `log_normalisers`, none above
   // 2^octaves, + floor; zero past `count`. Also the sum of every kSumKeys weights.
   void (*weigh)(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-                const ScoreRule* rules, const ScoreOffsets& offsets, const float* ones, int octaves, int32_t floor,
-                uint32_t* weights, uint32_t* sums);
+                const ScoreRule* rules, const ScoreOffsets& offsets, const float* log_normalisers, int octaves,
+                int32_t floor, uint32_t* weights, uint32_t* sums);
 };
 
 // The levels this build holds, best first, and whether this machine can run each.

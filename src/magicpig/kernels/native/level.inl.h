@@ -68,7 +68,7 @@ void dot_vectors(Dtype dtype, int dim, const void* const* vectors, int64_t count
 
 constexpr Kernels kTable{MAGICPIG_LEVEL, hash,          lookup,          to_float,    from_float,
                          to_bytes,       to_lane_order, from_lane_order, attend_rows, attend_sample,
-                         attend_shared,  dot_vectors,   merge,           turn,        pack,
+                         attend_shared,  dot_vectors,   merge,           rotate,      pack,
                          sum_powers,     weigh};
 
 }  // namespace

@@ -47,7 +47,8 @@ void make_units(Plan& plan) {
     unit.head = static_cast<int>(p % plan.heads);
     const StoreView& store = *plan.stores[unit.sequence];
     const int64_t body = plan.sampling(unit.sequence) ? store.body() : 0;
-    const int64_t rows = plan.faults[unit.sequence] == Fault::none ? store.length - body : 0;
+    const bool exact = plan.faults[unit.sequence] == Fault::none && plan.step.half == nullptr;
+    const int64_t rows = exact ? store.length - body : 0;
     const auto add = [&](int own_states) {
       unit.first_state = states;
       unit.states = own_states;

@@ -66,7 +66,7 @@ struct Plan {
   float* lanes;        // the same in lane order of the rows
   float* tail_lanes;   // the same in that of the tail's rows, where there is one
   float* scored;       // the same in that of bfloat16, for the centres of a sketch
-  float* turned;       // the same, turned, for a sketch
+  float* rotated;      // the same, rotated, for a sketch
   float* norms;        // (B H) |q|
   float* predicted;    // (B H) predicted errors
   uint64_t* signs;     // of each sequence that hashes (H, tiles)
@@ -94,6 +94,7 @@ struct Plan {
   StoreView& store_of(int64_t pair) const { return *stores[pair / heads]; }
   bool scans(int64_t pair) const { return pairs[pair].first_scan < end_unit(pair); }
   int64_t first_query(int64_t pair) const { return pair / heads * step.query_heads + pair % heads * group; }
+  Prepared prepared(int64_t b) const { return step.prepared == nullptr ? Prepared{} : step.prepared[b]; }
   // What a centre [dim] adds to the logits of a query.
   float offset(const float* natural, const float* centre) const;
   // Of query q, what joins its logits of the rows of each block, or null: nothing.

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "index.h"
 #include "parallel.h"
 #include "plan.h"
+#include "tables.h"
 
 namespace magicpig {
 namespace {
@@ -77,8 +77,14 @@ void attend_lookup(const Plan& plan, const Unit& unit) {
   alignas(64) thread_local uint8_t counts[kSegmentRows];  // all zero between uses
   uint32_t* ids = scratch(id_memory, static_cast<size_t>(store.indexed_to + kLookupSlack));
 
-  uint16_t codes[kMaxTables];
-  codes_of(plan.signs + plan.signs_at[unit.sequence] + h * tiles, 1, tiles, sampler.K, sampler.L, codes, 0, 1);
+  uint16_t own[kMaxTables];
+  const uint16_t* codes = plan.prepared(unit.sequence).codes;
+  if (codes == nullptr) {
+    codes_of(plan.signs + plan.signs_at[unit.sequence] + h * tiles, 1, tiles, sampler.K, sampler.L, own, 0, 1);
+    codes = own;
+  } else {
+    codes += h * sampler.L;
+  }
   const int64_t buckets = (int64_t{1} << sampler.K) + 1;
   int64_t found = 0;
   for (const StoreView::IndexSegment& from : store.segments) {
@@ -113,7 +119,6 @@ void attend_lookup(const Plan& plan, const Unit& unit) {
 }
 
 void make_rules(Plan& plan) {
-  constexpr int64_t kBlocks = 64;  // of a pilot, for one task
   struct Part {
     int64_t pair, begin, end;
   };
@@ -124,7 +129,7 @@ void make_rules(Plan& plan) {
     if (!plan.scans(p)) continue;
     pieces[p] = pieces_of(plan, p, 0, plan.store_of(p).indexed_to);
     const int64_t blocks = pilot(p).blocks();
-    for (int64_t i = 0; i < blocks; i += kBlocks) parts.push_back({p, i, std::min(blocks, i + kBlocks)});
+    for (int64_t i = 0; i < blocks; i += kPilotPart) parts.push_back({p, i, std::min(blocks, i + kPilotPart)});
   }
   std::vector<ScoreSum> sums(parts.size() * plan.group);
   parallel(static_cast<int64_t>(parts.size()), [&](int64_t i) {

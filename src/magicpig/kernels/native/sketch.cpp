@@ -98,9 +98,9 @@ void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales, uint16
     const int64_t head = task / pieces, block = first_block + task % pieces;
     const int64_t begin = std::max(job.first, block * kSketchKeys);
     const int64_t n = std::min(job.first + job.count, (block + 1) * kSketchKeys) - begin;
-    thread_local std::vector<float> floats, turned;
+    thread_local std::vector<float> floats, rotated;
     floats.resize(kSketchKeys * dim);
-    turned.resize(kSketchKeys * dim);
+    rotated.resize(kSketchKeys * dim);
     const char* rows = job.rows[head] + (begin - job.first) * job.row_bytes;
     const Keys keys{job.dtype, rotation.head_dim, rows, job.row_bytes, row_centre(head)};
     alignas(64) float centre[kMaxDim];
@@ -110,17 +110,17 @@ void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales, uint16
       keys.read(i, to);
       for (int64_t d = 0; d < dim; ++d) to[d] -= centre[d];
     }
-    run.turn(floats.data(), dim, n, rotation, turned.data());
+    run.rotate(floats.data(), dim, n, rotation, rotated.data());
     uint32_t* to = words + (head * job.blocks + block) * block_words;
     for (int64_t i = 0; i < n; ++i) {
-      run.pack(turned.data() + i * dim, rotation, job.sampler.bits, job.sampler.distance,
+      run.pack(rotated.data() + i * dim, rotation, job.sampler.bits, job.sampler.distance,
                static_cast<int>((begin + i) % kSketchKeys), to, scales + head * job.blocks * kSketchKeys + begin + i);
     }
   });
 }
 
-void prepare_query(const SketchSampler& sampler, const float* turned, LogitRule rule, SketchQuery* query) {
-  const float unit = kernels().to_bytes(turned, sampler.dim(), query->values);
+void prepare_query(const SketchSampler& sampler, const float* rotated, LogitRule rule, SketchQuery* query) {
+  const float unit = kernels().to_bytes(rotated, sampler.dim(), query->values);
   int32_t sum = 0;
   for (int d = 0; d < sampler.head_dim; ++d) sum += query->values[d];
   const double octaves = kLog2E * kOctave, per_logit = rule.softcap > 0 ? rule.scale : rule.scale * octaves;
@@ -218,7 +218,7 @@ WeightRule weight_rule(const std::vector<ScoreRule>& head_rules, const ScoreSum*
       own.unit *= static_cast<float>(shrink);
       own.offset_unit *= static_cast<float>(shrink);
     }
-    rule.ones[h] = static_cast<float>((base * shrink + std::log2(total / share / unit)) * kOctave);
+    rule.log_normalisers[h] = static_cast<float>((base * shrink + std::log2(total / share / unit)) * kOctave);
   }
   return rule;
 }
@@ -236,8 +236,8 @@ void weigh_piece(const ScoredGroup& group, const SketchPiece& piece, const Weigh
   own.rules = rule.heads.data();
   score_offsets(own, centres.data(), count, offsets.data(), per_head);
   kernels().weigh(group.layout, piece.words, piece.scales, piece.count, group.heads, own.rules,
-                  {offsets.data(), per_head, group.stride_shift}, rule.ones.data(), rule.octaves, rule.floor, weights,
-                  sums);
+                  {offsets.data(), per_head, group.stride_shift}, rule.log_normalisers.data(), rule.octaves, rule.floor,
+                  weights, sums);
 }
 
 void Weights::reset(int64_t keys, int64_t sinks) {

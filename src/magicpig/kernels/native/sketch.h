@@ -45,13 +45,13 @@ struct SketchJob {
 // bfloat16.
 void sketch_rows(const SketchJob& job, uint32_t* words, uint16_t* scales, uint16_t* centres);
 
-// A query head, turned and rounded to whole numbers.
+// A query head, rotated and rounded to whole numbers.
 struct SketchQuery {
   int8_t values[kMaxDim];
   ScoreRule rule;
 };
-// turned: by the rotation, zero padded to dim.
-void prepare_query(const SketchSampler& sampler, const float* turned, LogitRule rule, SketchQuery* query);
+// rotated: by the rotation, zero padded to dim.
+void prepare_query(const SketchSampler& sampler, const float* rotated, LogitRule rule, SketchQuery* query);
 
 // A stretch of one kv head's keys, from `first` on, a multiple of kSketchKeys and of the stride.
 struct SketchPiece {
@@ -83,6 +83,8 @@ struct Pilot {
   int64_t key_count() const;       // in all of them
 };
 
+// Blocks of a pilot whose powers are summed together, in tasks of their own.
+constexpr int64_t kPilotPart = 64;
 // Sums of the powers of the scores of blocks begin <= i < end of a pilot, one a head. The pieces, in order, have all keys.
 void sum_pilot(const ScoredGroup& group, const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin,
                int64_t end, ScoreSum* sums);
@@ -90,8 +92,8 @@ void sum_pilot(const ScoredGroup& group, const std::vector<SketchPiece>& pieces,
 // How the scores of a group become weights.
 struct WeightRule {
   std::vector<ScoreRule> heads;
-  std::vector<float> ones;  // of each head, the score that weighs 1
-  int octaves;              // no head adds more than 2^octaves to a weight
+  std::vector<float> log_normalisers;  // of each head, the score that weighs 1
+  int octaves;                         // no head adds more than 2^octaves to a weight
   int32_t floor;
 };
 // sums: of a pilot in `parts` parts, of all heads each.

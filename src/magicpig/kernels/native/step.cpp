@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
 #include "parallel.h"
 #include "plan.h"
@@ -95,31 +96,39 @@ void prepare(const Plan& plan, int64_t q) {
   }
 }
 
-// Hashes or turns the queries [first, end) for the samplers of their stores.
+// Hashes or rotates the queries [first, end) for the samplers of their stores.
 void prepare_for_samplers(const Plan& plan, int64_t first, int64_t end) {
   const int64_t H = plan.step.query_heads, dim = plan.dim;
   while (first < end) {
     // Those of neighbours with the same sampler go together: each direction that is read serves several.
     const int64_t b = first / H;
     const StoreView& store = *plan.stores[b];
+    const Prepared prepared = plan.prepared(b);
+    const auto made = [](const Prepared& queries) { return queries.codes != nullptr || queries.rotated != nullptr; };
     const auto same = [&](int64_t other) {
       return plan.sampling(static_cast<int>(other)) && plan.stores[other]->lsh == store.lsh &&
-             plan.stores[other]->sketch == store.sketch;
+             plan.stores[other]->sketch == store.sketch && !made(prepared) && !made(plan.prepared(other));
     };
     int64_t last = b + 1;
     const bool sampling = plan.sampling(static_cast<int>(b));
     while (sampling && last * H < end && same(last)) ++last;
     const int64_t to = std::min(end, last * H);
     const float* natural = plan.natural + first * dim;
-    if (sampling && store.lsh != nullptr) {
+    if (sampling && store.lsh != nullptr && prepared.codes == nullptr) {
       const int tiles = store.lsh->tiles();
       plan.run.hash(natural, dim, to - first, store.lsh->directions(), 0, tiles,
                     plan.signs + plan.signs_at[b] + first % H * tiles);
     }
     if (sampling && store.sketch != nullptr) {
-      plan.run.turn(natural, dim, to - first, store.sketch->rotation(), plan.turned + first * dim);
+      if (prepared.rotated == nullptr) {
+        plan.run.rotate(natural, dim, to - first, store.sketch->rotation(), plan.rotated + first * dim);
+      }
+      for (int64_t q = first; prepared.rotated != nullptr && q < to; ++q) {
+        float* rotated = plan.rotated + q * dim;
+        std::fill(std::copy_n(prepared.rotated + q % H * plan.head_dim, plan.head_dim, rotated), rotated + dim, 0.0f);
+      }
       for (int64_t q = first; q < to; ++q) {
-        prepare_query(*store.sketch, plan.turned + q * dim, plan.step.rule, plan.sketched + q);
+        prepare_query(*store.sketch, plan.rotated + q * dim, plan.step.rule, plan.sketched + q);
       }
     }
     first = to;
@@ -162,7 +171,9 @@ void count_rows(const Plan& plan) {
       store.sampled_rows += count;
       store.body_rows += body;
       store.max_share = std::max(store.max_share, static_cast<double>(count) / static_cast<double>(body));
-      store.predicted.add(plan.predicted[static_cast<int64_t>(b) * plan.step.query_heads + h]);
+      if (plan.step.half == nullptr) {
+        store.predicted.add(plan.predicted[static_cast<int64_t>(b) * plan.step.query_heads + h]);
+      }
     }
   }
 }
@@ -174,6 +185,13 @@ float Plan::offset(const float* natural, const float* centre) const {
 }
 
 std::vector<Fault> decode(const std::vector<StoreView*>& stores, const Step& step) {
+  if (step.half != nullptr && step.half->exact_output == nullptr) {
+    for (const StoreView* store : stores) {
+      if (store->sketch == nullptr || store->policy.epsilon <= 0) continue;
+      throw std::invalid_argument(
+          "exact is missing: a store with an epsilon draws until the whole output is good enough");
+    }
+  }
   std::vector<Fault> faults;
   for (size_t b = 0; b < stores.size(); ++b) {
     faults.push_back(fault_of(step, *stores[b], static_cast<int>(b)));
@@ -209,7 +227,7 @@ std::vector<Fault> decode(const std::vector<StoreView*>& stores, const Step& ste
   plan.lanes = take(wide);
   plan.tail_lanes = take(tails ? wide : 0);
   plan.scored = take(sketching ? wide : 0);
-  plan.turned = take(sketching ? wide : 0);
+  plan.rotated = take(sketching ? wide : 0);
   plan.values = take(states * dim);
   plan.spreads = take(states * dim);
   plan.row_offsets = take(plan.row_offsets_at.back());

@@ -26,3 +26,14 @@ def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 def from_bytes(numbers: Tensor, scale: Tensor) -> Tensor:
     """What `to_bytes` kept of x: (..., D), in the dtype of the scales."""
     return numbers.to(scale.dtype) * scale[..., None]
+
+
+def halves(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (n, D), float64, of rows (n, width) as a store keeps them, in floats or in bytes."""
+    scales = 2 * torch.float32.itemsize if rows.dtype == torch.int8 else 0
+    width = (rows.shape[1] - scales) // 2
+    keys, values = rows[:, :head_dim].double(), rows[:, width : width + head_dim].double()
+    if scales:
+        scale = rows[:, -scales:].contiguous().view(torch.float32).double()
+        keys, values = keys * scale[:, :1], values * scale[:, 1:]
+    return keys, values

@@ -70,13 +70,13 @@ def quantise(keys: Tensor, rotation: Tensor, bits: int) -> Sketch:
     The scale is the one that brings the levels nearest to the key: then the error is at a right angle to them.
     """
     working = torch.promote_types(keys.dtype, torch.float32)
-    turned = keys.to(working) @ rotation.to(working)
-    length = turned.double().norm(dim=1, keepdim=True)  # its square may not fit a float32
+    rotated = keys.to(working) @ rotation.to(working)
+    length = rotated.double().norm(dim=1, keepdim=True)  # its square may not fit a float32
     distance = LEVEL_DISTANCE[bits] / math.sqrt(keys.shape[1]) * length
     half = 2 ** (bits - 1)
-    steps = (turned / torch.where(distance > 0, distance, 1.0)).floor().clamp(-half, half - 1)
+    steps = (rotated / torch.where(distance > 0, distance, 1.0)).floor().clamp(-half, half - 1)
     levels = 2 * steps + 1
-    scales = (turned * levels).sum(1) / (levels * levels).sum(1)
+    scales = (rotated * levels).sum(1) / (levels * levels).sum(1)
     stored = scales.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
     return Sketch(levels.to(torch.int64), stored.to(working))
 
@@ -84,9 +84,47 @@ def quantise(keys: Tensor, rotation: Tensor, bits: int) -> Sketch:
 def quantise_query(query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     """``query`` (R, D), rotated, as int64 (R, D) in -127 .. 127 times one float (R,) a head."""
     working = torch.promote_types(query.dtype, torch.float32)
-    turned = query.to(working) @ rotation.to(working)
-    unit = turned.abs().amax(1) / 127
-    return (turned / torch.where(unit > 0, unit, 1.0)[:, None]).round().to(torch.int64), unit
+    return quantise_rotated(query.to(working) @ rotation.to(working))
+
+
+def quantise_rotated(rotated: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of queries that are rotated already."""
+    unit = rotated.abs().amax(1) / 127
+    return (rotated / torch.where(unit > 0, unit, 1.0)[:, None]).round().to(torch.int64), unit
+
+
+def pack_words(levels: Tensor, bits: int) -> Tensor:
+    """``levels`` (n, D) as codes in 32-bit words (n, words): the layout of `SketchLayout` in native/kernels.h."""
+    codes, packed = (levels + 2**bits - 1) // 2, []
+    for width, low in _planes(bits):
+        own = codes >> low & (1 << width) - 1
+        own = torch.nn.functional.pad(own, (0, -own.shape[1] % (32 // width))).unflatten(1, (-1, 32 // width))
+        packed.append((own << _places(width)).sum(2))
+    return torch.cat(packed, 1).to(torch.int32)
+
+
+def unpack_words(words: Tensor, head_dim: int, bits: int) -> Tensor:
+    """The levels (n, D) int64 in the words of a kv head, (blocks, words, 64)."""
+    rows, first = words.permute(0, 2, 1).flatten(0, 1).to(torch.int64), 0
+    codes = torch.zeros(len(rows), head_dim, dtype=torch.int64, device="cpu")
+    for width, low in _planes(bits):
+        count = -(-head_dim * width // 32)
+        own = rows[:, first : first + count, None] >> _places(width) & (1 << width) - 1
+        codes |= own.flatten(1)[:, :head_dim] << low
+        first += count
+    levels: Tensor = 2 * codes + 1 - 2**bits
+    return levels
+
+
+def _planes(bits: int) -> list[tuple[int, int]]:
+    """How many bits of a code are kept together, and the first of them."""
+    return [(2, 0), (1, 2)] if bits == 3 else [(bits, 0)]
+
+
+def _places(width: int) -> Tensor:
+    """At which bit of a word each of its codes begins."""
+    place = _count(32 // width)
+    return 8 * (place % 4) + width * (place // 4)
 
 
 def score(
@@ -138,7 +176,7 @@ def pilot(n: int, sinks: int = 0) -> Tensor:
     return keys[(keys >= sinks) & (keys < n)]
 
 
-def ones(scores: Tensor, sinks: int = 0) -> tuple[Tensor, Tensor]:
+def log_normalisers(scores: Tensor, sinks: int = 0) -> tuple[Tensor, Tensor]:
     """The score (R,) float64 to which each head gives a weight of 1, for all weights to sum to about 2**30.
 
     Also the factor (R,) by which its scores have to be multiplied first. The first ``sinks`` keys do not count.
@@ -160,7 +198,7 @@ def weigh(scores: Tensor, sinks: int = 0) -> Tensor:
     R, n = scores.shape
     most = MOST_BITS - (R - 1).bit_length()
     shares = torch.zeros(n, dtype=torch.float32, device="cpu")
-    for own, one, shrink in zip(scores.double(), *ones(scores, sinks), strict=True):
+    for own, one, shrink in zip(scores.double(), *log_normalisers(scores, sinks), strict=True):
         shares += power_of_two(shrink * own - one, most)
     weights = shares.to(torch.int64) + max(1, int(FLOOR * 2**WEIGHT_BITS / (n - sinks)))
     weights[:sinks] = 0
@@ -210,6 +248,11 @@ def pick(weights: Tensor, step: int, start: int, doublings: int = 0) -> tuple[Te
     taken = torch.diff(steps, prepend=begun) > 0
     ids = order[taken].sort().values
     return ids, ((weights[ids] << doublings).double() / step).clamp(max=1.0).log()
+
+
+def more_doublings(error: float, epsilon: float) -> int:
+    """How often to halve the step next, for an error that is too large. It falls with the square root of the rows."""
+    return min(20, max(1, math.ceil(2 * math.log2(error / epsilon)))) if math.isfinite(error) else 20
 
 
 def _count(n: int) -> Tensor:

@@ -5,54 +5,54 @@
 
 namespace {
 
-constexpr int kTurnRows = kRegisters == 32 ? 6 : 2;  // vectors turned at once
-constexpr int kTurnColumns = kLane / W;              // of W coordinates each
-constexpr int kScoreHeads = 4;                       // heads scored at once
-constexpr int kScoreVectors = kRegisters / 8;        // of W keys each
-constexpr int kScoreKeys = 1024;                     // keys scored for some heads before the next come
-constexpr int kRebaseOctaves = 8;                    // by which scores may exceed the base of their sum
-constexpr int kPrefetchBlocks = 6;                   // blocks of codes requested ahead
-constexpr int kPilotBlocksAhead = 2;                 // the same where they do not follow each other
+constexpr int kRotateRows = kRegisters == 32 ? 6 : 2;  // vectors rotated at once
+constexpr int kRotateColumns = kLane / W;              // of W coordinates each
+constexpr int kScoreHeads = 4;                         // heads scored at once
+constexpr int kScoreVectors = kRegisters / 8;          // of W keys each
+constexpr int kScoreKeys = 1024;                       // keys scored for some heads before the next come
+constexpr int kRebaseOctaves = 8;                      // by which scores may exceed the base of their sum
+constexpr int kPrefetchBlocks = 6;                     // blocks of codes requested ahead
+constexpr int kPilotBlocksAhead = 2;                   // the same where they do not follow each other
 constexpr int kMaxFours = kMaxDim / 4;
 constexpr float kOctave = 8388608.0f;  // of a score: 2^23, the distance of the exponent from the low end of a float
 constexpr float kNoOctaves = 127 * kOctave, kLeastPower = 97 * kOctave;  // the bits of 1 and of 2^-30, as numbers
 constexpr float kHighestScore = 1e38f;
 
 template <int M>
-inline void turn_tile(const float* x, int64_t stride, const Rotation& rotation, int column, float* y) {
-  F acc[M][kTurnColumns] = {};
+inline void rotate_tile(const float* x, int64_t stride, const Rotation& rotation, int column, float* y) {
+  F acc[M][kRotateColumns] = {};
   for (int d = 0; d < rotation.head_dim; ++d) {
     const float* row = rotation.rows + (int64_t)d * rotation.dim + column;
-    F part[kTurnColumns];
-    for (int c = 0; c < kTurnColumns; ++c) part[c] = load(row + c * W);
+    F part[kRotateColumns];
+    for (int c = 0; c < kRotateColumns; ++c) part[c] = load(row + c * W);
     for (int m = 0; m < M; ++m) {
-      for (int c = 0; c < kTurnColumns; ++c) acc[m][c] += part[c] * x[m * stride + d];
+      for (int c = 0; c < kRotateColumns; ++c) acc[m][c] += part[c] * x[m * stride + d];
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int c = 0; c < kTurnColumns; ++c) store(y + (int64_t)m * rotation.dim + column + c * W, acc[m][c]);
+    for (int c = 0; c < kRotateColumns; ++c) store(y + (int64_t)m * rotation.dim + column + c * W, acc[m][c]);
   }
 }
 
-void turn(const float* x, int64_t stride, int64_t n, const Rotation& rotation, float* y) {
+void rotate(const float* x, int64_t stride, int64_t n, const Rotation& rotation, float* y) {
   int64_t i = 0;
-  const auto turn_rows = [&]<int M>() {
+  const auto rotate_rows = [&]<int M>() {
     for (; i + M <= n; i += M) {
-      for (int column = 0; column < rotation.dim; column += kTurnColumns * W) {
-        turn_tile<M>(x + i * stride, stride, rotation, column, y + i * rotation.dim);
+      for (int column = 0; column < rotation.dim; column += kRotateColumns * W) {
+        rotate_tile<M>(x + i * stride, stride, rotation, column, y + i * rotation.dim);
       }
     }
   };
-  turn_rows.template operator()<kTurnRows>();
-  turn_rows.template operator()<2>();
-  turn_rows.template operator()<1>();
+  rotate_rows.template operator()<kRotateRows>();
+  rotate_rows.template operator()<2>();
+  rotate_rows.template operator()<1>();
 }
 
-// Codes of one turned key, and the scale that brings its levels nearest to it.
+// Codes of one rotated key, and the scale that brings its levels nearest to it.
 inline float quantise(const float* y, int head_dim, int dim, int bits, float distance, int32_t* codes) {
   F top{};
   for (int d = 0; d < dim; d += W) top = max(top, max(load(y + d), -load(y + d)));
-  // Relative to the largest coordinate no square overflows. Of zeros, and of keys that are too large to turn, all
+  // Relative to the largest coordinate no square overflows. Of zeros, and of keys that are too large to rotate, all
   // codes are alike and the scale is zero.
   const float largest_of_all = largest(top);
   const float inverse = largest_of_all > 0.0f && largest_of_all <= 3e38f ? 1.0f / largest_of_all : 0.0f;
@@ -90,10 +90,10 @@ inline uint32_t* pack_plane(const int32_t* codes, int head_dim, int width, int l
   return words;
 }
 
-void pack(const float* turned, const Rotation& rotation, int bits, float distance, int lane, uint32_t* block,
+void pack(const float* rotated, const Rotation& rotation, int bits, float distance, int lane, uint32_t* block,
           uint16_t* scale) {
   alignas(64) int32_t codes[kMaxDim];
-  float best = quantise(turned, rotation.head_dim, rotation.dim, bits, distance, codes);
+  float best = quantise(rotated, rotation.head_dim, rotation.dim, bits, distance, codes);
   best = best >= 0.0f && best <= 65504.0f ? best : best > 65504.0f ? 65504.0f : 0.0f;
   f16 narrow;
   narrow_one(best, &narrow);
@@ -338,8 +338,8 @@ inline void write_weights(float* shares, int count, int32_t floor, uint32_t* wei
 
 template <int BITS, bool WHOLE>
 void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-              const ScoreRule* rules, const ScoreOffsets& offsets, const float* ones, int octaves, int32_t floor,
-              uint32_t* weights, uint32_t* sums) {
+              const ScoreRule* rules, const ScoreOffsets& offsets, const float* log_normalisers, int octaves,
+              int32_t floor, uint32_t* weights, uint32_t* sums) {
   alignas(64) float shares[kScoreKeys];
   const float most = kNoOctaves + (float)octaves * kOctave;
   const int64_t block_words = (int64_t)layout.words * kSketchKeys;
@@ -357,7 +357,7 @@ void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t*
         [&]<int HEADS>(int h, int block, int lane, const F(&scores)[HEADS]) {
           float* to = shares + block * kSketchKeys + lane;
           F share = h == 0 ? F{} : load(to);
-          for (int i = 0; i < HEADS; ++i) share += power(scores[i] + (kNoOctaves - ones[h + i]), most);
+          for (int i = 0; i < HEADS; ++i) share += power(scores[i] + (kNoOctaves - log_normalisers[h + i]), most);
           store(to, share);
         });
     write_weights(shares, here, floor, weights + first, sums + first / kSumKeys);
@@ -365,14 +365,14 @@ void weigh_of(const SketchLayout& layout, const uint32_t* words, const uint16_t*
 }
 
 void weigh(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
-           const ScoreRule* rules, const ScoreOffsets& offsets, const float* ones, int octaves, int32_t floor,
-           uint32_t* weights, uint32_t* sums) {
+           const ScoreRule* rules, const ScoreOffsets& offsets, const float* log_normalisers, int octaves,
+           int32_t floor, uint32_t* weights, uint32_t* sums) {
   constexpr decltype(&weigh) kByBits[][2] = {{weigh_of<1, false>, weigh_of<1, true>},
                                              {weigh_of<2, false>, weigh_of<2, true>},
                                              {weigh_of<3, false>, weigh_of<3, true>},
                                              {weigh_of<4, false>, weigh_of<4, true>}};
-  kByBits[layout.bits - 1][whole_blocks(offsets)](layout, words, scales, count, heads, rules, offsets, ones, octaves,
-                                                  floor, weights, sums);
+  kByBits[layout.bits - 1][whole_blocks(offsets)](layout, words, scales, count, heads, rules, offsets, log_normalisers,
+                                                  octaves, floor, weights, sums);
 }
 
 }  // namespace

@@ -44,6 +44,13 @@ def extend(tables: Tables, newer: Tables) -> Tables:
     return Tables(tables.offsets + newer.offsets, ids.gather(1, buckets.argsort(dim=1, stable=True)))
 
 
+def shorten(tables: Tables, count: int) -> Tables:
+    """Tables of the first ``count`` ids."""
+    kept = tables.ids < count
+    before = torch.nn.functional.pad(kept.to(torch.int64).cumsum(1), (1, 0))
+    return Tables(before.gather(1, tables.offsets), tables.ids[kept].view(len(kept), count))
+
+
 def lookup(query_codes: Tensor, offsets: Tensor, ids: Tensor, min_hits: int) -> Tensor:
     """Ids found in the query's bucket of at least ``min_hits`` tables, int64 ascending.
 

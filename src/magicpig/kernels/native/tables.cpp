@@ -1,4 +1,4 @@
-#include "index.h"
+#include "tables.h"
 
 #include <algorithm>
 #include <cstring>
