@@ -1,8 +1,7 @@
 """One layer of one step: every sequence appends its new tokens and attends, exactly or over a sample.
 
-`attend_layer` is the one way in: segments of any length, settings and phase side by side. A decode step is the fused,
-native step; what it computes, told in verbs, is `kernels/algorithm.py`. Where a sampler chooses rows of the body in
-Python, the native step attends over the exact rows alone, and the chosen ones are added here.
+`attend_layer` is the one way in: segments of any length, settings and phase side by side. What a decode step computes,
+told in verbs, is `kernels/algorithm.py`; where its parts run is the affair of its placement.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from magicpig.attention.prefill import prefill
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
-from magicpig.kernels.attend.reference import merge, with_sink_logits
-from magicpig.kernels.base import FAULTS, MAX_GROUP, check_dtype
-from magicpig.samplers import Body
+from magicpig.kernels.base import MAX_GROUP, check_dtype
+from magicpig.placement import CPU, LayerStep, Placement, Rule
+from magicpig.placement.base import errors_of
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample, StepInfo
 
@@ -66,6 +65,7 @@ def attend_layer(
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    placement: Placement = CPU,
 ) -> LayerResult:
     """Appends the new tokens of every segment to its store, and attends over it.
 
@@ -73,6 +73,7 @@ def attend_layer(
     tokens of all segments one after the other. Stores are those of one layer, each once; their samplers, settings and
     lengths may differ, and a result does not depend on who else is in the step.
     softcap: logits s become softcap * tanh(s / softcap). sink_logits: (H,) join the denominator with value zero.
+    placement: where the parts of decode steps run.
     Raises ArgumentError on shapes or dtypes that do not fit; numbers that are not finite are an error of their segment.
     """
     stores = [segment.store for segment in segments]
@@ -96,6 +97,7 @@ def attend_layer(
     for i, segment in enumerate(segments):
         if segment.phase is not Phase.DECODE:
             _read(i, segment, query, keys, values, result, rule)
+    rule["placement"] = placement
     _decode([i for i, s in enumerate(segments) if s.phase is Phase.DECODE], segments, query, keys, values, result, rule)
     return result
 
@@ -171,6 +173,7 @@ def decode_step(
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    placement: Placement = CPU,
     errors: list[MagicPigError | None] | None = None,
 ) -> AttentionState:
     """Appends one token to each of B stores and attends over them.
@@ -182,6 +185,7 @@ def decode_step(
     """
     _check_stores(stores, query, len(stores), scale)
     _check_new(query, keys, values, stores[0])
+    rule = _rule(scale, softcap, sink_logits, query.shape[1])
     found: list[MagicPigError | None] = [None] * len(stores)
     for b, store in enumerate(stores):
         try:
@@ -190,15 +194,16 @@ def decode_step(
             found[b] = error
     ready = [b for b, error in enumerate(found) if error is None]
     if len(ready) == len(stores):
-        state, _, _, found = _step(query, keys, values, stores, scale, softcap, sink_logits)
+        stepped = placement.step(LayerStep(query, keys, values, stores, rule))
+        state, found = stepped.state, stepped.errors
     else:
         lse = torch.full(query.shape[:2], math.nan, dtype=torch.float32, device="cpu")
         state = AttentionState(torch.full_like(query, math.nan), lse)
         if ready:
             q, k, v = (x[ready] for x in (query, keys, values))
-            own, _, _, errors_of = _step(q, k, v, [stores[b] for b in ready], scale, softcap, sink_logits)
-            state.output[ready], state.lse[ready] = own.output, own.lse
-            for b, error_of in zip(ready, errors_of, strict=True):
+            own = placement.step(LayerStep(q, k, v, [stores[b] for b in ready], rule))
+            state.output[ready], state.lse[ready] = own.state.output, own.state.lse
+            for b, error_of in zip(ready, own.errors, strict=True):
                 found[b] = error_of
     if errors is not None:
         errors += found
@@ -214,22 +219,29 @@ class LayerDecoder:
     memory again: what a step in Python costs is how much of it there is.
     """
 
-    def __init__(self, stores: Sequence[KVStore], query_heads: int, *, scale: float, softcap: float | None) -> None:
+    def __init__(
+        self,
+        stores: Sequence[KVStore],
+        query_heads: int,
+        *,
+        scale: float,
+        softcap: float | None,
+        placement: Placement = CPU,
+    ) -> None:
         """Raises ArgumentError as `decode_step`."""
         first, B = stores[0], len(stores)
         shape = torch.empty(B, query_heads, first.head_dim, dtype=first.dtype, device="cpu")
         _check_stores(stores, shape, B, scale)
         self.scale, self.softcap = scale, softcap
         self._stores, self._views, self._dtype = stores, [store.view for store in stores], first.dtype
-        self._choosing = any(store.sampler.chooses for store in stores)
         self._query_shape = (B, query_heads, 1, first.head_dim)
         self._new_shape = (B, first.kv_heads, 1, first.head_dim)
-        self._step = first.kernels.repeated_step(B, query_heads, first.head_dim, scale, _checked_softcap(softcap))
+        self._step = placement.repeated(stores, query_heads, scale, _checked_softcap(softcap))
 
     def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
-        """Whether they are what `step` expects; never where rows are chosen in Python. If not, take `attend_layer`."""
+        """Whether they are what `step` expects, and the placement has such a step. If not, take `attend_layer`."""
         return (
-            not self._choosing
+            self._step is not None
             and query.shape == self._query_shape
             and keys.shape == self._new_shape
             and values.shape == self._new_shape
@@ -251,8 +263,9 @@ class LayerDecoder:
         are none.
         """
         make_ready(self._stores)
+        assert self._step is not None
         output, faults = self._step(self._views, query, keys, values)
-        return output, _errors(faults)
+        return output, errors_of(faults)
 
 
 def make_ready(stores: Sequence[KVStore]) -> None:
@@ -272,6 +285,7 @@ def attend_stores(
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    placement: Placement = CPU,
 ) -> tuple[AttentionState, StepInfo]:
     """The same attention without a new token, with the sample of every head. Shapes as in `decode_step`.
 
@@ -280,9 +294,10 @@ def attend_stores(
     _check_stores(stores, query, len(stores), scale)
     for store in stores:
         store.tidy()
-    state, samples, predicted, errors = _step(query, None, None, stores, scale, softcap, sink_logits, capture=True)
-    _raise_any(errors)
-    return state, step_info(samples, predicted, stores[0].kv_heads)
+    rule = _rule(scale, softcap, sink_logits, query.shape[1])
+    stepped = placement.step(LayerStep(query, None, None, stores, rule, capture=True))
+    _raise_any(stepped.errors)
+    return stepped.state, step_info(stepped.samples, stepped.predicted_error, stores[0].kv_heads)
 
 
 def step_info(samples: list[list[Sample]], predicted_error: Tensor, kv_heads: int) -> StepInfo:
@@ -303,76 +318,6 @@ def step_info(samples: list[list[Sample]], predicted_error: Tensor, kv_heads: in
     )
 
 
-_Stepped = tuple[AttentionState, list[list[Sample]], Tensor, list["MagicPigError | None"]]
-
-
-def _step(
-    query: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    stores: Sequence[KVStore],
-    scale: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-    *,
-    capture: bool = False,
-) -> _Stepped:
-    """The checked step: state, with `capture` the sample of every head of every sequence, predicted errors (B, H), and
-    the error of every sequence.
-    """
-    rule = scale, _checked_softcap(softcap), _checked_sinks(sink_logits, query.shape[1])
-    choosing = [store.sampler.chooses and store.settled for store in stores]
-    if not any(choosing):
-        return _native_step(query, keys, values, stores, *rule, capture=capture)
-    if all(choosing):
-        return _chosen_step(query, keys, values, stores, *rule, capture=capture)
-    # Two steps, so that neither part depends on the other being there.
-    (B, H, _), parts = query.shape, []
-    state = AttentionState(torch.empty_like(query), torch.empty(B, H, dtype=torch.float32, device="cpu"))
-    predicted = torch.empty_like(state.lse)
-    samples: list[list[Sample]] = [[] for _ in stores] if capture else []
-    errors: list[MagicPigError | None] = [None] * B
-    for step, kind in ((_native_step, False), (_chosen_step, True)):
-        rows = [b for b, own in enumerate(choosing) if own is kind]
-        k, v = (None if x is None else x[rows] for x in (keys, values))
-        part = step(query[rows], k, v, [stores[b] for b in rows], *rule, capture=capture)
-        parts.append((rows, part))
-    for rows, (own, drawn, expected, found) in parts:
-        state.output[rows], state.lse[rows], predicted[rows] = own.output, own.lse, expected
-        for i, b in enumerate(rows):
-            errors[b] = found[i]
-            if capture:
-                samples[b] = drawn[i]
-    return state, samples, predicted, errors
-
-
-def _native_step(
-    query: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    stores: Sequence[KVStore],
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-    *,
-    capture: bool,
-) -> _Stepped:
-    B, H, _ = query.shape
-    result = stores[0].kernels.decode_step(
-        [store.view for store in stores],
-        query.contiguous(),
-        None if keys is None else keys.contiguous(),
-        None if values is None else values.contiguous(),
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        capture=capture,
-    )
-    samples = [[Sample(*result.samples[b * H + h]) for h in range(H)] for b in range(B)] if capture else []
-    errors = _errors(result.faults) or [None] * B
-    return AttentionState(result.output, result.lse), samples, result.predicted_error, errors
-
-
 def _raise_any(errors: Sequence[MagicPigError | None]) -> None:
     """Raises the first error, naming the sequences that have one."""
     found = [b for b, error in enumerate(errors) if error is not None]
@@ -383,59 +328,6 @@ def _raise_any(errors: Sequence[MagicPigError | None]) -> None:
     if len(errors) == 1:
         raise first
     raise type(first)(f"{first}, in sequence {', '.join(map(str, found))} of {len(errors)}")
-
-
-def _errors(faults: Sequence[int]) -> list[MagicPigError | None] | None:
-    """What the native faults of all sequences mean; None if there are none."""
-    if not faults:
-        return None
-    text = "has entries that are not finite, or too large for the store"
-    return [NotFiniteError(f"{FAULTS[fault]} {text}") if fault else None for fault in faults]
-
-
-def _chosen_step(
-    query: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    stores: Sequence[KVStore],
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-    *,
-    capture: bool,
-) -> _Stepped:
-    """The native step over the exact rows, merged with the rows of the body that samplers choose in Python."""
-    dtype, query = query.dtype, query.float()  # there is something to merge before anything is rounded
-    keys, values = (None if x is None else x.float() for x in (keys, values))
-    state, samples, predicted, errors = _native_step(query, keys, values, stores, scale, softcap, None, capture=capture)
-    for b, store in enumerate(stores):
-        if errors[b] is not None:
-            continue
-        exact = AttentionState(state.output[b], state.lse[b])
-        chosen, drawn = _attend_chosen(query[b], store, scale, softcap)
-        merged = merge([exact, chosen])
-        state.output[b], state.lse[b] = merged.output, merged.lse
-        predicted[b] = math.nan
-        if capture:
-            samples[b] = drawn
-    if sink_logits is not None:
-        state = with_sink_logits(state, sink_logits.expand_as(state.lse))
-    return AttentionState(state.output.to(dtype), state.lse), samples, predicted, errors
-
-
-def _attend_chosen(query: Tensor, store: KVStore, scale: float, softcap: float) -> tuple[AttentionState, list[Sample]]:
-    """Attention of the heads (H, D) of one sequence over rows that its sampler chooses, and which these are."""
-    keys = [keys for keys, _ in store.blocks(0, store.indexed_to)]
-    body = Body(keys, store.policy.sinks, store.length, store.layer, store.first_head, store.index)
-    samples = store.sampler.draw(query, body, store.draw, scale=scale, softcap=softcap or None)
-    store.count_drawn([len(sample.ids) for sample in samples])
-    group = len(query) // store.kv_heads
-    states = [
-        store.kernels.attend(q, store.rows(h // group), sample.ids, sample.log_u, scale=scale, softcap=softcap)
-        for h, (q, sample) in enumerate(zip(query, samples, strict=True))
-    ]
-    state = AttentionState(torch.stack([s.output for s in states]), torch.stack([s.lse for s in states]))
-    return state, samples
 
 
 def _check_stores(stores: Sequence[KVStore], query: Tensor, tokens: int, scale: float) -> None:
@@ -472,6 +364,10 @@ def _check_new(query: Tensor, keys: Tensor, values: Tensor, store: KVStore) -> N
             raise ArgumentError(
                 f"{name} is {x.dtype} on {x.device}; expected {query.dtype} on {query.device} as the query"
             )
+
+
+def _rule(scale: float, softcap: float | None, sink_logits: Tensor | None, heads: int) -> Rule:
+    return Rule(scale, _checked_softcap(softcap), _checked_sinks(sink_logits, heads))
 
 
 def _checked_softcap(softcap: float | None) -> float:

@@ -1,0 +1,139 @@
+"""What a placement is, and what it exchanges with attention/step.py, which has checked all and made stores ready."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from magicpig.errors import MagicPigError, NotFiniteError
+from magicpig.kernels.attend.reference import merge, with_sink_logits
+from magicpig.kernels.base import FAULTS, Kernels, as_rows
+from magicpig.store import KVStore
+from magicpig.types import AttentionState, Sample
+
+
+class Rule(NamedTuple):
+    """What becomes of logits. softcap: 0 for none; sink_logits: (H,) float32 or None."""
+
+    scale: float
+    softcap: float
+    sink_logits: Tensor | None
+
+    def finish(self, state: AttentionState) -> AttentionState:
+        """After all rows: the sinks join in. Of a state (..., H, D), (..., H)."""
+        if self.sink_logits is None:
+            return state
+        return with_sink_logits(state, self.sink_logits.expand_as(state.lse))
+
+
+class LayerStep(NamedTuple):
+    """One new token of each of B sequences: query (B, H, D); keys, values (B, G, D), or None where nothing is new.
+
+    capture: whether the samples are wanted.
+    """
+
+    query: Tensor
+    keys: Tensor | None
+    values: Tensor | None
+    stores: Sequence[KVStore]
+    rule: Rule
+    capture: bool = False
+
+    def of(self, rows: list[int]) -> LayerStep:
+        """That of some of the sequences."""
+        keys, values = (None if x is None else x[rows] for x in (self.keys, self.values))
+        return LayerStep(self.query[rows], keys, values, [self.stores[b] for b in rows], self.rule, self.capture)
+
+
+class Stepped(NamedTuple):
+    """The state, output (B, H, D) in the query's dtype and lse (B, H) float32; where they are wanted the samples of all
+    heads of all sequences; predicted errors (B, H) float32; the errors of sequences, which then have NaN for a state.
+    """
+
+    state: AttentionState
+    samples: list[list[Sample]]
+    predicted_error: Tensor
+    errors: list[MagicPigError | None]
+
+
+RepeatedStep = Callable[[list[Any], Tensor, Tensor, Tensor], tuple[Tensor, list[int]]]
+"""The same sequences again: views, query (B, H, 1, D), keys and values (B, G, 1, D) to (B, 1, H, D) and faults."""
+
+
+class Placement(Protocol):
+    """Where the parts of a step run. The stores are in host memory wherever that is."""
+
+    def step(self, step: LayerStep) -> Stepped:
+        """Appends the new tokens, and attends."""
+        ...
+
+    def repeated(self, stores: Sequence[KVStore], heads: int, scale: float, softcap: float) -> RepeatedStep | None:
+        """A faster way to step stores that stay together, where there is one."""
+        ...
+
+
+def by_kind(
+    step: LayerStep, kinds: Sequence[bool], plain: Callable[[LayerStep], Stepped], other: Callable[[LayerStep], Stepped]
+) -> Stepped:
+    """Steps the sequences whose kind is true in the other way. Neither depends on who else is in the step."""
+    if not any(kinds):
+        return plain(step)
+    if all(kinds):
+        return other(step)
+    B, H, _ = step.query.shape
+    state = AttentionState(torch.empty_like(step.query), torch.empty(B, H, dtype=torch.float32, device="cpu"))
+    predicted = torch.empty_like(state.lse)
+    samples: list[list[Sample]] = [[] for _ in step.stores] if step.capture else []
+    errors: list[MagicPigError | None] = [None] * B
+    for way, kind in ((plain, False), (other, True)):
+        rows = [b for b, own in enumerate(kinds) if own is kind]
+        part = way(step.of(rows))
+        state.output[rows], state.lse[rows] = part.state.output, part.state.lse
+        predicted[rows] = part.predicted_error
+        for i, b in enumerate(rows):
+            errors[b] = part.errors[i]
+            if step.capture:
+                samples[b] = part.samples[i]
+    return Stepped(state, samples, predicted, errors)
+
+
+def errors_of(faults: Sequence[int]) -> list[MagicPigError | None] | None:
+    """What the kernels' faults of all sequences mean; None if there are none."""
+    if not faults:
+        return None
+    text = "has entries that are not finite, or too large for the store"
+    return [NotFiniteError(f"{FAULTS[fault]} {text}") if fault else None for fault in faults]
+
+
+def chooses_in_python(store: KVStore) -> bool:
+    """Whether the next step's rows are chosen by a sampler that serves comparisons."""
+    return store.sampler.chooses and store.settled
+
+
+def attend_exact(device: Kernels, step: LayerStep, b: int) -> AttentionState:
+    """Attention of sequence b over the rows that are never drawn, the new one included: (H, D) and (H,), float32.
+
+    Of the store before the new token was appended.
+    """
+    store, query = step.stores[b], step.query[b].float()
+    ends = [(0, store.policy.sinks), (store.indexed_to, store.length)] if store.body else [(0, store.length)]
+    pieces = [piece for begin, end in ends for piece in store.blocks(begin, end, torch.float32)]
+    if step.keys is not None and step.values is not None:
+        new = (x[b][:, None].to(store.dtype).float() for x in (step.keys, step.values))
+        pieces.append((next(new), next(new)))
+    states, group = [], len(query) // store.kv_heads
+    for g in range(store.kv_heads):
+        for keys, values in pieces:
+            rows = as_rows(keys[g], values[g])
+            own = query[g * group : (g + 1) * group]
+            states.append(device.attend_rows(own, rows, scale=step.rule.scale, softcap=step.rule.softcap))
+    if not states:
+        return AttentionState(
+            torch.zeros_like(query), torch.full((len(query),), -math.inf, dtype=torch.float32, device="cpu")
+        )
+    heads = [merge(states[i : i + len(pieces)]) for i in range(0, len(states), len(pieces))]
+    return AttentionState(torch.cat([s.output for s in heads]), torch.cat([s.lse for s in heads]))

@@ -1,0 +1,126 @@
+"""Codes and selection on a device; only the rows that were chosen come from host memory, to be attended there.
+
+What the device holds of the past is its index, a small part of it. Here the device is whichever kernels are given, and
+it reads the index where it lies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from magicpig.errors import MagicPigError, NotFiniteError
+from magicpig.kernels.algorithm import no_sample
+from magicpig.kernels.attend.reference import merge, predicted_error
+from magicpig.kernels.base import Kernels
+from magicpig.kernels.sketch.reference import more_doublings
+from magicpig.placement.base import (
+    LayerStep,
+    RepeatedStep,
+    Rule,
+    Stepped,
+    attend_exact,
+    by_kind,
+    chooses_in_python,
+    errors_of,
+)
+from magicpig.placement.cpu import CPU
+from magicpig.samplers import Context, Found, sampler_of
+from magicpig.store import KVStore
+from magicpig.types import AttentionState, Sample
+
+
+class GpuIndex:
+    """device: who selects and attends. Samplers for comparison run as on `Cpu`."""
+
+    def __init__(self, device: Kernels) -> None:
+        self.device = device
+
+    def step(self, step: LayerStep) -> Stepped:
+        return by_kind(step, [chooses_in_python(store) for store in step.stores], self._each, CPU.step)
+
+    def repeated(self, stores: Sequence[KVStore], heads: int, scale: float, softcap: float) -> RepeatedStep | None:
+        return None
+
+    def _each(self, step: LayerStep) -> Stepped:
+        B, H, _ = step.query.shape
+        output = torch.full_like(step.query, math.nan)
+        lse, predicted = torch.full((2, B, H), math.nan, dtype=torch.float32, device="cpu")
+        samples: list[list[Sample]] = []
+        errors: list[MagicPigError | None] = [None] * B
+        for b, store in enumerate(step.stores):
+            exact = attend_exact(self.device, step, b)
+            errors[b] = _append(step, b)
+            if errors[b] is not None:
+                samples.append([])
+                continue
+            state, drawn, predicted[b] = self._sequence(step, b, exact)
+            output[b], lse[b] = state.output.to(output.dtype), state.lse
+            samples.append(drawn)
+            store.count_step([len(sample.ids) for sample in drawn], predicted[b])
+        return Stepped(AttentionState(output, lse), samples if step.capture else [], predicted, errors)
+
+    def _sequence(self, step: LayerStep, b: int, exact: AttentionState) -> tuple[AttentionState, list[Sample], Tensor]:
+        store, query = step.stores[b], step.query[b].float()
+        if not store.body:
+            return step.rule.finish(exact), [no_sample(torch.float32)] * len(query), torch.zeros_like(exact.lse)
+        group = len(query) // store.kv_heads
+        states, samples, errors = [], [], []
+        for g in range(store.kv_heads):
+            at = slice(g * group, (g + 1) * group)
+            sinks = None if step.rule.sink_logits is None else step.rule.sink_logits[at]
+            rule = Rule(step.rule.scale, step.rule.softcap, sinks)
+            own = AttentionState(exact.output[at], exact.lse[at])
+            doublings = 0
+            while True:
+                found = self._select(store, query[at], g, step, doublings)
+                whole = rule.finish(merge([own, _stacked(found)]))
+                error = _predicted(whole, query[at], found, step.rule)
+                epsilon = store.draw.epsilon
+                if not epsilon or not found[0].extensible or float(error.max()) <= epsilon:
+                    break
+                doublings += more_doublings(float(error.max()), epsilon)
+            states.append(whole)
+            samples += [each.sample for each in found]
+            errors.append(error)
+        state = AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states]))
+        return state, samples, torch.cat(errors)
+
+    def _select(self, store: KVStore, query: Tensor, head: int, step: LayerStep, doublings: int) -> list[Found]:
+        """What each of the query heads (R, D) of a kv head found, and its attention over it."""
+        place = store.policy.sinks, store.indexed_to, store.length, store.layer, store.first_head
+        context = Context(*place, step.rule.scale, step.rule.softcap or None)
+        sampler = sampler_of(store.spec, store.head_dim, self.device)
+        return sampler.found(
+            query, head, store.index, store.draw, context, lambda ids: store.fetch(head, ids), doublings
+        )
+
+
+def _append(step: LayerStep, b: int) -> MagicPigError | None:
+    if not bool(step.query[b].isfinite().all()):
+        return (errors_of([1]) or [None])[0]
+    if step.keys is None or step.values is None:
+        return None
+    try:
+        step.stores[b].append(step.keys[b][:, None], step.values[b][:, None])
+    except NotFiniteError as error:
+        return error
+    return None
+
+
+def _stacked(found: Sequence[Found]) -> AttentionState:
+    states = [each.state for each in found]
+    return AttentionState(torch.stack([s.output for s in states]), torch.stack([s.lse for s in states]))
+
+
+def _predicted(whole: AttentionState, query: Tensor, found: list[Found], rule: Rule) -> Tensor:
+    """The predicted errors (R,) float32."""
+    errors = []
+    for r, each in enumerate(found):
+        own = AttentionState(whole.output[r : r + 1], whole.lse[r : r + 1])
+        rows = each.keys, each.values, each.sample.log_u
+        errors.append(predicted_error(own, query[r : r + 1], *rows, scale=rule.scale, softcap=rule.softcap or None))
+    return torch.cat(errors).float()
