@@ -1,5 +1,5 @@
-# make demo | evidence | test | test-slow | test-all | test-levels | test-lowest | test-newest | clang | sanitize | lint | format | stub |
-#      constraints | wheel | clean
+# make demo | evidence | test | test-slow | test-all | test-levels | test-reference | test-lowest | test-newest | clang | sanitize |
+#      lint | format | stub | constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
 # Exact versions of everything that is installed here, so that a fresh machine does next year what it does today.
@@ -20,8 +20,8 @@ REAL   := build/real/SmolLM2-135M-Instruct/config.json
 CAPTURE := build/real/pride-8K.safetensors
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo evidence test test-slow test-all test-levels test-lowest test-newest clang test-clang sanitize lint format stub constraints \
-  wheel clean
+.PHONY: setup demo evidence test test-slow test-all test-levels test-reference test-lowest test-newest clang test-clang sanitize lint format stub \
+  constraints wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMPS)/install
@@ -74,6 +74,10 @@ test-levels: setup
 	for level in $$($(BIN)/python -c '$(LEVELS)'); do \
 	  MAGICPIG_ISA=$$level $(PYTEST) -m 'numbers and not slow' -q $(ARGS) || exit 1; \
 	done
+
+# Steps of stores for which plain PyTorch computes.
+test-reference: setup
+	MAGICPIG_KERNELS=reference $(PYTEST) -m 'not slow' -q tests/attention tests/placement $(ARGS)
 
 # The integration once more, on the lowest transformers in front of the one in .venv.
 test-lowest: setup $(STAMPS)/lowest-$(LOWEST)
