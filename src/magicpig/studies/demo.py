@@ -26,6 +26,7 @@ from magicpig.studies.evaluation.tasks import Sample, Sources, generate, score, 
 METHODS = (Method("full attention", EXACT), Method("sampled", Config(exact_below=0)))
 RUNS = [("question-dense", method) for method in METHODS]
 NOVEL = next(path for path in TEXTS if path.stem == "pride")
+CHAT_TOKENS = 24  # of an answer: a chat model goes on talking
 SPEED_TOKENS = 33  # the first of them comes from reading the question
 
 _NEEDLE = re.compile(
@@ -157,11 +158,13 @@ def _question(
 
 def _needles(model: Model, tokens: int, seed: int, sources: Sources) -> Iterator[Sample]:
     """A document with four numbers, asked for one by one."""
-    reserve = template_tokens(model) if model.tokenizer.chat_template else 0
+    chat = bool(model.tokenizer.chat_template)
+    reserve = template_tokens(model) if chat else 0
     sample = generate("niah_multikey_1", model.tokenizer, tokens, index=0, seed=seed, sources=sources, reserve=reserve)
     for key, value in _NEEDLE.findall(sample.context):
         _, question, prefix = templates.niah("numbers", [key], 1)
-        yield replace(sample, question=question + prefix, answer_prefix=prefix, answers=(value,))
+        asked = replace(sample, question=question + prefix, answer_prefix=prefix, answers=(value,))
+        yield replace(asked, tokens_to_generate=CHAT_TOKENS) if chat else asked
 
 
 def _performance(method: Method, probes: tuple[Answer, ...]) -> Performance:
