@@ -1,7 +1,10 @@
-"""Every test starts from one random state and on poisoned scratch; those that ask for `isa` or `pool` run on each."""
+"""Every test starts from one random state, in an empty folder, on poisoned scratch; with `isa` or `pool`, on each."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +48,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """Start every test from the same random state; a test that wants another one seeds its own generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nowhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder."""
+    return tmp_path_factory.mktemp("nowhere")
+
+
+@pytest.fixture(autouse=True)
+def working_directory(nowhere: Path) -> Iterator[None]:
+    """Run every test in an empty folder and leave it empty: whatever dies half-way leaves nothing in the checkout."""
+    before = Path.cwd()
+    os.chdir(nowhere)
+    yield
+    os.chdir(before)
+    left = sorted(nowhere.iterdir())
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert left == [], "the test left these in its working directory; use tmp_path"
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def test_stub_describes_the_compiled_module(tmp_path):
     module = Path(_native.__file__)
     generate = [sys.executable, "-m", "nanobind.stubgen", "-q", "-i", module.parent, "-m", "_native", "-O", tmp_path]
     subprocess.run(generate, check=True)
-    ruff = [Path(sys.executable).parent / "ruff", "format", "-q", "--config", ROOT / "pyproject.toml"]
+    ruff = [Path(sys.executable).parent / "ruff", "format", "-q", "--no-cache", "--config", ROOT / "pyproject.toml"]
     subprocess.run([*ruff, tmp_path / "_native.pyi"], check=True)
     assert (tmp_path / "_native.pyi").read_text() == (ROOT / "src/magicpig/kernels/_native.pyi").read_text(), (
         "the bindings changed: run `make stub`"
