@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from magicpig import Config
 from magicpig.integrations.transformers import MagicPigCache, attach
-from magicpig.integrations.transformers.cache import MagicPigLayer
 from magicpig.integrations.transformers.compat import CACHE, cache_argument
+from magicpig.integrations.transformers.layer import MagicPigLayer
 
 Tiny = Callable[[str], PreTrainedModel]
 Tokens = Callable[..., Tensor]

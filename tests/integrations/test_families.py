@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from magicpig import Config
 from magicpig.integrations.transformers import MagicPigCache, attach, compat, detach
-from magicpig.integrations.transformers.cache import MagicPigLayer
 from magicpig.integrations.transformers.compat import cache_argument
+from magicpig.integrations.transformers.layer import MagicPigLayer
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.store.planner import LayerShape
 

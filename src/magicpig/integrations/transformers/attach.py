@@ -23,8 +23,9 @@ from magicpig.config_file import load_config
 from magicpig.errors import ArgumentError, ArgumentTypeError
 from magicpig.integrations.transformers import compat
 from magicpig.integrations.transformers.attention import NAME
-from magicpig.integrations.transformers.cache import MagicPigCache, MagicPigLayer
+from magicpig.integrations.transformers.cache import MagicPigCache
 from magicpig.integrations.transformers.errors import CacheMismatchError, UnsupportedModelError
+from magicpig.integrations.transformers.layer import MagicPigLayer
 from magicpig.integrations.transformers.probe import probe
 from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes, token_limit
 from magicpig.machine import free_memory

@@ -17,8 +17,8 @@ from magicpig.attention.prefill import causal_attention
 from magicpig.errors import ArgumentError
 from magicpig.integrations.transformers import compat
 from magicpig.integrations.transformers.blocks import find_blocks, see_blocks
-from magicpig.integrations.transformers.cache import PendingTokens, refuse_gradients
 from magicpig.integrations.transformers.errors import UnsupportedModelError
+from magicpig.integrations.transformers.layer import PendingTokens, refuse_gradients
 
 NAME = "magicpig"
 

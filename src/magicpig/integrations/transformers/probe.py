@@ -14,8 +14,9 @@ from transformers.initialization import no_init_weights
 from magicpig.errors import MagicPigError
 from magicpig.integrations.transformers import compat
 from magicpig.integrations.transformers.attention import NAME
-from magicpig.integrations.transformers.cache import MagicPigCache, MagicPigLayer, PendingTokens
+from magicpig.integrations.transformers.cache import MagicPigCache
 from magicpig.integrations.transformers.errors import UnsupportedModelError
+from magicpig.integrations.transformers.layer import MagicPigLayer, PendingTokens
 
 # Cannot run without numbers before they come to their attention.
 NAMED = {"jetmoe": "its attention repeats the keys for each of its experts"}

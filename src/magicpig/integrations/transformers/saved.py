@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from magicpig.config import Config
 from magicpig.errors import ArgumentError
+from magicpig.integrations.transformers.compat import Cache
+from magicpig.integrations.transformers.layer import MagicPigLayer
 from magicpig.kernels.arena import UNLIMITED, Arena
 from magicpig.store.blocks import Block
 from magicpig.store.disk import StoreFileError, pack, read_tensors, token_chain, unpack, write_tensors
 
-if TYPE_CHECKING:
-    from magicpig.integrations.transformers.cache import MagicPigCache, MagicPigLayer
+Made = TypeVar("Made", bound=Cache)
 
 FORMAT = "magicpig.cache"
 VERSION = 1
@@ -68,7 +69,7 @@ def identity(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def save(cache: MagicPigCache, path: Path | str, model: PreTrainedModel, tokens: Any = None) -> None:
+def save(cache: Cache, config: Config, path: Path | str, model: PreTrainedModel, tokens: Any = None) -> None:
     """See `MagicPigCache.save`."""
     tensors: dict[str, Tensor] = {}
     seen: dict[Any, str] = {}
@@ -88,24 +89,24 @@ def save(cache: MagicPigCache, path: Path | str, model: PreTrainedModel, tokens:
         else:  # a stock layer, of sliding attention
             tensors |= {f"{index}.{part}": getattr(own, part).detach().cpu() for part in ("keys", "values")}
             layers.append({"kind": "window", "seen": own.get_seq_length()})
-    if cache.errors:
-        raise ArgumentError(
-            f"sequences {sorted(cache.errors)} of the batch have failed; there is nothing to save of them"
-        )
     manifest = {
         "version": VERSION,
         "model": identity(model),
-        "config": cache.config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
         "layers": layers,
-        "tokens": None if tokens is None else _chains(tokens, cache),
+        "tokens": None if tokens is None else _chains(tokens, cache, config.block),
     }
     write_tensors(path, FORMAT, manifest, tensors)
 
 
 def load(
-    kind: type[MagicPigCache], path: Path | str, model: PreTrainedModel, tokens: Any = None, arena: Arena = UNLIMITED
-) -> MagicPigCache:
-    """See `MagicPigCache.load`."""
+    make: Callable[[Config], Made],
+    path: Path | str,
+    model: PreTrainedModel,
+    tokens: Any = None,
+    arena: Arena = UNLIMITED,
+) -> Made:
+    """See `MagicPigCache.load`. make: an empty cache of these settings."""
     manifest, tensors = read_tensors(path, FORMAT)
     if manifest["version"] != VERSION:
         raise StoreFileError(f"{path}: version {manifest['version']} of the format; this package reads {VERSION}")
@@ -115,8 +116,8 @@ def load(
         raise WrongModelError(
             f"{path}: has keys and values of another model than the {own['type']} at hand (other {', '.join(differ)})"
         )
-    cache = kind(model.config, Config(**manifest["config"]), arena=arena)
-    cache.remember(model)
+    config = Config(**manifest["config"])
+    cache = make(config)
     blocks: dict[str, Block] = {}
     for index, (layer, packed) in enumerate(zip(cache.layers, manifest["layers"], strict=True)):
         if packed["kind"] == "stores":
@@ -127,7 +128,7 @@ def load(
             stock.lazy_initialization(keys, values)
             stock.keys, stock.values, stock.cumulative_length = keys, values, packed["seen"]
     if tokens is not None:
-        _compare(path, manifest["tokens"], _chains(tokens, cache), cache.config.block)
+        _compare(path, manifest["tokens"], _chains(tokens, cache, config.block), config.block)
     return cache
 
 
@@ -140,7 +141,7 @@ def _fill(
     own.restore(stores, packed["positions"], packed["query_heads"], None if real is None else real.clone())
 
 
-def _chains(tokens: Any, cache: MagicPigCache) -> list[list[str]]:
+def _chains(tokens: Any, cache: Cache, stride: int) -> list[list[str]]:
     """The hashes of each sequence's tokens, (B, positions) or of one sequence (positions,), without padding."""
     ids = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
     ids = ids[None] if ids.ndim == 1 else ids
@@ -152,7 +153,7 @@ def _chains(tokens: Any, cache: MagicPigCache) -> list[list[str]]:
             f"tokens has shape {tuple(ids.shape)}; expected ({rows}, {positions}), what the cache holds"
         )
     real = torch.ones_like(ids, dtype=torch.bool) if layer is None or layer.real is None else layer.real
-    return [token_chain(own[kept].tolist(), cache.config.block) for own, kept in zip(ids, real, strict=True)]
+    return [token_chain(own[kept].tolist(), stride) for own, kept in zip(ids, real, strict=True)]
 
 
 def _compare(

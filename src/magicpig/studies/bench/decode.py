@@ -21,8 +21,8 @@ from transformers.initialization import no_init_weights
 
 from magicpig.config import EXACT, Config, KVDtype
 from magicpig.integrations.transformers import MagicPigCache, attach
-from magicpig.integrations.transformers.cache import MagicPigLayer
 from magicpig.integrations.transformers.compat import cache_argument
+from magicpig.integrations.transformers.layer import MagicPigLayer
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.kernels import library
 from magicpig.kernels.base import BLOCK_ROWS

@@ -12,7 +12,7 @@ from magicpig.config import EXACT
 from magicpig.generation import greedy, read
 from magicpig.integrations.transformers import MagicPigCache, attach, detach
 from magicpig.integrations.transformers.attention import NAME
-from magicpig.integrations.transformers.cache import MagicPigLayer, PendingTokens
+from magicpig.integrations.transformers.layer import MagicPigLayer, PendingTokens
 from magicpig.integrations.transformers.shapes import layer_shapes
 from magicpig.store.planner import check, plan
 from magicpig.studies.capture.attention_set import AttentionSet
