@@ -86,16 +86,15 @@ def check(plan: MemoryPlan, free: int | None = None) -> None:
 
 def _kept(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) -> MemoryUse:
     if layer.window is not None:  # the model library's own cache, without padding
-        rows = layer.kv_heads * min(tokens, layer.window) * 2 * layer.head_dim * dtype.itemsize
-        return MemoryUse(rows, 0)
+        return MemoryUse(layer.kv_heads * min(tokens, layer.window) * 2 * layer.head_dim * dtype.itemsize, 0)
     spec, tail = _spec(layer, config), RowLayout(layer.head_dim, dtype, dtype)
     layout = RowLayout(layer.head_dim, dtype, torch.int8) if config.kv_dtype == "int8" else tail
     full, rest = divmod(tokens // spec.stride * spec.stride, base.BLOCK_ROWS)
     capacity = (full + (rest > 0)) * base.BLOCK_ROWS if full else (block_capacity(rest) if rest else 0)
     tails = (2 if layout.quantised and capacity else 1) * spec.stride
-    rows = layer.kv_heads * (capacity * layout.nbytes + tails * tail.nbytes)
+    row_bytes = layer.kv_heads * (capacity * layout.nbytes + tails * tail.nbytes)
     end = _index_end(layer, config, tokens)
-    return MemoryUse(rows, sampler_of(spec, layer.head_dim).nbytes(_costs(layer, dtype), end) if end else 0)
+    return MemoryUse(row_bytes, sampler_of(spec, layer.head_dim).nbytes(_costs(layer, dtype), end) if end else 0)
 
 
 def _transient(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtype) -> int:

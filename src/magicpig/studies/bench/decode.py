@@ -150,7 +150,7 @@ class Decoder:
         shapes = layer_shapes(self.model_config, EXACT)
         fixed = 2 * context * shapes[0].kv_heads * shapes[0].head_dim * self.dtype.itemsize  # made once, then copied
         fixed += self.weight_bytes() if self._model is None else 0
-        fixed += sum(self._cache_bytes(context, _exact(rows)) for rows in _kinds(methods))
+        fixed += sum(self._cache_bytes(context, _exact(kv_dtype)) for kv_dtype in _kinds(methods))
         each = [self._cache_bytes(context, method.config) for method in sampled]
         free = free_memory()
         if (needed := fixed + max(each, default=0)) > free:
@@ -181,7 +181,7 @@ class Decoder:
         groups = self.check(context, methods)
         if self._model is None:
             self._model = attach(random_model(self.model_config, self.dtype), EXACT)
-        bases = {rows: self._filled(context, _exact(rows)) for rows in _kinds(methods)}
+        bases = {kv_dtype: self._filled(context, _exact(kv_dtype)) for kv_dtype in _kinds(methods)}
         results: dict[str, Result] = {}
         for group in groups:
             for result in self._in_turns(bases, group, context, repeats, on_round):
@@ -304,9 +304,9 @@ def _kinds(methods: Sequence[Method]) -> set[KVDtype]:
     return {method.config.kv_dtype for method in methods}
 
 
-def _exact(rows: KVDtype) -> Config:
+def _exact(kv_dtype: KVDtype) -> Config:
     """Full attention over rows of this kind: what a cache is filled by before it is forked."""
-    return EXACT.changed({"kv_dtype": rows})
+    return EXACT.changed({"kv_dtype": kv_dtype})
 
 
 def _layers(cache: MagicPigCache) -> list[MagicPigLayer]:
