@@ -105,6 +105,17 @@ def test_readme_file_tree_names_what_exists():
         folders.append(names[0])
 
 
+def test_the_tables_of_layers_are_those_that_lint_checks():
+    tomllib = pytest.importorskip("tomllib")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    tables = re.findall(
+        r"^\| (?:layer|study) \| knows \|\n.*\n((?:\|.*\n)+)", (ROOT / "docs/structure.md").read_text(), re.M
+    )
+    written = [[set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table.splitlines()] for table in tables]
+    checked = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    assert written == [[set(re.findall(r"\w+", layer)) for layer in layers] for layers in checked]
+
+
 def _files(place: Path) -> list[Path]:
     assert place.exists(), place
     return [path for path in place.rglob("*") if path in SOURCES] if place.is_dir() else [place]
