@@ -38,7 +38,7 @@ def load_config(path: Path | str) -> Config:
 
 
 def to_text(config: Config, about: dict[str, Any]) -> str:
-    """The file's content: the sampler, all that is not as it is by default, and `about`, which must be JSON."""
+    """The content of a file: the sampler, the settings that differ from the defaults, and `about`, as JSON has it."""
     content = {"format": FORMAT, "version": VERSION, "settings": config.nondefault(), "about": about}
     return json.dumps(content, indent=2) + "\n"
 

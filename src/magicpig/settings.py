@@ -18,7 +18,7 @@ class IndexSpec:
     """What the rows and the index of a store depend on, beside the tokens.
 
     sampler: its name, that of `EXACT` where nothing is sampled. kv_dtype: "model" or "int8". stride: positions that are
-    indexed at a time. The others are None where the sampler does not know them.
+    indexed at a time. The others are None where the sampler has no such setting.
     """
 
     sampler: str

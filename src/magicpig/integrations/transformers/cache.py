@@ -137,24 +137,24 @@ class MagicPigCache(Cache):
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Passes of several tokens are decoded, too: one after the other, each over an index of those before it.
+        """Inside, passes of several tokens are decoded, too: one by one, each over an index of those before it.
 
-        The way of a server that has read a document before the question comes.
+        So does a server that has read a document before the question comes.
         """
         with self._phase(Phase.DECODE):
             yield
 
     @contextmanager
     def prefilling(self) -> Iterator[None]:
-        """Passes of a single token are prefill, too: exact."""
+        """Inside, passes of a single token are prefill, too: exact."""
         with self._phase(Phase.PREFILL):
             yield
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """For prefill of which only the keys and values are wanted: the outputs and logits of the model mean nothing.
+        """Inside, passes only fill the cache: what the model returns means nothing.
 
-        Nothing depends on the last layer's attention but these, so it only stores its tokens.
+        Only that depends on the attention of the last layer, which therefore stores its tokens and computes nothing.
         """
         with self._phase(Phase.PREFILL, last=Phase.STORE):
             yield
@@ -171,7 +171,7 @@ class MagicPigCache(Cache):
                 layer.phase = own
 
     def remember(self, model: PreTrainedModel) -> None:
-        """Whose keys and values these are: `save` writes it down."""
+        """Notes whose keys and values these are, for `save`."""
         self._model = weakref.ref(model)
 
     def save(self, path: Path | str, *, model: PreTrainedModel | None = None, tokens: Any = None) -> None:
