@@ -34,7 +34,7 @@ class Endpoint(BaseHTTPRequestHandler):
             Endpoint.seen.append(body)
             Endpoint.under_way += 1
             Endpoint.most = max(Endpoint.most, Endpoint.under_way)
-        broken = body.get("magicpig") == {"sampler": "broken"}
+        broken = body.get("magicpig") == {"sampler": "quest:3,sinks=2"}
         self.send_response(429 if broken else 200)
         self.end_headers()
         for i in range(0 if broken else 3):
@@ -92,7 +92,7 @@ def test_arrivals_take_their_time(endpoint):
 
 
 def test_errors_are_counted_not_raised(endpoint):
-    refused = drive(endpoint, Load(requests=2, extra={"magicpig": {"sampler": "broken"}}))
+    refused = drive(endpoint, Load(requests=2, extra={"magicpig": {"sampler": "quest:3,sinks=2"}}))
     assert [outcome.error for outcome in refused.outcomes] == ["status 429"] * 2
     assert refused.summary()["first_token_s_p50"] is None
     nobody = drive("http://127.0.0.1:9/v1", Load(requests=1))
@@ -101,11 +101,13 @@ def test_errors_are_counted_not_raised(endpoint):
 
 def test_command(endpoint, tmp_path):
     arguments = ["bench", "serving", "--url", endpoint, "--requests", "2", "--words", "3,5", "--concurrency", "1,2"]
-    result = CliRunner().invoke(app, [*arguments, "--samplers", "full,broken", "--json", str(tmp_path / "out.json")])
+    result = CliRunner().invoke(
+        app, [*arguments, "--samplers", "full,quest:3,sinks=2", "--json", str(tmp_path / "out.json")]
+    )
     assert result.exit_code == 0, result.output
     told = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [(one["sampler"], one["concurrency"], one["errors"]) for one in told] == [
-        ("full", 1, 0), ("full", 2, 0), ("broken", 1, 2), ("broken", 2, 2)
+        ("full", 1, 0), ("full", 2, 0), ("quest:3,sinks=2", 1, 2), ("quest:3,sinks=2", 2, 2)
     ]  # fmt: skip
     assert re.search(r"new\s[\s\S]*tokens/s", result.output)  # the heading takes two lines of a narrow table
     failed = CliRunner().invoke(app, ["bench", "serving", "--url", "http://127.0.0.1:9/v1", "--requests", "1"])
