@@ -39,6 +39,7 @@ COMMANDS = [
     ["bench", "serving", "--url", "http://127.0.0.1:9/v1", "--requests", "1"],
     ["eval", "ruler", "--out", "missing/out"],
     ["eval", "perplexity", "--out", "missing/out"],
+    ["eval", "recall", "--out", "missing/out"],
     ["eval", "show", "missing"],
     ["eval", "tasks"],
     ["eval", "lm-eval", "--export", "missing/out"],
@@ -51,7 +52,7 @@ COMMANDS = [
 ]
 GROUPS = {
     "bench": "attention, certificates, decode, frontier, serving",
-    "eval": "ruler, perplexity, show",
+    "eval": "ruler, perplexity, recall, show",
     "pocket": "train, card",
 }
 
@@ -416,6 +417,7 @@ def test_what_is_typed_wrong_is_said_before_torch_is_imported(tmp_path):
         ["eval", "ruler", "--out", missing, "--samplers", "lhs"],
         ["eval", "ruler", "--out", missing, "--model", missing],
         ["eval", "perplexity", "--out", missing, "--samplers", "lhs"],
+        ["eval", "recall", "--out", missing, "--samplers", "lhs"],
         ["convert", missing, missing],
         ["eval", "show", missing],
         ["pocket", "train"],

@@ -245,12 +245,13 @@ def recall(
     """
     notes = Console(stderr=True, highlight=False)
     from magicpig.studies.evaluation import matrix as matrices
+
+    methods = matrices.parse_methods(samplers, exact_below=0)
+    directory = or_pocket(model, notes)
     from magicpig.studies.evaluation import perplexity
     from magicpig.studies.evaluation import recall as study
 
-    methods = matrices.parse_methods(samplers, exact_below=0)
     plan = study.Plan(text or perplexity.TEXTS[-1], methods, prompt, decoded, needles, samples, seed)
-    directory = or_pocket(model, notes)
     with notes.status("Looking into the model and the text"):
         from magicpig import generation
 
@@ -384,11 +385,12 @@ def lm_eval(
 
 
 def _cells(results: Results) -> list[dict[str, Any]]:
+    from magicpig.studies.evaluation import perplexity, recall
     from magicpig.studies.evaluation.table import summarise
 
-    return (
-        [asdict(cell) for cell in summarise(results)] if results.header.get("benchmark") == "ruler" else results.lines
-    )
+    if results.header.get("benchmark") in (perplexity.BENCHMARK, recall.BENCHMARK):
+        return results.lines
+    return [asdict(cell) for cell in summarise(results)]
 
 
 def _tables(results: Results) -> list[ResultsTable]:
