@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from magicpig.cli.errors import InputError
-from magicpig.cli.files import OutputFile, read_text
+from magicpig.cli.files import STDIO, OutputFile, read_text
 from magicpig.cli.options import (
     MOST_TOKENS,
     Adapter,
@@ -51,6 +51,14 @@ def generate(
     prompt_file: Annotated[
         Path | None,
         typer.Option(help="A UTF-8 text file with the prompt; - is standard input.", rich_help_panel=PROMPT),
+    ] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(
+            help='Many prompts: a JSON object a line, {"prompt": ...} or {"messages": ...}, and settings of its own, '
+            "called as the server calls them. Goes on where it was stopped.",
+            rich_help_panel=PROMPT,
+        ),
     ] = None,
     chat: Annotated[
         bool, typer.Option(help="Wrap the prompt as a user's message for a chat model.", rich_help_panel=PROMPT)
@@ -103,7 +111,12 @@ def generate(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="Also write the text, or with --json the object, to a file.", rich_help_panel=RESULT),
+        typer.Option(
+            "--output",
+            "--out",
+            help="Also write the text, or with --json the object, to a file; with --jsonl the answers.",
+            rich_help_panel=RESULT,
+        ),
     ] = None,
 ) -> None:
     """Let a local model read a long prompt and answer it.
@@ -112,17 +125,49 @@ def generate(
     sample of those between, weighted so that the estimate is right on average. Settings are also taken from the
     environment, as MAGICPIG_BUDGET=256.
     """
-    if (prompt is None) == (prompt_file is None):
-        raise InputError("pass either --prompt or --prompt-file")
-    text = read_text(prompt_file) if prompt_file is not None else prompt
-    if not text:
+    if [prompt, prompt_file, jsonl].count(None) != 2:
+        raise InputError("pass either --prompt or --prompt-file, or --jsonl")
+    if jsonl is not None and (output is None or as_json or output == STDIO):
+        raise InputError("--jsonl needs a file for the answers: --out FILE, and no --json")
+    text = read_text(prompt_file) if prompt_file is not None else prompt or ""
+    if not text and jsonl is None:
         raise InputError("the prompt is empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python keeps bytes it cannot decode
+    # How Python keeps bytes it cannot decode.
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError("--prompt is not valid UTF-8")
     if stop is not None and not all(stop):
         raise InputError("--stop is empty")
 
     notes = Console(stderr=True)
+    if jsonl is not None and output is not None:
+        from magicpig.cli.generate_lines import answer_file
+
+        asked = {
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": config.seed,
+            "stop": tuple(stop or ()),
+        }
+        opening = {
+            "trust_remote_code": trust_remote_code,
+            "max_length": max_length,
+            "adapter": adapter,
+            "rope_scaling": rope_scaling,
+        }
+        answer_file(
+            jsonl,
+            output,
+            or_pocket(model, notes),
+            config,
+            notes,
+            asked=asked,
+            opening=opening,
+            dtype=dtype.value,
+            system=system,
+            chat=chat,
+        )
+        return
     told: list[str] = []
     with OutputFile(output) as file:
         directory = or_pocket(model, notes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from magicpig.engine.engine import Engine, EngineOptions
 from magicpig.engine.observer import Observer
 from magicpig.engine.request import Collector, Completion, Delta, Request, SamplingParams
 from magicpig.engine.template import chat_prompt
-from magicpig.errors import ArgumentError
+from magicpig.errors import ArgumentError, MagicPigError
 from magicpig.generation import load, open_model
 
 Prompt = str | Sequence[int]
@@ -90,35 +91,47 @@ class LLM:
         """As `generate`, for requests as they are."""
         for request in requests:
             self.engine.check(request)
-        collectors = [Collector(request) for request in requests]
-        open_, failures = len(requests), []
-        waiting = list(zip(requests, collectors, strict=True))[::-1]
+        found: list[Completion | None] = [None] * len(requests)
         with _progress(len(requests), shown=progress) as bar:
+            for index, done in self.complete(requests):
+                if isinstance(done, MagicPigError):
+                    raise done
+                found[index] = done
+                bar.update(1)
+                bar.set_postfix_str(f"{self.engine.unfinished} running", refresh=False)
+        return [completion for completion in found if completion is not None]
 
-            def deliver(collector: Collector, delta: Delta) -> None:
-                nonlocal open_
-                if delta.error is not None:
-                    failures.append(delta.error)
-                elif collector.add(delta):
-                    open_ -= 1
-                    bar.update(1)
-                if delta.tokens:
-                    bar.set_postfix_str(f"{self.engine.unfinished} running", refresh=False)
+    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion | MagicPigError]]:
+        """The number of each request with its answers, or with what ended it early; those that end first come first."""
+        waiting, left = list(enumerate(requests))[::-1], len(requests)
+        ended: deque[tuple[int, Completion | MagicPigError]] = deque()
+        failed: set[int] = set()
 
-            try:
-                while open_ and not failures:
-                    while waiting and len(self.engine.scheduler.waiting) < self.engine.scheduler.limits.running:
-                        request, collector = waiting.pop()
-                        self.engine.submit(request, partial(deliver, collector))
-                    if not self.engine.step() and open_:
-                        self.engine.wait()
-            finally:
-                for request in requests:
-                    self.engine.cancel(request.id)
-                self.engine.step()
-        if failures:
-            raise failures[0]
-        return [collector.completion() for collector in collectors]
+        def deliver(index: int, collector: Collector, delta: Delta) -> None:
+            if delta.error is not None:
+                if index not in failed:  # once, of several answers
+                    failed.add(index)
+                    ended.append((index, delta.error))
+            elif collector.add(delta):
+                ended.append((index, collector.completion()))
+
+        try:
+            while left:
+                while waiting and len(self.engine.scheduler.waiting) < self.engine.scheduler.limits.running:
+                    index, request = waiting.pop()
+                    try:
+                        self.engine.submit(request, partial(deliver, index, Collector(request)))
+                    except MagicPigError as error:
+                        ended.append((index, error))
+                if not self.engine.step() and not ended:
+                    self.engine.wait()
+                while ended:
+                    left -= 1
+                    yield ended.popleft()
+        finally:
+            for request in requests:
+                self.engine.cancel(request.id)
+            self.engine.step()
 
     def close(self) -> None:
         """Gives the network back as it was."""
