@@ -35,8 +35,10 @@ COMMANDS = [
     ["bench", "attention"],
     ["bench", "certificates"],
     ["bench", "decode"],
+    ["bench", "engine"],
     ["bench", "frontier"],
     ["bench", "serving", "--url", "http://127.0.0.1:9/v1", "--requests", "1"],
+    ["bench", "warm"],
     ["eval", "ruler", "--out", "missing/out"],
     ["eval", "perplexity", "--out", "missing/out"],
     ["eval", "recall", "--out", "missing/out"],
@@ -51,7 +53,7 @@ COMMANDS = [
     ["cache", "verify", "--cache-dir", "missing"],
 ]
 GROUPS = {
-    "bench": "attention, certificates, decode, frontier, serving",
+    "bench": "attention, certificates, decode, engine, frontier, serving, warm",
     "eval": "ruler, perplexity, recall, show",
     "pocket": "train, card",
 }

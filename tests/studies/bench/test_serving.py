@@ -123,3 +123,14 @@ def test_quantiles_and_limits():
         Load(words=(5, 3))
     with pytest.raises(ArgumentError, match="rate=0"):
         Load(rate=0)
+
+
+def test_clients_that_hang_up_are_no_errors_and_do_not_count_in_times(endpoint):
+    result = drive(endpoint, Load(requests=6, hang_up=0.5, words=(1, 3)))
+    left = [outcome.left for outcome in result.outcomes]
+    found = result.summary()
+    assert 0 < sum(left) < 6
+    assert (found["errors"], found["hung_up"]) == (0, sum(left))
+    assert all(outcome.gaps == () for outcome in result.outcomes if outcome.left)
+    with pytest.raises(ArgumentError, match="hang_up=2"):
+        Load(hang_up=2)

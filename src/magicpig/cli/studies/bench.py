@@ -8,10 +8,12 @@ from magicpig.cli.commands import CommandGroup
 from magicpig.cli.studies.bench_attention import attention
 from magicpig.cli.studies.bench_certificates import certificates
 from magicpig.cli.studies.bench_decode import decode
+from magicpig.cli.studies.bench_engine import engine
 from magicpig.cli.studies.bench_frontier import frontier
 from magicpig.cli.studies.bench_serving import serving
+from magicpig.cli.studies.bench_warm import warm
 from magicpig.cli.studies.command import StudyCommand
 
 measure = typer.Typer(cls=CommandGroup, help="Measure, in a way that can be repeated and compared.")
-for command in (attention, certificates, decode, frontier, serving):
+for command in (attention, certificates, decode, engine, frontier, serving, warm):
     measure.command(cls=StudyCommand)(command)

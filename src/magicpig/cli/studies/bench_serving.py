@@ -37,6 +37,9 @@ def serving(
     ] = None,
     words: Annotated[str, typer.Option(help="The fewest and the most words of a prompt.")] = "10,4000",
     max_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Of each answer.")] = 64,
+    hang_up: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of clients that leave after the first piece of text.")
+    ] = 0.0,
     samplers: Annotated[
         str | None,
         typer.Option(
@@ -74,6 +77,7 @@ def serving(
                         concurrency=level,
                         words=(bounds[0], bounds[1]),
                         max_tokens=max_tokens,
+                        hang_up=hang_up,
                         extra=extra,
                         seed=seed,
                     )

@@ -27,7 +27,8 @@ class Load:
     """requests: how many. rate: arrivals a second, math.inf for all at once. concurrency: the most under way.
 
     words: the fewest and the most words of a prompt; lengths are even in their logarithm. max_tokens: of each answer,
-    which goes on after the end of the text. extra: more fields of each request. seed: of prompts and arrivals.
+    which goes on after the end of the text. hang_up: the share of clients that leave after the first piece of text.
+    extra: more fields of each request. seed: of prompts, arrivals and who leaves.
     """
 
     requests: int = 32
@@ -35,6 +36,7 @@ class Load:
     concurrency: int = 8
     words: tuple[int, int] = (10, 4000)
     max_tokens: int = 64
+    hang_up: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -42,6 +44,8 @@ class Load:
         low, high = self.words
         if not 1 <= low <= high:
             raise ArgumentError(f"words={low},{high} must be at least 1, the smaller one first")
+        if not 0 <= self.hang_up <= 1:
+            raise ArgumentError(f"hang_up={self.hang_up} must be at least 0 and at most 1")
         for name in ("requests", "rate", "concurrency", "max_tokens"):
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name}={getattr(self, name)} must be positive")
@@ -49,7 +53,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request, in seconds. gaps: between pieces of text. error: what went wrong, else None."""
+    """One request, in seconds. gaps: between pieces of text. error: what went wrong, else None. left: hung up."""
 
     prompt_tokens: int
     new_tokens: int
@@ -57,6 +61,7 @@ class Outcome:
     gaps: tuple[float, ...]
     total_s: float
     error: str | None = None
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,14 @@ class Result:
 
     def summary(self) -> dict[str, float | int | None]:
         """Rates over all seconds; medians and 95th percentiles of those that were answered."""
-        good = [outcome for outcome in self.outcomes if outcome.error is None]
+        good = [outcome for outcome in self.outcomes if outcome.error is None and not outcome.left]
+        errors = sum(outcome.error is not None for outcome in self.outcomes)
         gaps = [gap for outcome in good for gap in outcome.gaps]
         first, total = [outcome.first_s for outcome in good], [outcome.total_s for outcome in good]
         return {
             "requests": len(self.outcomes),
-            "errors": len(self.outcomes) - len(good),
+            "errors": errors,
+            "hung_up": len(self.outcomes) - len(good) - errors,
             "seconds": self.seconds,
             "requests_per_s": len(good) / self.seconds,
             "prompt_tokens_per_s": sum(outcome.prompt_tokens for outcome in good) / self.seconds,
@@ -128,22 +135,23 @@ async def _drive(
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits) as client:
         named = {} if model is None else {"model": model}
 
-        async def one(prompt: str) -> Outcome:
+        async def one(prompt: str, *, leave: bool) -> Outcome:
             async with room:
-                outcome = await _ask(client, {**named, "prompt": prompt, "max_tokens": load.max_tokens, **load.extra})
+                body = {**named, "prompt": prompt, "max_tokens": load.max_tokens, **load.extra}
+                outcome = await _ask(client, body, leave=leave)
             on_done(outcome)
             return outcome
 
         start, tasks = time.perf_counter(), []
         for prompt in prompts(load):
-            tasks.append(asyncio.create_task(one(prompt)))
+            tasks.append(asyncio.create_task(one(prompt, leave=chance.random() < load.hang_up)))
             if load.rate < math.inf:
                 await asyncio.sleep(chance.expovariate(load.rate))
         outcomes = await asyncio.gather(*tasks)
         return Result(load, time.perf_counter() - start, tuple(outcomes))
 
 
-async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
+async def _ask(client: httpx.AsyncClient, body: dict[str, Any], *, leave: bool) -> Outcome:
     body = {
         "temperature": 0,
         "ignore_eos": True,
@@ -168,6 +176,8 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
                 usage = event.get("usage") or usage
                 if any(choice.get("text") for choice in event.get("choices", ())):
                     times.append(time.perf_counter())
+                    if leave:
+                        break
     except httpx.HTTPError as broken:
         error = type(broken).__name__
     end = time.perf_counter()
@@ -180,4 +190,5 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Outcome:
         gaps=tuple(b - a for a, b in itertools.pairwise(times)),
         total_s=end - start,
         error=error,
+        left=leave and error is None,
     )
