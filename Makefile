@@ -1,4 +1,4 @@
-# make demo | evidence | test | test-slow | test-all | test-levels | test-reference | test-lowest | test-newest | clang | sanitize |
+# make demo | evidence | test | test-slow | test-all | test-page | test-levels | test-reference | test-lowest | test-newest | clang | sanitize |
 #      lint | format | stub | constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
@@ -20,7 +20,7 @@ REAL   := build/real/SmolLM2-135M-Instruct/config.json
 CAPTURE := build/real/pride-8K.safetensors
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo evidence test test-slow test-all test-levels test-reference test-lowest test-newest clang test-clang sanitize lint format stub \
+.PHONY: setup demo evidence test test-slow test-all test-page test-levels test-reference test-lowest test-newest clang test-clang sanitize lint format stub \
   constraints wheel clean
 .DEFAULT_GOAL := setup
 
@@ -58,13 +58,17 @@ evidence: setup $(REAL)
 
 # Everything that guards behaviour, in minutes.
 test: lint
-	$(PYTEST) -m 'not slow' --cov --cov-report=term $(ARGS)
+	$(PYTEST) -m 'not slow and not browser' --cov --cov-report=term $(ARGS)
 
 # The long statistics and matrices.
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow
+
+# The server's page in Chromium, Debian's for example. Leaves pictures of it, and of a chat, in docs/.
+test-page: setup
+	PICTURES=docs/pictures $(BIN)/python -m pytest -n 0 -m browser tests/server/test_page.py $(ARGS)
 
 # What depends on numbers once more, with each instruction set as the default that the machine has besides its best, or
 # can emulate where it lacks the real one.
@@ -88,7 +92,7 @@ test-lowest: setup $(STAMPS)/lowest-$(LOWEST)
 # The tests with the newest of everything: shows what next month breaks. What will be gone one day may warn here.
 test-newest:
 	$(MAKE) setup VENV=.venv-newest BUILD=build/newest CONSTRAINTS=
-	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m 'not slow' -W default::FutureWarning -W default::DeprecationWarning \
+	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m 'not slow and not browser' -W default::FutureWarning -W default::DeprecationWarning \
 	  -W default::PendingDeprecationWarning $(ARGS)
 
 # What the kernels do with memory, watched: their tests on a build that stops at the first wrong address. Takes minutes.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from magicpig import LLM, Config, UnsupportedModelError, attach, detach
+from magicpig.attention.step import LayerDecoder
 from magicpig.engine.errors import (
     ContextLengthError,
     QueueFullError,
@@ -403,6 +406,22 @@ def test_statuses_end_as_done(llm, prompts):
         pass
     assert task.status is Status.DONE
     assert task.state is None
+
+
+def test_steps_of_answers_alone_take_the_short_way_and_let_go_of_what_ended(llm, prompts, monkeypatch):
+    engine, taken, step = llm("llama", SKETCH, cache_share=0.0).engine, [], LayerDecoder.step
+    monkeypatch.setattr(LayerDecoder, "step", lambda self, *new: (taken.append(len(new[0])), step(self, *new))[1])
+    answers = [Answers(), Answers()]
+    for prompt, own, tokens in zip(prompts[:2], answers, (4, 8), strict=True):
+        engine.submit(request(prompt, max_tokens=tokens), own)
+    stores = weakref.WeakSet()
+    while engine.unfinished:
+        if not engine.step():
+            engine.wait()
+        stores |= {store for task in engine.scheduler.running for store in task.state.stores}
+    assert sum(taken) == 2 * (3 + 7), "in both layers, all tokens but those that the prompts bring"
+    gc.collect()
+    assert len(stores) == 0
 
 
 def test_others_go_on_while_an_index_is_built(llm, prompts, alone, monkeypatch):

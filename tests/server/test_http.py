@@ -5,14 +5,20 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import signal
 import socket
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 
+from magicpig.server import app
 from magicpig.server.middleware import JsonLines
 
 ASK = {"model": "pocket", "prompt": "The number is", "max_tokens": 4, "temperature": 0}
@@ -111,6 +117,11 @@ def test_malformed_requests_are_refused_in_words(client, name):
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         {"messages": [{"role": "user", "content": ""}], "max_tokens": 0, "add_generation_prompt": False, "n": 1000},
         {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}},
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "xml"}},
+        {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "a b"}}]},
+        {"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"},
+        {"messages": [{"role": "user", "content": "x"}], "functions": [{"name": "f"}]},
         {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 50, "logprobs": True},
         {"messages": [{"role": "user", "content": "x"}], "stream_options": {"include_usage": True}},
     ],
@@ -301,3 +312,70 @@ def test_log_lines_are_json_with_request_ids():
     assert line["message"] == "GET /x done"
     assert (line["level"], line["request_id"], line["seconds"]) == ("info", "abc", 0.5)
     assert line["time"].endswith("Z")
+
+
+def test_every_metric_of_the_dashboard_is_there(serve):
+    with serve().client() as client:
+        assert client.post("/v1/completions", json=ASK).status_code == 200
+        metrics = client.get("/metrics").text
+    dashboard = json.loads(Path(app.__file__).with_name("grafana.json").read_text())
+    shown = {name for panel in dashboard["panels"] for target in panel["targets"]
+             for name in re.findall(r"magicpig_\w+", target["expr"])}  # fmt: skip
+    told = set(re.findall(r"^(magicpig_\w+)", metrics, re.MULTILINE))
+    assert shown - told == set()
+    cells = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+    assert len(cells) == len(set(cells))
+
+
+def pdf(*pages):
+    """A PDF file whose pages say that."""
+    kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
+    objects = [
+        "<</Type /Catalog /Pages 2 0 R>>",
+        f"<</Type /Pages /Count {len(pages)} /Kids [{kids}]>>",
+        "<</Type /Font /Subtype /Type1 /BaseFont /Helvetica>>",
+    ]
+    for i, text in enumerate(pages):
+        drawn = f"BT /F 12 Tf 9 99 Td ({text}) Tj ET"
+        fonts = "/Resources <</Font <</F 3 0 R>>>>"
+        objects.append(f"<</Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] {fonts} /Contents {5 + 2 * i} 0 R>>")
+        objects.append(f"<</Length {len(drawn)}>> stream\n{drawn}\nendstream")
+    file, places = "%PDF-1.4\n", []
+    for number, each in enumerate(objects, 1):
+        places.append(f"{len(file):010} 00000 n \n")
+        file += f"{number} 0 obj {each} endobj\n"
+    table = f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{''.join(places)}"
+    return f"{file}{table}trailer <</Size {len(objects) + 1} /Root 1 0 R>>\nstartxref\n{len(file)}\n%%EOF".encode()
+
+
+def test_the_text_of_a_pdf_file(client, monkeypatch):
+    from pypdf import PdfWriter
+
+    empty = io.BytesIO()
+    writer = PdfWriter()
+    writer.add_blank_page(72, 72)
+    writer.write(empty)
+    with_text = pdf("the cat of rome", "the map of the sea")
+    assert client.post("/extract", content=with_text).json() == {"text": "the cat of rome\n\nthe map of the sea"}
+    for content, message in ((b"", "not a PDF"), (b"%PDF-nonsense", "not a PDF"), (empty.getvalue(), "has no text")):
+        answer = client.post("/extract", content=content)
+        assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True), answer.text
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    answer = client.post("/extract", content=with_text)
+    assert (answer.status_code, "magicpig[pdf]" in answer.text) == (501, True)
+
+
+def test_four_times_more_than_memory_has_room_for_waits_and_is_answered(serve):
+    """Queueing: nothing fails; and nobody who was let in waits for those who were not."""
+    live = serve(engine={"cache_share": 0.0, "running": 16, "token_budget": 64})
+    config = live.engine.config
+    live.engine.scheduler.limits = replace(live.engine.scheduler.limits, memory=2 * live.engine.size(config, 700))
+    ask = {"max_tokens": 40, "ignore_eos": True, "temperature": 0}
+    with live.client() as client, ThreadPoolExecutor(8) as clients:
+        bodies = [ask | {"prompt": [5 + i] * 600} for i in range(8)]
+        answers = list(clients.map(lambda body: client.post("/v1/completions", json=body), bodies))
+        assert [answer.status_code for answer in answers] == [200] * 8
+        assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {40}
+        too_large = client.post("/v1/completions", json=ask | {"prompt": [5] * 5000})
+        assert (too_large.status_code, too_large.json()["error"]["code"]) == (400, "request_too_large")
+    assert (live.engine.scheduler.reserved, live.engine.unfinished) == (0, 0)

@@ -9,6 +9,7 @@ and texts, nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from magicpig.config import Config
 from magicpig.engine.errors import ContextLengthError, RequestTimeoutError, ShuttingDownError, StepError
+from magicpig.engine.glance import Glance, Watch
+from magicpig.engine.grammar import Grammar
 from magicpig.engine.observer import Observer, StepRecord
 from magicpig.engine.prefix_cache import PrefixCache
 from magicpig.engine.prompt_files import PromptFile, PromptFiles
-from magicpig.engine.request import Delta, FinishReason, Report, Request, TokenLogprob
+from magicpig.engine.request import Delta, FinishReason, Report, Request, SamplingParams, TokenLogprob
 from magicpig.engine.runner import Outcome, Runner, SequenceState, Work
 from magicpig.engine.sampling import TokenSampler, check_tokens, logprobs
 from magicpig.engine.scheduler import Batch, Limits, Phase, Piece, Scheduler, Status, Task
@@ -132,6 +135,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._accepting, self._stopping = True, False
         self._size = lru_cache(maxsize=4096)(self._size_of)
+        self._grammar = lru_cache(maxsize=64)(self._grammar_of)
 
     # --- what callers do, from any thread -----------------------------------------------------------------------------
 
@@ -144,6 +148,7 @@ class Engine:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
             raise ArgumentError(f"the prompt has token {wrong}; the model knows the tokens 0 to {vocabulary - 1}")
         check_tokens(request.sampling, vocabulary)
+        self.grammar(request.sampling)
         config = self._config(request)
         try:
             self.runner.new_state(config)
@@ -158,6 +163,12 @@ class Engine:
                 f"{len(prompt)} tokens of prompt{wanted}"
             )
         return self._fitting(config, len(prompt), room) if asked is None else asked
+
+    def grammar(self, sampling: SamplingParams) -> Grammar | None:
+        """What an answer has to follow, if anything. The first one takes a second. Raises GrammarError."""
+        if sampling.json_schema is None:
+            return None
+        return self._grammar(json.dumps(sampling.json_schema, sort_keys=True))
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         """Takes a request in. `deliver` is called, from the thread of the steps, with each delta until all answers end.
@@ -347,6 +358,7 @@ class Engine:
                 (token,),
                 () if top is None else tuple(logprobs(logits[None], [token], top)),
                 answer.take_prompt_logprobs(),
+                glance=answer.glance(),
             ),
         )
         if finish is not None:
@@ -416,6 +428,7 @@ class Engine:
         self.scheduler.finish(answer)
         report = answer.report(self._clock())
         answer.state = None
+        self.runner.forget()
         self._deliver(answer, Delta(answer.index, finish=finish, report=report, error=error))
         self.observer.on_end(answer.request, answer.index, finish, report)
         if all(other.status is Status.DONE for other in self._family(answer)):
@@ -449,6 +462,7 @@ class Engine:
     def _preempted(self, task: Task) -> None:
         answer = _answer(task)
         answer.state = None
+        self.runner.forget()
         self.observer.on_preempted(answer.request)
 
     def _config(self, request: Request) -> Config:
@@ -463,6 +477,9 @@ class Engine:
         settings = Config.model_validate_json(config)
         shapes = layer_shapes(self.network.config, settings)
         return plan(shapes, settings, sequences=1, tokens=tokens, dtype=key_dtype(self.network)).total
+
+    def _grammar_of(self, schema: str) -> Grammar:
+        return Grammar(json.loads(schema), self.tokenizer, self.runner.vocabulary, self.ends)
 
     def _fitting(self, config: Config, prompt: int, room: int) -> int:
         """The most tokens up to `room` whose memory is there; at least one, and then `submit` says what is missing."""
@@ -535,8 +552,14 @@ class _Answer(Task):
         )
         self.request, self.index, self.config, self.deliver = request, index, config, deliver
         self.known = list(request.prompt)  # and what was drawn
+        grammar = engine.grammar(sampling)
         self.sampler = TokenSampler(
-            sampling, request.prompt, ends=engine.ends, vocabulary=engine.runner.vocabulary, index=index
+            sampling,
+            request.prompt,
+            ends=engine.ends,
+            vocabulary=engine.runner.vocabulary,
+            index=index,
+            guide=None if grammar is None else grammar.guide(),
         )
         self.last_tokens = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else engine.ends)
         self.text = Detokenizer(engine.tokenizer, skip_special_tokens=sampling.skip_special_tokens)
@@ -548,6 +571,8 @@ class _Answer(Task):
         self.first_token: float | None = None
         self.last_token = now
         self.prompt_logprobs: list[TokenLogprob] = []
+        heads = engine.network.config.get_text_config(decoder=True).num_attention_heads
+        self.watch = Watch(int(heads)) if request.watch else None
 
     def state_now(self) -> SequenceState:
         assert self.state is not None
@@ -601,6 +626,10 @@ class _Answer(Task):
         if self.request.sampling.prompt_logprobs is None or self.index != 0 or self.produced > 1:
             return None
         return tuple(self.prompt_logprobs)
+
+    def glance(self) -> Glance | None:
+        """What attention read for the newest token, if somebody watches."""
+        return None if self.watch is None or self.state is None else self.watch.glance(self.state)
 
     def report(self, now: float) -> Report:
         measured = {} if self.state is None else measure(self.state)

@@ -6,9 +6,10 @@ import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from magicpig.config import Config
+from magicpig.engine.glance import Glance
 from magicpig.errors import ArgumentError, MagicPigError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -35,6 +36,7 @@ class SamplingParams:
     seed: the same seed gives the same text, whatever else runs; None takes a new one each time.
     n: answers; the i-th has seed + i. logprobs: log-probabilities of the drawn tokens and of so many likeliest
     (natural, of the model's own distribution); None for none. prompt_logprobs: the same of the prompt's tokens.
+    json_schema: what the answer has to follow (grammar.py).
     Raises ArgumentError for values out of range.
     """
 
@@ -57,6 +59,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _within("max_tokens", self.max_tokens, 0, math.inf)
@@ -76,6 +79,8 @@ class SamplingParams:
             _within(f"logit_bias[{token}]", bias, -100, 100)
         if len(self.stop) > MOST_STOPS:
             raise ArgumentError(f"stop has {len(self.stop)} strings; allowed are {MOST_STOPS}")
+        if self.json_schema is not None and (self.ignore_eos or self.min_tokens):
+            raise ArgumentError("json_schema says where an answer ends: it allows neither ignore_eos nor min_tokens")
         if "" in self.stop:
             raise ArgumentError("stop has an empty string; leave it out")
 
@@ -97,6 +102,7 @@ class Request:
     """One prompt, to be answered `sampling.n` times.
 
     prompt: token ids. config: how the answer attends; None for what the engine has. priority: smaller comes first.
+    watch: whether each token comes with a `Glance`.
     timeout: seconds until all must be done; queue_timeout: until it must have begun; None for no limit.
     """
 
@@ -104,6 +110,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     config: Config | None = None
     priority: int = 0
+    watch: bool = False
     timeout: float | None = None
     queue_timeout: float | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -164,6 +171,7 @@ class Delta:
     finish: FinishReason | None = None
     report: Report | None = None
     error: MagicPigError | None = None
+    glance: Glance | None = None
 
 
 @dataclass(frozen=True)

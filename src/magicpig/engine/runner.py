@@ -162,6 +162,9 @@ class Runner:
             attach(network, config)  # knows which models work
         network.set_attn_implementation(NAME)
         self._windows = [shape.window for shape in layer_shapes(network.config, config)]
+        # Of the sequences that answered in the last step: most often the next step is of the same.
+        self._group: list[SequenceState] = []
+        self._decoders: dict[int, attention.LayerDecoder] = {}
         self._keeps_logits = network._supports_logits_to_keep()
 
     @property
@@ -200,8 +203,26 @@ class Runner:
         logits = output.logits[0] if self._keeps_logits else output.logits[0, rows]
         return step.outcomes(logits.to("cpu", torch.float32))
 
+    def decoder(self, index: int, work: Sequence[Work], heads: int, **rule: Any) -> attention.LayerDecoder:
+        """For a step in which every piece is the next token of an answer."""
+        if len(work) != len(self._group) or any(
+            piece.state is not state for piece, state in zip(work, self._group, strict=True)
+        ):
+            self.forget()
+            self._group = [piece.state for piece in work]
+        found = self._decoders.get(index)
+        if found is None or found.scale != rule["scale"] or found.softcap != rule["softcap"]:
+            stores: list[Any] = [state.layers[index] for state in self._group]
+            found = self._decoders[index] = attention.LayerDecoder(stores, heads, **rule)
+        return found
+
+    def forget(self) -> None:
+        """Lets go of the sequences of the last step; to be called when one of them ends."""
+        self._group, self._decoders = [], {}
+
     def close(self) -> None:
         """Puts the network's own attention back."""
+        self.forget()
         if self.network.config._attn_implementation != NAME:
             return  # it was closed before
         self.network.set_attn_implementation(ATTACHED)
@@ -235,6 +256,7 @@ class _Step:
     def __init__(self, runner: Runner, work: Sequence[Work]) -> None:
         self.runner, self.work = runner, work
         self.failed: dict[int, MagicPigError] = {}
+        self.decodes = all(piece.phase is Phase.DECODE and len(piece.tokens) == 1 for piece in work)
         self.begins = [0]
         for piece in work:
             self.begins.append(self.begins[-1] + len(piece.tokens))
@@ -255,6 +277,10 @@ class _Step:
         if window is not None:
             rule = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits, "window": window}
             return self._slide(index, window, query, keys, values, rule)
+        if self.decodes and sink_logits is None and not self.failed:
+            output = self._decode(index, query, keys, values, scale=scale, softcap=softcap)
+            if output is not None:
+                return output
         q, k, v = (x.transpose(0, 1).to("cpu") for x in (query, keys, values))
         sinks = None if sink_logits is None else sink_logits.to("cpu", torch.float32)
         # What failed in an earlier layer is not stored in this one.
@@ -277,6 +303,20 @@ class _Step:
                 if error is not None:
                     self.failed[i] = error
                     output[self.begins[i] : self.begins[i + 1]] = 0  # some models cannot route what is no number
+        return output
+
+    def _decode(self, index: int, query: Tensor, keys: Tensor, values: Tensor, **rule: Any) -> Tensor | None:
+        """As `attend` where every sequence has one token and answers; None if that must go the long way."""
+        decoder = self.runner.decoder(index, self.work, query.shape[0], **rule)
+        q, k, v = (x.transpose(0, 1)[:, :, None] for x in (query, keys, values))
+        if not decoder.takes(q, k, v):
+            return None
+        output, errors = decoder.step(q, k, v)
+        output = output[:, 0]
+        for i, error in enumerate(errors or ()):
+            if error is not None:
+                self.failed[i] = error
+                output[i] = 0
         return output
 
     def outcomes(self, logits: Tensor) -> list[Outcome]:

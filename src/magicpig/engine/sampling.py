@@ -22,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from magicpig.engine.grammar import Guide
 from magicpig.engine.request import LARGEST_SEED, SamplingParams, TokenLogprob
 from magicpig.errors import ArgumentError
 
@@ -32,7 +33,8 @@ _SCORES: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 class TokenSampler:
     """Draws the tokens of one answer. index: of the answer, which shifts the seed.
 
-    prompt: its token ids. ends: the tokens that end an answer. vocabulary: tokens that the model knows.
+    prompt: its token ids. ends: the tokens that end an answer. vocabulary: tokens that the model knows. guide: which of
+    them may come, or None.
     Raises ArgumentError for tokens that the model does not know.
     """
 
@@ -44,9 +46,10 @@ class TokenSampler:
         ends: Collection[int],
         vocabulary: int,
         index: int = 0,
+        guide: Guide | None = None,
     ) -> None:
         check_tokens(params, vocabulary)
-        self.params = params
+        self.params, self._guide = params, guide
         self._processors = _processors(params, len(prompt), ends, vocabulary)
         self._generator = torch.Generator()
         seed = secrets.randbelow(LARGEST_SEED) if params.seed is None else (params.seed + index) % LARGEST_SEED
@@ -58,11 +61,13 @@ class TokenSampler:
     @property
     def plain(self) -> bool:
         """Whether the token is that of the largest logit, whatever was said before."""
-        return self.params.greedy and not self._processors
+        return self.params.greedy and not self._processors and self._guide is None
 
     def draw(self, logits: Tensor) -> int:
         """The next token, of logits (vocabulary,) in float32 that are finite or minus infinity."""
         scores: Any = logits[None]
+        if self._guide is not None:
+            scores = self._guide.apply(scores)
         if self._known is not None:
             known: Any = self._known[:, : self._length]
             scores = self._processors(known, scores)
@@ -75,6 +80,8 @@ class TokenSampler:
 
     def remember(self, token: int) -> None:
         """Notes a token that was drawn elsewhere."""
+        if self._guide is not None:
+            self._guide.remember(token)
         if self._known is None:
             return
         if self._length == self._known.shape[1]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -60,7 +62,8 @@ def _attention(reports: Sequence[Report]) -> dict[str, Any]:
 class Answers:
     """One HTTP request under way.
 
-    chat: whether it is one. echoes: by prompt, the text that comes before each answer. tokenizer: names tokens.
+    chat: whether it is one. calls: whether answers may be calls of functions; then they are told when they are whole.
+    echoes: by prompt, the text that comes before each answer. tokenizer: names tokens.
     id, created, model: as in every object that the client gets.
     """
 
@@ -72,7 +75,9 @@ class Answers:
     echoes: Sequence[str] | None = None
     logprobs: bool = False
     include_usage: bool = False
+    calls: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    _held: dict[int, str] = field(default_factory=dict, init=False)
 
     async def whole(self) -> dict[str, Any]:
         """All answers in one object. Raises MagicPigError where one ended by an error."""
@@ -103,8 +108,9 @@ class Answers:
                     usage.add(prompt, delta.report)
                 chunks = self._chunks(prompt, index, delta, first=index not in begun)
                 begun.add(index)
-                for choice in chunks:
-                    yield _event({**self._head(name), "choices": [choice], **extra})
+                seen = {} if delta.glance is None else {"magicpig": asdict(delta.glance)}
+                for choices in [[choice] for choice in chunks] or ([[]] if seen else []):
+                    yield _event({**self._head(name), "choices": choices, **extra, **seen})
             else:
                 if self.include_usage:
                     yield _event({**self._head(name), "choices": [], "usage": usage.as_dict()})
@@ -119,14 +125,18 @@ class Answers:
         choices = []
         for choice in completion.choices:
             answer: dict[str, Any] = {"index": prompt * len(completion.choices) + choice.index}
+            finish: str = choice.finish
             if self.chat:
-                answer["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+                content, tool_calls = self._calls(choice.text)
+                answer["message"] = {"role": "assistant", "content": content, "refusal": None}
+                if tool_calls:
+                    answer["message"]["tool_calls"], finish = tool_calls, "tool_calls"
                 answer["logprobs"] = self._chat_logprobs(choice.logprobs) if self.logprobs else None
             else:
                 entries = [*(completion.prompt_logprobs or ()), *choice.logprobs]
                 answer["text"] = ("" if self.echoes is None else self.echoes[prompt]) + choice.text
                 answer["logprobs"] = self._logprobs(entries) if self.logprobs else None
-            choices.append(answer | {"finish_reason": choice.finish})
+            choices.append(answer | {"finish_reason": finish})
         return choices
 
     def _chunks(self, prompt: int, index: int, delta: Delta, *, first: bool) -> list[dict[str, Any]]:
@@ -135,11 +145,20 @@ class Answers:
             chunks: list[dict[str, Any]] = []
             if first:
                 chunks.append({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-            if delta.text or (self.logprobs and delta.tokens):
+            finish: str | None = delta.finish
+            if self.calls:
+                self._held[index] = self._held.get(index, "") + delta.text
+                if finish is not None:
+                    content, tool_calls = self._calls(self._held.pop(index))
+                    said = {"tool_calls": [{"index": i, **call} for i, call in enumerate(tool_calls)]}
+                    finish = "tool_calls" if tool_calls else finish
+                    part: dict[str, Any] = said if tool_calls else {"content": content}
+                    chunks.append({"index": index, "delta": part, "finish_reason": None})
+            elif delta.text or (self.logprobs and delta.tokens):
                 logprobs = {"logprobs": self._chat_logprobs(delta.logprobs)} if self.logprobs else {}
                 chunks.append({"index": index, "delta": {"content": delta.text}, **logprobs, "finish_reason": None})
-            if delta.finish is not None:
-                chunks.append({"index": index, "delta": {}, "finish_reason": delta.finish})
+            if finish is not None:
+                chunks.append({"index": index, "delta": {}, "finish_reason": finish})
             return chunks
         text = delta.text if not first or self.echoes is None else self.echoes[prompt] + delta.text
         entries = [*(delta.prompt_logprobs or ()), *delta.logprobs]
@@ -147,6 +166,19 @@ class Answers:
             return []
         logprobs_of = self._logprobs(entries) if self.logprobs and entries else None
         return [{"index": index, "text": text, "logprobs": logprobs_of, "finish_reason": delta.finish}]
+
+    def _calls(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
+        """The calls of functions that a text is, if there are any; else the text."""
+        found = tool_calls(text) if self.calls else []
+        made = [
+            {
+                "id": f"call_{uuid.uuid4().hex[:24]}",
+                "type": "function",
+                "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            }
+            for name, arguments in found
+        ]
+        return (None if made else text), made
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         """As of completions: parallel lists."""
@@ -182,6 +214,19 @@ class Answers:
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = token_text(self.tokenizer, token)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def tool_calls(text: str) -> list[tuple[str, Any]]:
+    """Names and arguments of the calls in a text: JSON alone, or in the tags that Hermes and Qwen were taught."""
+    parts = re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", text, re.DOTALL) or [text.strip()]
+    calls = []
+    for part in parts:
+        try:
+            call = json.loads(part)
+            calls.append((str(call["name"]), call["arguments"]))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return []
+    return calls
 
 
 def token_text(tokenizer: Any, token: int) -> str:

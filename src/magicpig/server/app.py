@@ -9,11 +9,12 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -24,11 +25,15 @@ from magicpig.engine.request import SamplingParams
 from magicpig.engine.template import chat_prompt
 from magicpig.errors import MagicPigError
 from magicpig.server.answers import Answers
+from magicpig.server.documents import pdf_text
 from magicpig.server.errors import ApiError, as_api_error
 from magicpig.server.metrics import Metrics
 from magicpig.server.middleware import ApiKeys, BodyLimit, RequestLog, respond
 from magicpig.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
+PAGE = Path(__file__).with_name("page.html")
+# The page is one file, and asks nobody but this server.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 T = TypeVar("T")
 logger = logging.getLogger("magicpig.server")
@@ -87,7 +92,9 @@ class Service:
 
     async def encode_chat(self, body: ChatRequest | TokenizeRequest) -> tuple[int, ...]:
         messages = [message.as_dict() for message in body.messages or ()]
-        variables = (body.chat_template_kwargs or {}) if isinstance(body, ChatRequest) else {}
+        variables = dict(body.chat_template_kwargs or {}) if isinstance(body, ChatRequest) else {}
+        if isinstance(body, ChatRequest) and body.calls:
+            variables["tools"] = body.told_tools()
         return await self.with_tokenizer(lambda tokenizer: chat_prompt(tokenizer, messages, **variables))
 
     async def decode(self, tokens: Sequence[int]) -> str:
@@ -105,7 +112,8 @@ class Service:
     ) -> tuple[Answers, SamplingParams]:
         """Hands the prompts to the engine. Raises ApiError and what `Engine.submit` raises."""
         params, config = body.params(), body.config(self.engine.config)
-        requests = [EngineRequest(prompt, params, config, body.priority) for prompt in prompts]
+        watch = body.include_attention
+        requests = [EngineRequest(prompt, params, config, body.priority, watch=watch) for prompt in prompts]
         stream = self.engine.stream(requests)
         chat = isinstance(body, ChatRequest)
         answers = Answers(
@@ -116,6 +124,7 @@ class Service:
             tokenizer=self.engine.tokenizer,
             logprobs=params.logprobs is not None,
             include_usage=body.include_usage,
+            calls=isinstance(body, ChatRequest) and body.calls,
         )
         return answers, params
 
@@ -186,7 +195,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def chat_completions(http: Request, body: ChatRequest) -> Response:
         """Answers a conversation, in the model's own chat template."""
         service.check_model(body.model)
-        body.params()
+        params = body.params()
+        if params.json_schema is not None:
+            await asyncio.to_thread(engine.grammar, params)
         prompt = await service.encode_chat(body)
         answers, _ = service.submit(http, body, [prompt])
         return await service.answer(http, body, answers)
@@ -222,6 +233,15 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """The text of token ids."""
         service.check_model(body.model)
         return {"prompt": await service.decode(body.tokens)}
+
+    @app.post("/extract", tags=["tokens"])
+    async def extract(http: Request) -> dict[str, Any]:
+        """The text of a PDF file, which is the body. Needs pypdf."""
+        return {"text": await asyncio.to_thread(pdf_text, await http.body())}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": POLICY})
 
     @app.get("/health", tags=["operation"])
     async def health() -> JSONResponse:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from magicpig.config import Config
+from magicpig.engine.grammar import ANY_OBJECT
 from magicpig.engine.request import LARGEST_SEED, MOST_CHOICES, MOST_LOGPROBS, SamplingParams
 from magicpig.server.errors import ApiError
 
@@ -32,9 +33,13 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """include_usage: one more event with the usage, before [DONE]."""
+    """include_usage: one more event with the usage, before [DONE].
+
+    include_attention: ours; with each token comes an event that says under `magicpig` what attention read for it.
+    """
 
     include_usage: bool = False
+    include_attention: bool = False
 
 
 class _Sampling(_Body):
@@ -104,6 +109,10 @@ class _Sampling(_Body):
             raise ApiError(400, f"magicpig: {error}", told="invalid_argument", param="magicpig") from None
 
     @property
+    def include_attention(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_attention
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -160,10 +169,48 @@ class Message(_Body):
         return {**self.model_dump(exclude={"content"}), "content": content or ""}
 
 
-class ResponseFormat(_Body):
-    """Only type "text" is supported."""
+class JsonSchema(_Body):
+    """Of `response_format`."""
 
-    type: str
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    name: Text = ""
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+
+
+class ResponseFormat(_Body):
+    """json_object: any JSON object; json_schema: one that follows the schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Function(_Body):
+    """What a model may call. parameters: a JSON schema."""
+
+    name: str = Field(pattern=r"^[\w-]{1,64}$")
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Body):
+    """Only functions."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Body):
+    """Of `tool_choice`."""
+
+    name: Text
+
+
+class ToolChoice(_Body):
+    """The one function to call."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(_Sampling):
@@ -174,31 +221,65 @@ class ChatRequest(_Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=CHAT_MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     functions: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def params(self) -> SamplingParams:
         """Raises ApiError, or ArgumentError for values out of range."""
-        for name in ("tools", "functions"):
-            if getattr(self, name):
-                raise ApiError(400, f"{name} are not supported by this server", param=name, told="unsupported")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ApiError(
-                400,
-                f"response_format {self.response_format.type!r} is not supported by this server; allowed: 'text'",
-                param="response_format",
-                told="unsupported",
-            )
+        if self.functions:
+            raise ApiError(400, "functions are not supported by this server; use tools", param="functions")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
-        return self.sampling(logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling(logprobs=logprobs, json_schema=self._schema())
+
+    @property
+    def calls(self) -> bool:
+        """Whether the answer may be a call of a function."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    def told_tools(self) -> list[dict[str, Any]] | None:
+        """What the chat template is told."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()] if self.calls else None
+
+    def _schema(self) -> dict[str, Any] | None:
+        """What the answer has to follow. Raises ApiError."""
+        chosen = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, ToolChoice):
+            chosen = [function for function in chosen if function.name == self.tool_choice.function.name]
+        if self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice):
+            if not chosen:
+                raise ApiError(400, "tool_choice names no function of tools", param="tool_choice")
+            return call_schema(chosen)
+        format = self.response_format
+        if format is None or format.type == "text":
+            return None
+        if format.type == "json_object":
+            return ANY_OBJECT
+        if format.json_schema is None:
+            raise ApiError(400, "response_format of type json_schema needs json_schema", param="response_format")
+        return format.json_schema.schema_ or ANY_OBJECT
 
     def conversation(self) -> list[dict[str, Any]]:
         return [message.as_dict() for message in self.messages]
+
+
+def call_schema(functions: Sequence[Function]) -> dict[str, Any]:
+    """Of a call of one of the functions: its name, and arguments."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function.name}, "arguments": function.parameters or ANY_OBJECT},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
 class TokenizeRequest(_Body):
