@@ -1,5 +1,5 @@
-# make demo | evidence | test | test-slow | test-all | test-page | test-levels | test-reference | test-lowest | test-newest | clang | sanitize |
-#      lint | format | stub | constraints | wheel | clean
+# make demo | evidence | test | test-slow | test-all | test-page | test-levels | test-reference | test-lowest |
+#      test-newest | clang | test-clang | sanitize | lint | format | stub | constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
 # Exact versions of everything that is installed here, so that a fresh machine does next year what it does today.
@@ -20,8 +20,8 @@ REAL   := build/real/SmolLM2-135M-Instruct/config.json
 CAPTURE := build/real/pride-8K.safetensors
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo evidence test test-slow test-all test-page test-levels test-reference test-lowest test-newest clang test-clang sanitize lint format stub \
-  constraints wheel clean
+.PHONY: setup demo evidence test test-slow test-all test-page test-levels test-reference test-lowest test-newest \
+  clang test-clang sanitize lint format stub constraints wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMPS)/install
@@ -31,8 +31,8 @@ demo: setup $(if $(filter smollm2,$(MODEL)),$(REAL))
 	$(BIN)/magicpig demo $(if $(filter smollm2,$(MODEL)),--model $(dir $(REAL)),$(if $(MODEL),--model $(MODEL))) $(ARGS)
 
 # What sampling does to a real model: SmolLM2-135M-Instruct (Apache-2.0), which a package on the registry holds as GGUF.
-# Within an hour on two cores that have nothing else to do; stopped, it goes on where it was. Errors and accuracies do not
-# depend on what else the machine does.
+# Within an hour on two cores that have nothing else to do; stopped, it goes on where it was. Errors and accuracies do
+# not depend on what else the machine does.
 SAMPLERS := full,window,topk:512,quest:512,oracle:512,lsh:K=10,L=150,lsh:K=9,L=120,sketch:256,sketch:512,sketch:1024
 TEXTS    := src/magicpig/studies/evaluation/texts
 EVIDENCE := docs/results/real
@@ -92,8 +92,8 @@ test-lowest: setup $(STAMPS)/lowest-$(LOWEST)
 # The tests with the newest of everything: shows what next month breaks. What will be gone one day may warn here.
 test-newest:
 	$(MAKE) setup VENV=.venv-newest BUILD=build/newest CONSTRAINTS=
-	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m 'not slow and not browser' -W default::FutureWarning -W default::DeprecationWarning \
-	  -W default::PendingDeprecationWarning $(ARGS)
+	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m 'not slow and not browser' \
+	  -W default::FutureWarning -W default::DeprecationWarning -W default::PendingDeprecationWarning $(ARGS)
 
 # What the kernels do with memory, watched: their tests on a build that stops at the first wrong address. Takes minutes.
 # Python itself is not built for it, so the runtime is loaded before; leaks are Python's affair.
