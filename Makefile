@@ -68,7 +68,7 @@ test-all: test test-slow
 
 # The server's page in Chromium, Debian's for example. Leaves pictures of it, and of a chat, in docs/.
 test-page: setup
-	PICTURES=docs/pictures $(BIN)/python -m pytest -n 0 -m browser tests/server/test_page.py $(ARGS)
+	PICTURES=$(abspath docs/pictures) $(BIN)/python -m pytest -n 0 -m browser tests/server/test_page.py $(ARGS)
 
 # What depends on numbers once more, with each instruction set as the default that the machine has besides its best, or
 # can emulate where it lacks the real one.

@@ -105,7 +105,8 @@ def test_a_document_is_dropped_and_asked_about(open_page):
     assert "layer 2" in page.locator("#heat").get_attribute("aria-label")
     for name in ("speed", "first", "error", "read", "full", "kv", "index"):
         assert page.locator(f"#{name}").inner_text() != "–", name
-    read, full = (float(page.locator(f"#{name}").inner_text().split()[0]) for name in ("read", "full"))
+    shown = (page.locator(f"#{name}").inner_text().split() for name in ("read", "full"))
+    read, full = (float(number) * {"KiB": 1, "MiB": 1024}[unit] for number, unit in shown)
     assert 0 < read < full
     expect(page.locator("#warm")).to_have_text("0 tokens")
     page.locator("#forget").click()
