@@ -76,8 +76,7 @@ test-page: setup
 
 # What depends on numbers once more, with each instruction set as the default that the machine has besides its best, or
 # can emulate where it lacks the real one.
-LEVELS = from magicpig.kernels.library import isa, isa_levels; own = isa_levels(True); \
-  print(*[level for level in own if level != isa() and level.removesuffix("-emulated") not in {*own} - {level}])
+LEVELS = from magicpig.kernels import library; print(*[x for x in library.levels_to_test() if x != library.isa()])
 test-levels: setup
 	for level in $$($(BIN)/python -c '$(LEVELS)'); do \
 	  MAGICPIG_ISA=$$level $(PYTEST) -m 'numbers and not slow' -q $(ARGS) || exit 1; \

@@ -78,13 +78,46 @@ def poisoned_scratch() -> Iterator[None]:
     library.poison_scratch(False)
 
 
-def _levels() -> list[str]:
-    """Each level that this machine can run; emulated are only those that it cannot run itself."""
-    own = library.isa_levels(True)
-    return [level for level in own if level.removesuffix("-emulated") not in set(own) - {level}]
+@pytest.fixture(scope="session")
+def save_tiny_llama() -> Callable[..., Path]:
+    """Writes a Llama with random weights and a tokenizer of words; `settings` are those of its configuration."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    def save(
+        path: Path,
+        words: list[str],
+        *,
+        split: Any = None,
+        special: dict[str, str] | None = None,
+        template: str | None = None,
+        **settings: Any,
+    ) -> Path:
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = split or pre_tokenizers.Whitespace()
+        special = {"eos_token": "<eos>"} if special is None else special
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+        fast.chat_template = template
+        fast.save_pretrained(path)
+        torch.manual_seed(0)
+        shape = {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **shape | settings)).save_pretrained(path)
+        return path
+
+    return save
 
 
-@pytest.fixture(params=_levels())
+@pytest.fixture(params=library.levels_to_test())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set this machine can run, in use for the test."""
     before = library.isa()

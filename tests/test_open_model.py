@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import magicpig
@@ -26,31 +25,11 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
+def directory(tmp_path_factory, save_tiny_llama) -> Path:
     """A tiny Llama with random weights and a tokenizer of words; a chat model by its template."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
     words = ["<unk>", "<eos>", "system", "user", "assistant", *(f"w{i}" for i in range(59))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=LIMIT,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    return save_tiny_llama(path, words, template=TEMPLATE, max_position_embeddings=LIMIT)
 
 
 def words(ids, tokenizer):

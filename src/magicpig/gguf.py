@@ -40,11 +40,12 @@ def converted(file: Path, on_stage: Callable[[str], None] = lambda stage: None) 
     on_stage is called with a sentence at each stage of a conversion. Raises ModelError as `convert`.
     """
     check(file)
+    digest = checksum([file])
     # The last part is what the model is called.
-    directory = cache_directory() / "gguf" / checksum([file])[:16] / (file.stem or "model")
+    directory = cache_directory() / "gguf" / digest[:16] / (file.stem or "model")
     if not (directory / ABOUT).is_file():
         on_stage(f"Converting {file.name}, which is done once, into {directory}")
-        convert(file, directory, on_stage=on_stage)
+        _convert(file, digest, directory, on_stage)
     return directory
 
 
@@ -56,6 +57,10 @@ def convert(file: Path, directory: Path, *, on_stage: Callable[[str], None] = la
     MemoryError.
     """
     check(file)
+    _convert(file, checksum([file]), directory, on_stage)
+
+
+def _convert(file: Path, digest: str, directory: Path, on_stage: Callable[[str], None]) -> None:
     if directory.exists():
         raise ModelError(f"{directory} is there already; choose another place for what {file.name} becomes")
     # transformers takes a file in a directory, and a name without its folder.
@@ -81,7 +86,7 @@ def convert(file: Path, directory: Path, *, on_stage: Callable[[str], None] = la
         vars(network.config).pop("quantization_config", None)
         about = {
             "source": file.name,
-            "sha256": checksum([file]),
+            "sha256": digest,
             "dtype": dtype,
             "versions": machine.versions(),
         }

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from magicpig import Config, attach, detach
 from magicpig.engine.llm import LLM
+from magicpig.engine.observer import Observer, StepRecord
 from magicpig.studies import pocket
 
 VOCABULARY = 97
@@ -82,6 +83,22 @@ def llm(tokenizer: Any) -> Iterator[Callable[..., LLM]]:
     yield make
     for one in made:
         one.close()
+
+
+class Reading(Observer):
+    """Counts the tokens of prompts that are read."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def on_step(self, record: StepRecord) -> None:
+        self.tokens += record.prefill_tokens
+
+
+@pytest.fixture
+def reading() -> Reading:
+    """An observer that counts the tokens of prompts that are read."""
+    return Reading()
 
 
 @pytest.fixture

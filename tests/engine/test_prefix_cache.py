@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from magicpig import Config
-from magicpig.engine.observer import Observer
 from magicpig.engine.prefix_cache import SHORTEST
 from magicpig.engine.request import SamplingParams
 
@@ -15,26 +14,16 @@ LSH = Config(K=4, L=20, exact_below=32, block=8, recent=8)
 DRAWN = SamplingParams(max_tokens=16, seed=3, ignore_eos=True, temperature=0.9, top_k=20, top_p=0.95)
 
 
-class Reading(Observer):
-    """Counts the tokens of prompts that are read."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def on_step(self, record):
-        self.tokens += record.prefill_tokens
-
-
 def answer(many, prompt, config=None, **settings):
     params = SamplingParams(**{**vars(DRAWN), **settings})
     return many.generate([prompt], params, config=config, progress=False)[0].choices[0]
 
 
 @pytest.mark.parametrize("first", [FULL, SKETCH, LSH], ids=lambda config: config.sampler)
-def test_a_second_question_reads_itself_only(first, llm, prompts, alone):
+def test_a_second_question_reads_itself_only(first, llm, prompts, alone, reading):
     document = prompts[-1]
     many = llm("llama", first)
-    many.engine.observer = reading = Reading()
+    many.engine.observer = reading
     assert answer(many, document + prompts[1]).report.cached_tokens == 0
     for question in (prompts[3], prompts[1][:2]):
         # The second one has its beginning in common with the first document and question.
@@ -125,7 +114,7 @@ def test_requests_come_before_what_is_kept(llm, prompts):
     assert engine.prefixes.nbytes + engine.scheduler.reserved <= engine.scheduler.limits.memory
 
 
-def test_a_preempted_answer_finds_its_prompt_again(llm, prompts, alone):
+def test_a_preempted_answer_finds_its_prompt_again(llm, prompts, alone, reading):
     expected = alone("llama", SKETCH, prompts[-1])
     engine = llm("llama", SKETCH, token_budget=16, running=4).engine
     memory = 2 * engine.size(SKETCH, 256)
@@ -138,7 +127,7 @@ def test_a_preempted_answer_finds_its_prompt_again(llm, prompts, alone):
         engine.step()
     (task,) = engine.scheduler.running
     engine.scheduler._preempt(task)
-    engine.observer = reading = Reading()
+    engine.observer = reading
     while engine.unfinished:
         engine.step()
     assert (tokens, reading.tokens) == (expected, 0)

@@ -18,7 +18,6 @@ from transformers import LlamaConfig
 
 from magicpig import Config
 from magicpig.engine import prompt_files
-from magicpig.engine.observer import Observer
 from magicpig.engine.prompt_files import PromptFiles, listed
 from magicpig.engine.request import Request, SamplingParams
 from magicpig.engine.runner import SequenceState
@@ -30,16 +29,6 @@ SKETCH = Config(exact_below=32, block=8, recent=8, budget=16)
 LSH = Config(K=4, L=20, exact_below=32, block=8, recent=8)
 INT8 = Config(**SKETCH.model_dump() | {"kv_dtype": "int8"})
 DRAWN = SamplingParams(max_tokens=16, seed=3, ignore_eos=True, temperature=0.9, top_k=20, top_p=0.95)
-
-
-class Reading(Observer):
-    """Counts the tokens of prompts that are read."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def on_step(self, record):
-        self.tokens += record.prefill_tokens
 
 
 def answer(many, prompt, config=None):
@@ -67,11 +56,11 @@ def files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("config", [FULL, SKETCH, LSH, INT8], ids=lambda c: f"{c.sampler}-{c.kv_dtype}")
-def test_the_next_process_reads_the_question_only(config, again, prompts, alone):
+def test_the_next_process_reads_the_question_only(config, again, prompts, alone, reading):
     document = prompts[-1]
     answer(again("llama", config), document + prompts[1])
     many = again("llama", config)
-    many.engine.observer = reading = Reading()
+    many.engine.observer = reading
     asked = document + prompts[3]
     done = answer(many, asked)
     known = len(document) // 8 * 8 if config.kv_dtype == "int8" else len(document)  # rounded rows: whole strides

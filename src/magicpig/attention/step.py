@@ -217,6 +217,7 @@ class LayerDecoder:
 
     Between two layers the weights of a model pass through the caches, and every object that is touched comes from
     memory again: what a step in Python costs is how much of it there is.
+    new_shape: of the keys and of the values that `step` takes.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class LayerDecoder:
         self.scale, self.softcap = scale, softcap
         self._stores, self._views, self._dtype = stores, [store.view for store in stores], first.dtype
         self._query_shape = (B, query_heads, 1, first.head_dim)
-        self._new_shape = (B, first.kv_heads, 1, first.head_dim)
+        self.new_shape = (B, first.kv_heads, 1, first.head_dim)
         self._step = placement.repeated(stores, query_heads, scale, _checked_softcap(softcap))
 
     def takes(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -243,8 +244,8 @@ class LayerDecoder:
         return (
             self._step is not None
             and query.shape == self._query_shape
-            and keys.shape == self._new_shape
-            and values.shape == self._new_shape
+            and keys.shape == self.new_shape
+            and values.shape == self.new_shape
             and query.dtype is self._dtype
             and keys.dtype is self._dtype
             and values.dtype is self._dtype

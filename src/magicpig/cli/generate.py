@@ -139,6 +139,12 @@ def generate(
         raise InputError("--stop is empty")
 
     notes = Console(stderr=True)
+    opening: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "max_length": max_length,
+        "adapter": adapter,
+        "rope_scaling": rope_scaling,
+    }
     if jsonl is not None and output is not None:
         from magicpig.cli.generate_lines import answer_file
 
@@ -148,12 +154,6 @@ def generate(
             "top_p": top_p,
             "seed": config.seed,
             "stop": tuple(stop or ()),
-        }
-        opening = {
-            "trust_remote_code": trust_remote_code,
-            "max_length": max_length,
-            "adapter": adapter,
-            "rope_scaling": rope_scaling,
         }
         answer_file(
             jsonl,
@@ -176,13 +176,7 @@ def generate(
             from magicpig.integrations.transformers import MagicPigCache
 
             generation.silence_transformers()
-            opened = generation.open_model(
-                directory,
-                trust_remote_code=trust_remote_code,
-                max_length=max_length,
-                adapter=adapter,
-                rope_scaling=rope_scaling,
-            )
+            opened = generation.open_model(directory, **opening)
             checked(MagicPigCache, opened.config, config)  # has the model these layers?
             ids = generation.encode(
                 opened,

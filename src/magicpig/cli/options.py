@@ -46,7 +46,7 @@ RopeScaling = Annotated[
         metavar="KIND:FACTOR",
     ),
 ]
-System = Annotated[str | None, typer.Option(help="What a chat model is told before all else.")]
+System = Annotated[str | None, typer.Option(help="What the model is told before all else.")]
 MOST_TOKENS = 2**40
 MOST_THREADS = 1024
 MOST_STEPS = 65_536

@@ -21,6 +21,12 @@ threads = _native.threads
 poison_scratch = _native.poison_scratch
 
 
+def levels_to_test() -> list[str]:
+    """The instruction sets of this machine, best first, and emulations of those that it lacks."""
+    own = isa_levels(True)
+    return [level for level in own if level.removesuffix("-emulated") not in set(own) - {level}]
+
+
 def check_threads() -> None:
     """Raises ArgumentError where torch was told to use more threads than it can start: it ends the process then."""
     wanted = torch.get_num_threads()

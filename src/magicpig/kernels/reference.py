@@ -20,6 +20,7 @@ from magicpig.kernels.attend import reference as rows_of_attention
 from magicpig.kernels.base import (
     BLOCK_ROWS,
     SEGMENT_ROWS,
+    SKETCH_KEYS,
     Draw,
     SampledHalf,
     Segment,
@@ -307,7 +308,7 @@ def sketch_into(
             segment.scales[g, at : at + n] = sketch.scales.to(torch.float16)
             words = sketches.pack_words(sketch.levels, sampler.bits)
             number = torch.arange(at, at + n, dtype=torch.int64, device="cpu")
-            segment.words[g, number // sketches.PILOT_KEYS, :, number % sketches.PILOT_KEYS] = words
+            segment.words[g, number // SKETCH_KEYS, :, number % SKETCH_KEYS] = words
         at += n
 
 

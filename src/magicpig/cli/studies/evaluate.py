@@ -32,6 +32,8 @@ from magicpig.cli.studies.command import StudyCommand
 from magicpig.cli.studies.progress import run_evaluation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import JustifyMethod
 
     from magicpig.studies.evaluation.results import Results
@@ -113,9 +115,7 @@ def ruler(
         int,
         typer.Option(min=1, max=MOST_JOBS, help="Processes that share samples and processors.", rich_help_panel=HOW),
     ] = 1,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     filler: Annotated[
         Path | None,
         typer.Option(help="A UTF-8 text to hide needles in, instead of made-up text.", rich_help_panel=DATA),
@@ -188,9 +188,7 @@ def perplexity(
     prefill_chunk: Annotated[
         int, typer.Option(min=64, max=MOST_TOKENS, help="Tokens read at a time.", rich_help_panel=HOW)
     ] = 1024,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that lies in the model directory.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How much samplers change what a model says next, along real texts.
 
@@ -385,21 +383,25 @@ def lm_eval(
 
 
 def _cells(results: Results) -> list[dict[str, Any]]:
-    from magicpig.studies.evaluation import perplexity, recall
     from magicpig.studies.evaluation.table import summarise
 
-    if results.header.get("benchmark") in (perplexity.BENCHMARK, recall.BENCHMARK):
-        return results.lines
-    return [asdict(cell) for cell in summarise(results)]
+    return results.lines if _table_of(results) else [asdict(cell) for cell in summarise(results)]
 
 
 def _tables(results: Results) -> list[ResultsTable]:
-    from magicpig.studies.evaluation import perplexity, recall
     from magicpig.studies.evaluation.table import summarise, tables
 
-    others = {perplexity.BENCHMARK: perplexity.table, recall.BENCHMARK: recall.table}
-    own = others.get(results.header.get("benchmark", ""))
-    return tables(summarise(results)) if own is None else [own(results)]
+    table = _table_of(results)
+    return tables(summarise(results)) if table is None else [table(results)]
+
+
+def _table_of(results: Results) -> Callable[[Results], ResultsTable] | None:
+    """What makes the one table of a benchmark; None for RULER, whose tables are made of cells."""
+    from magicpig.studies.evaluation import perplexity, recall
+
+    return next(
+        (each.table for each in (perplexity, recall) if results.header.get("benchmark") == each.BENCHMARK), None
+    )
 
 
 def _show(results: Results) -> None:

@@ -92,7 +92,6 @@ class MagicPigLayer(CacheLayerMixin):
         self.errors: dict[int, MagicPigError] = {}
         self._work = _Work()
         self._decoder: LayerDecoder | None = None  # of these stores
-        self._fitting: torch.Size | None = None  # the shape of new tokens that was checked last
 
     # --- what models and masks ask ------------------------------------------------------------------------------------
 
@@ -108,7 +107,7 @@ class MagicPigLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns the new tokens twice, as `PendingTokens`, where other caches return all keys and all values."""
         refuse_gradients(key_states, value_states)
-        if self._decoder is None or not (key_states.shape == value_states.shape == self._fitting):
+        if self._decoder is None or not (key_states.shape == value_states.shape == self._decoder.new_shape):
             self._check_new(key_states, value_states)
         self.check_attended()
         self._pending = PendingTokens(self, key_states, value_states)
@@ -129,7 +128,6 @@ class MagicPigLayer(CacheLayerMixin):
                 f"a batch of {key_states.shape[0]} does not fit this cache, which holds {len(self.stores)} sequences; "
                 "use a new MagicPigCache"
             )
-        self._fitting = key_states.shape
 
     def check_fits(self, kv_heads: int, head_dim: int) -> None:
         """Raises CacheMismatchError if the layer holds keys of another shape."""

@@ -24,9 +24,8 @@ from magicpig.integrations.transformers import NAME, MagicPigCache, attach, deta
 from magicpig.integrations.transformers.compat import cache_argument
 from magicpig.integrations.transformers.layer import MagicPigLayer
 from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes
-from magicpig.machine import waited_ns
 from magicpig.store import KVStore
-from magicpig.studies.bench.quiet import Timing, count, has_waited, quiet_ms
+from magicpig.studies.bench.quiet import Timing, count, quiet_ms, timed
 
 WARM_UP = 3  # steps
 
@@ -113,9 +112,9 @@ def _measure(
         bares: list[Timing] = []
         for turn in range(rounds + 1):
             network.set_attn_implementation(PACKED)
-            times = [_timed(engine.step) for _ in range(WARM_UP if turn == 0 else steps)]
+            times = [timed(engine.step) for _ in range(WARM_UP if turn == 0 else steps)]
             network.set_attn_implementation(NAME)
-            others = [_timed(bare) for _ in range(WARM_UP if turn == 0 else steps)]
+            others = [timed(bare) for _ in range(WARM_UP if turn == 0 else steps)]
             if turn == 0:
                 packed.clear()
                 continue
@@ -171,18 +170,11 @@ def _batch(network: Any, config: Config, contexts: Sequence[SequenceState]) -> M
 def _clock(engine: Engine, spent: list[float]) -> None:
     run = engine.runner.run
 
-    def timed(*work: Any) -> Any:
+    def clocked(*work: Any) -> Any:
         start = time.perf_counter()
         try:
             return run(*work)
         finally:
             spent.append(1e3 * (time.perf_counter() - start))
 
-    engine.runner.run = timed  # type: ignore[method-assign,assignment]
-
-
-def _timed(work: Callable[[], object]) -> Timing:
-    waits, start = waited_ns(), time.perf_counter()
-    work()
-    elapsed = time.perf_counter() - start
-    return Timing(1e3 * elapsed, has_waited(waits, elapsed))
+    engine.runner.run = clocked  # type: ignore[method-assign,assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ from magicpig.config import EXACT, Config
 from magicpig.doctor import self_check
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError
 from magicpig.kernels import base, library
-from magicpig.machine import free_memory, waited_ns
+from magicpig.machine import free_memory
 from magicpig.samplers import sampler_of
 from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.store import KVStore
 from magicpig.store.planner import LayerShape, plan
-from magicpig.studies.bench.quiet import Timing, has_waited
+from magicpig.studies.bench.quiet import Timing, timed
 from magicpig.studies.bench.synthetic import synthetic_context
 from magicpig.studies.capture import AttentionSet
 
@@ -201,9 +202,5 @@ class Layer:
             for step in range(self.steps):
                 for name, call in calls.items():
                     library.stream_read(self._evictor)
-                    waited = waited_ns()
-                    start = time.perf_counter()
-                    call(step)
-                    elapsed = time.perf_counter() - start
-                    times[name].append(Timing(elapsed * 1e3, has_waited(waited, elapsed)))
+                    times[name].append(timed(partial(call, step)))
             yield times

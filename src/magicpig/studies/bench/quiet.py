@@ -6,7 +6,8 @@ lost its processor to somebody else says nothing about the code; a median over s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from magicpig.machine import waited_ns
@@ -48,6 +49,14 @@ def has_waited(before: int | None, elapsed_s: float) -> bool:
     if before is None or after is None:
         return False
     return after - before > max(WAKING_NS, WAKING_SHARE * elapsed_s * 1e9)
+
+
+def timed(call: Callable[[], object]) -> Timing:
+    """How long a call takes, and whether it waited meanwhile."""
+    waited, start = waited_ns(), time.perf_counter()
+    call()
+    elapsed = time.perf_counter() - start
+    return Timing(elapsed * 1e3, has_waited(waited, elapsed))
 
 
 def quiet_ms(timings: Iterable[Timing]) -> list[float]:
