@@ -13,6 +13,10 @@ import typer.testing
 
 from magicpig.kernels import library
 
+# Kernels in Triton run interpreted where there is no accelerator. Triton looks once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Commands are called thousands of times, and typer makes all of them anew for each call: 45 ms, most of what it takes.
 typer.testing._get_command = lru_cache(typer.testing._get_command)
 

@@ -226,13 +226,18 @@ def start_for(seed: int, layer: int, head: int, position: int, step: int) -> int
     head: of all key/value heads of the model, wherever this one lives. Four rounds of the finaliser of SplitMix64
     (Steele, Lea and Flood 2014).
     """
+    return luck(seed, layer, head, position) * step >> 32
+
+
+def luck(seed: int, layer: int, head: int, position: int) -> int:
+    """What of `start_for` does not depend on the step: 32 random bits."""
     x = 0
     for word in (seed, layer, head, position):
         x = (x ^ word) + 0x9E3779B97F4A7C15 & _MASK
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
         x = x ^ x >> 31
-    return (x >> 32) * step >> 32
+    return x >> 32
 
 
 def pick(weights: Tensor, step: int, start: int, doublings: int = 0) -> tuple[Tensor, Tensor]:
