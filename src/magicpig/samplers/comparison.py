@@ -54,7 +54,7 @@ class Window(Sampler):
 class Choosing(Sampler):
     """Rows chosen by looking at the logits of all keys.
 
-    rule: log_u of logits (R, n), a number of rows and a generator. bytes_per_key: for each query head, while it draws.
+    rule: log_u of logits (R, n), a budget in rows and a generator. bytes_per_key: for each query head, while it draws.
     """
 
     chooses = True
@@ -71,22 +71,24 @@ class Choosing(Sampler):
         self, query: Tensor, body: Body, policy: DrawPolicy, *, scale: float, softcap: float | None
     ) -> list[Sample]:
         n = sum(piece.shape[1] for piece in body.keys)
-        rows = policy.budget_for(n - body.sinks)
-        if rows == n - body.sinks:
+        budget = policy.budget_for(n - body.sinks)
+        if budget == n - body.sinks:
             log_u = query.new_zeros(len(query), n - body.sinks)
         else:
-            log_u = self._log_u(query, body, rows, policy, scale, softcap)
+            log_u = self._log_u(query, body, budget, policy, scale, softcap)
         return [Sample(body.sinks + (ids := (head < torch.inf).nonzero()[:, 0]), head[ids]) for head in log_u]
 
     def _log_u(
-        self, query: Tensor, body: Body, rows: int, policy: DrawPolicy, scale: float, softcap: float | None
+        self, query: Tensor, body: Body, budget: int, policy: DrawPolicy, scale: float, softcap: float | None
     ) -> Tensor:
         """(H, n - sinks), head by head of the kv heads: what one draws does not depend on the others."""
         logits = _logits(query, body.keys, scale, softcap)[:, body.sinks :].unflatten(0, (len(body.keys[0]), -1))
         generators = (
             generator_at(policy.seed, body.layer, body.first_head + g, body.position) for g in range(len(logits))
         )
-        return torch.cat([self._rule(own, rows, generator) for own, generator in zip(logits, generators, strict=True)])
+        return torch.cat(
+            [self._rule(own, budget, generator) for own, generator in zip(logits, generators, strict=True)]
+        )
 
     def reference(
         self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
@@ -117,14 +119,14 @@ class Quest(Choosing):
         return max(super().transient(costs, keys), side_by_side)
 
     def _log_u(
-        self, query: Tensor, body: Body, rows: int, policy: DrawPolicy, scale: float, softcap: float | None
+        self, query: Tensor, body: Body, budget: int, policy: DrawPolicy, scale: float, softcap: float | None
     ) -> Tensor:
         if isinstance(body.index, PageIndex) and body.index.memory is not None:
             ranges = body.index.memory.tensor
         else:
             ranges = page_ranges(torch.cat(list(body.keys), 1))
         n = sum(piece.shape[1] for piece in body.keys)
-        return quest(upper_bounds(query, ranges), rows, n)[:, body.sinks :]
+        return quest(upper_bounds(query, ranges), budget, n)[:, body.sinks :]
 
 
 class PageIndex(Index):
@@ -158,46 +160,46 @@ def generator_at(seed: int, layer: int, head: int, position: int) -> torch.Gener
     return torch.Generator(device="cpu").manual_seed(int(mixed[0]))
 
 
-def topk(logits: Tensor, rows: int, generator: torch.Generator | None = None) -> Tensor:
+def topk(logits: Tensor, budget: int, generator: torch.Generator | None = None) -> Tensor:
     """The rows of the largest logits, counted as they are: what is left out is missing, so the result is biased."""
     log_u = torch.full_like(logits, torch.inf)
-    return log_u.scatter_(1, logits.topk(rows, sorted=False).indices, 0.0)
+    return log_u.scatter_(1, logits.topk(budget, sorted=False).indices, 0.0)
 
 
-def quest(bounds: Tensor, rows: int, n: int) -> Tensor:
+def quest(bounds: Tensor, budget: int, n: int) -> Tensor:
     """The pages of the largest upper bounds (H, P), whole: up to 15 of the n rows more than asked for. Biased, too."""
-    return topk(bounds, -(-rows // PAGE_ROWS)).repeat_interleave(PAGE_ROWS, 1)[:, :n]
+    return topk(bounds, -(-budget // PAGE_ROWS)).repeat_interleave(PAGE_ROWS, 1)[:, :n]
 
 
-def oracle(logits: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+def oracle(logits: Tensor, budget: int, generator: torch.Generator) -> Tensor:
     """The best that known probabilities can do: u proportional to softmax itself, rows drawn without replacement."""
-    # Weights that underflow keep some probability, as there may be fewer others than rows.
+    # Weights that underflow keep some probability, as there may be fewer others than the budget.
     weights = logits.double().softmax(1).clamp(min=torch.finfo(torch.float64).tiny)
-    u = inclusion(weights, rows)
+    u = inclusion(weights, budget)
     return torch.where(systematic(u, generator), u.log(), torch.inf).to(logits.dtype)
 
 
-def oracle_replacement(logits: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+def oracle_replacement(logits: Tensor, budget: int, generator: torch.Generator) -> Tensor:
     """Rows drawn one by one from softmax itself, as in the paper's figure (arXiv 2410.16179), so some repeatedly.
 
-    A row drawn c times counts c / (rows * p), p its softmax: as if it had been drawn once with that inverse of u.
+    A row drawn c times counts c / (budget * p), p its softmax: as if it had been drawn once with that inverse of u.
     """
     log_p = logits.double().log_softmax(1)
     cumulative = log_p.exp().cumsum(1)
-    uniform = torch.rand(len(logits), rows, dtype=torch.float64, generator=generator, device="cpu")
+    uniform = torch.rand(len(logits), budget, dtype=torch.float64, generator=generator, device="cpu")
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
     times = torch.zeros_like(log_p).scatter_add_(1, drawn, torch.ones_like(uniform))
-    log_u = log_p + math.log(rows) - times.clamp(min=1.0).log()
+    log_u = log_p + math.log(budget) - times.clamp(min=1.0).log()
     return torch.where(times > 0, log_u, torch.inf).to(logits.dtype)
 
 
-def uniform_tail(logits: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+def uniform_tail(logits: Tensor, budget: int, generator: torch.Generator) -> Tensor:
     """Half of the rows are the largest, the others any of the rest (after vAttention, arXiv 2510.05688)."""
-    top = rows // 2
+    top = budget // 2
     log_u = topk(logits, top)
     order = torch.rand(logits.shape, generator=generator, dtype=torch.float32, device="cpu")
-    tail = order.masked_fill_(log_u == 0, -1.0).topk(rows - top, sorted=False).indices
-    return log_u.scatter_(1, tail, math.log((rows - top) / (logits.shape[1] - top)))
+    tail = order.masked_fill_(log_u == 0, -1.0).topk(budget - top, sorted=False).indices
+    return log_u.scatter_(1, tail, math.log((budget - top) / (logits.shape[1] - top)))
 
 
 Rule = Callable[[Tensor, int, torch.Generator], Tensor]
@@ -211,12 +213,12 @@ RULES: dict[str, tuple[Rule, int]] = {
 """By their names in `Config`: those that look at logits, and bytes for each query head and key, measured."""
 
 
-def inclusion(weights: Tensor, rows: int) -> Tensor:
+def inclusion(weights: Tensor, budget: int) -> Tensor:
     """Probabilities u = min(1, c * weights) (H, n), with the c of each line that makes them sum to `rows`."""
-    top, ids = weights.topk(rows)
-    # With the k largest rows certain, the others share the rows that are left: c[k] = (rows - k) / their weight.
+    top, ids = weights.topk(budget)
+    # With the k largest rows certain, the others share the rows that are left: c[k] = (budget - k) / their weight.
     rest = weights.scatter(1, ids, 0.0).sum(1, keepdim=True) + top.flip(1).cumsum(1).flip(1)
-    c = torch.arange(rows, 0, -1, dtype=rest.dtype, device=rest.device) / rest
+    c = torch.arange(budget, 0, -1, dtype=rest.dtype, device=rest.device) / rest
     certain = (c * top > 1).sum(1, keepdim=True)
     return (c.gather(1, certain) * weights).clamp(max=1.0)
 

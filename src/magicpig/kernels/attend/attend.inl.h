@@ -66,34 +66,50 @@ struct Shares {
   alignas(64) float c_squared[kBatch];  // and times its square
 };
 
+// Of rows j.. of one tile, less their centres. ONE: they have the same centre, which is read once then.
+template <bool ONE, class T>
+inline void centred_tile(const Batch<T>& batch, int j, int dim, const float* query, const float* const* centres,
+                         Shares* shares, float* norms) {
+  F dot[kTileRows] = {}, norm[kTileRows] = {};
+  for (int d = 0; d < dim; d += 2 * W) {
+    const F qa = load(query + d), qb = load(query + d + W);
+    F ca = load(centres[j] + d), cb = load(centres[j] + d + W);
+    for (int r = 0; r < kTileRows; ++r) {
+      F a, b;
+      load_pair(batch.row[j + r] + d, a, b);
+      batch.request(j + r, dim, d);
+      if constexpr (!ONE) {
+        ca = load(centres[j + r] + d);
+        cb = load(centres[j + r] + d + W);
+      }
+      if constexpr (kScaled<T>) {
+        a = a * batch.key_scales[j + r] - ca;
+        b = b * batch.key_scales[j + r] - cb;
+      } else {
+        a -= ca;
+        b -= cb;
+      }
+      dot[r] += a * qa;
+      dot[r] += b * qb;
+      norm[r] += a * a;
+      norm[r] += b * b;
+    }
+  }
+  sum4(dot, shares->p + j);
+  sum4(norm, norms + j);
+}
+
 // The same products of one query with rows less centres[j], [dim] in lane order, and the squares of their lengths. Of keys
 // that are far from zero together, products and squares of the differences keep digits that differences would lose.
 template <class T>
 inline void centred_dots(const Batch<T>& batch, int dim, const float* query, const float* const* centres,
                          Shares* shares, float* norms) {
   for (int j = 0; j < batch.count; j += kTileRows) {
-    F dot[kTileRows] = {}, norm[kTileRows] = {};
-    for (int d = 0; d < dim; d += 2 * W) {
-      const F qa = load(query + d), qb = load(query + d + W);
-      for (int r = 0; r < kTileRows; ++r) {
-        F a, b;
-        load_pair(batch.row[j + r] + d, a, b);
-        batch.request(j + r, dim, d);
-        if constexpr (kScaled<T>) {
-          a = a * batch.key_scales[j + r] - load(centres[j + r] + d);
-          b = b * batch.key_scales[j + r] - load(centres[j + r] + d + W);
-        } else {
-          a -= load(centres[j + r] + d);
-          b -= load(centres[j + r] + d + W);
-        }
-        dot[r] += a * qa;
-        dot[r] += b * qb;
-        norm[r] += a * a;
-        norm[r] += b * b;
-      }
+    if (centres[j] == centres[j + kTileRows - 1]) {  // ids ascend
+      centred_tile<true>(batch, j, dim, query, centres, shares, norms);
+    } else {
+      centred_tile<false>(batch, j, dim, query, centres, shares, norms);
     }
-    sum4(dot, shares->p + j);
-    sum4(norm, norms + j);
   }
 }
 

@@ -109,9 +109,16 @@ void attend_lookup(const Plan& plan, const Unit& unit) {
   RowCentres centres = store.hashed_from(unit.head);
   thread_local std::vector<float> offset_memory;
   float* offsets = scratch(offset_memory, static_cast<size_t>(store.hashed_from_count()));
+  const float* before = nullptr;
   for (int64_t i = 0; i < store.hashed_from_count(); ++i) {
     const float* centre = store.hash_centre(i, unit.head);
-    offsets[i] = centre == nullptr ? 0.0f : plan.offset(plan.natural + q * plan.dim, centre);
+    if (centre == nullptr) {
+      offsets[i] = 0.0f;
+    } else {
+      // Blocks of one segment have the same.
+      offsets[i] = centre == before ? offsets[i - 1] : plan.offset(plan.natural + q * plan.dim, centre);
+    }
+    before = centre;
   }
   centres.offsets = offsets;
   plan.run.attend_sample(store.dtype, plan.dim, store.rows_of(unit.head), ids, found, plan.lanes + q * plan.dim,

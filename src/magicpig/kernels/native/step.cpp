@@ -91,8 +91,12 @@ void prepare(const Plan& plan, int64_t q) {
   if (plan.sketching(b)) plan.run.to_lane_order(Dtype::bf16, natural, plan.dim, plan.scored + q * plan.dim);
   plan.norms[q] = static_cast<float>(std::sqrt(dot(natural, natural, plan.dim)));
   float* offsets = const_cast<float*>(plan.row_offsets_of(q));
-  for (size_t block = 0; offsets != nullptr && block < store.blocks.size(); ++block) {
-    offsets[block] = plan.offset(natural, store.row_centre(static_cast<int64_t>(block), h / plan.group));
+  const auto blocks = static_cast<int64_t>(offsets == nullptr ? 0 : store.blocks.size());
+  for (int64_t block = 0; block < blocks; ++block) {
+    // Rows that hashing finds have an offset of their own.
+    const bool looked_up =
+        plan.hashing(b) && block << kBlockShift >= store.sinks && (block + 1) << kBlockShift <= store.indexed_to;
+    if (!looked_up) offsets[block] = plan.offset(natural, store.row_centre(block, h / plan.group));
   }
 }
 
