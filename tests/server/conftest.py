@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from magicpig import Config
-from magicpig.engine.engine import Engine, EngineOptions
+from magicpig.engine.engine import Engine
+from magicpig.engine.options import EngineOptions
 from magicpig.server.app import ServerOptions, create_app
 from magicpig.server.metrics import Metrics
 from magicpig.server.run import Server

@@ -8,7 +8,8 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 
-from magicpig.engine.engine import Engine, EngineOptions
+from magicpig.engine.engine import Engine
+from magicpig.engine.options import EngineOptions
 from magicpig.server.answers import tool_calls
 from magicpig.server.app import ServerOptions, create_app
 from magicpig.server.metrics import Metrics

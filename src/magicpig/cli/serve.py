@@ -214,7 +214,8 @@ def serve(
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'magicpig[serve]'") from None
     from magicpig import generation
-    from magicpig.engine.engine import Engine, EngineOptions
+    from magicpig.engine.engine import Engine
+    from magicpig.engine.options import EngineOptions
 
     _log_to_stderr(JsonLines() if log_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     options = checked(

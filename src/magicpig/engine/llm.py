@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any
 
 from magicpig.config import Config
-from magicpig.engine.engine import Engine, EngineOptions
+from magicpig.engine.engine import Engine
 from magicpig.engine.observer import Observer
+from magicpig.engine.options import EngineOptions
 from magicpig.engine.request import Collector, Completion, Delta, Request, SamplingParams
 from magicpig.engine.template import chat_prompt
 from magicpig.errors import ArgumentError, MagicPigError

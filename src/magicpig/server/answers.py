@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from magicpig.engine.engine import Stream
 from magicpig.engine.request import Collector, Completion, Delta, Report, TokenLogprob
+from magicpig.engine.stream import Stream
 from magicpig.server.errors import as_api_error
 
 OF_USAGE = ("prompt_tokens", "cached_tokens", "new_tokens")  # the rest of a report stands under `magicpig`

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from magicpig.config import EXACT, Config
-from magicpig.engine.engine import Engine, EngineOptions
+from magicpig.engine.engine import Engine
+from magicpig.engine.options import EngineOptions
 from magicpig.engine.request import Delta, Request, SamplingParams
 from magicpig.engine.runner import NAME as PACKED
 from magicpig.engine.runner import SequenceState

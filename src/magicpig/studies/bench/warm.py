@@ -15,7 +15,8 @@ from pathlib import Path
 
 from magicpig import generation
 from magicpig.config import Config
-from magicpig.engine.engine import Engine, EngineOptions
+from magicpig.engine.engine import Engine
+from magicpig.engine.options import EngineOptions
 from magicpig.engine.request import Delta, Request, SamplingParams
 from magicpig.studies.evaluation.tasks import lexicon
 

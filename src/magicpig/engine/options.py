@@ -1,0 +1,49 @@
+"""What an engine is told beside its model and how answers attend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from magicpig.engine.scheduler import Limits
+from magicpig.errors import ArgumentError
+from magicpig.machine import free_memory
+
+SAFE_SHARE = 0.8  # of the memory that is free when the engine starts
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """memory: bytes for keys, values and indexes of all requests; None for a safe share of what is free.
+
+    cache_share: of this memory, what prompts that were read may keep while nobody needs it; 0 keeps none.
+    cache_dir: a folder for them as well, so that they outlive the process; cache_limit: bytes of its files, None for
+    half of what is free there.
+    max_length: the most tokens of prompt and answer; None for the model's own limit.
+    timeout, queue_timeout: seconds, for requests that name none. The others are those of `scheduler.Limits`.
+    """
+
+    memory: int | None = None
+    cache_share: float = 0.5
+    cache_dir: Path | None = None
+    cache_limit: int | None = None
+    max_length: int | None = None
+    token_budget: int = 512
+    running: int = 32
+    waiting: int = 256
+    headroom: int = 1024
+    aging: float = 60.0
+    timeout: float | None = None
+    queue_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cache_share <= 1:
+            raise ArgumentError(f"cache_share={self.cache_share} must be at least 0 and at most 1")
+        for name in ("cache_limit", "max_length", "timeout", "queue_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ArgumentError(f"{name}={value} must be positive")
+
+    def limits(self) -> Limits:
+        memory = int(SAFE_SHARE * free_memory()) if self.memory is None else self.memory
+        return Limits(memory, self.token_budget, self.running, self.waiting, self.headroom, self.aging)
