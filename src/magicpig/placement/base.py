@@ -109,22 +109,41 @@ def errors_of(faults: Sequence[int]) -> list[MagicPigError | None] | None:
     return [NotFiniteError(f"{FAULTS[fault]} {text}") if fault else None for fault in faults]
 
 
+def append(step: LayerStep, b: int) -> MagicPigError | None:
+    """Stores the new token of sequence b, if its numbers and those of the query are finite; else what is wrong."""
+    if not bool(step.query[b].isfinite().all()):
+        return (errors_of([1]) or [None])[0]
+    if step.keys is None or step.values is None:
+        return None
+    try:
+        step.stores[b].append(step.keys[b][:, None], step.values[b][:, None])
+    except NotFiniteError as error:
+        return error
+    return None
+
+
 def chooses_in_python(store: KVStore) -> bool:
     """Whether the next step's rows are chosen by a sampler that serves comparisons."""
     return store.sampler.chooses and store.settled
 
 
-def attend_exact(device: Kernels, step: LayerStep, b: int) -> AttentionState:
-    """Attention of sequence b over the rows that are never drawn, the new one included: (H, D) and (H,), float32.
+def exact_pieces(step: LayerStep, b: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (G, n, D) float32 of sequence b that are never drawn, piece by piece, the new ones included.
 
-    Of the store before the new token was appended.
+    Of the store before the new token is appended: a stride that it fills may be rounded then, for the steps after it.
     """
-    store, query = step.stores[b], step.query[b].float()
+    store = step.stores[b]
     ends = [(0, store.policy.sinks), (store.indexed_to, store.length)] if store.body else [(0, store.length)]
     pieces = [piece for begin, end in ends for piece in store.blocks(begin, end, torch.float32)]
     if step.keys is not None and step.values is not None:
         new = (x[b][:, None].to(store.dtype).float() for x in (step.keys, step.values))
         pieces.append((next(new), next(new)))
+    return pieces
+
+
+def attend_exact(device: Kernels, step: LayerStep, b: int) -> AttentionState:
+    """Attention of sequence b over the rows that are never drawn: (H, D) and (H,), float32; see `exact_pieces`."""
+    store, query, pieces = step.stores[b], step.query[b].float(), exact_pieces(step, b)
     states, group = [], len(query) // store.kv_heads
     for g in range(store.kv_heads):
         for keys, values in pieces:

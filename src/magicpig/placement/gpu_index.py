@@ -12,40 +12,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from magicpig.errors import MagicPigError, NotFiniteError
+from magicpig.errors import MagicPigError
 from magicpig.kernels.algorithm import no_sample
 from magicpig.kernels.attend.reference import merge, predicted_error
 from magicpig.kernels.base import Kernels
 from magicpig.kernels.sketch.reference import more_doublings
 from magicpig.placement.base import (
     LayerStep,
-    RepeatedStep,
     Rule,
     Stepped,
+    append,
     attend_exact,
-    by_kind,
-    chooses_in_python,
-    errors_of,
 )
-from magicpig.placement.cpu import CPU
+from magicpig.placement.two_places import TwoPlaces
 from magicpig.samplers import Context, Found, sampler_of
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample
 
 
-class GpuIndex:
+class GpuIndex(TwoPlaces):
     """device: who selects and attends. Samplers for comparison run as on `Cpu`."""
 
     def __init__(self, device: Kernels) -> None:
         self.device = device
 
-    def step(self, step: LayerStep) -> Stepped:
-        return by_kind(step, [chooses_in_python(store) for store in step.stores], self._each, CPU.step)
-
-    def repeated(self, stores: Sequence[KVStore], heads: int, scale: float, softcap: float) -> RepeatedStep | None:
-        return None
-
-    def _each(self, step: LayerStep) -> Stepped:
+    def each(self, step: LayerStep) -> Stepped:
         B, H, _ = step.query.shape
         output = torch.full_like(step.query, math.nan)
         lse, predicted = torch.full((2, B, H), math.nan, dtype=torch.float32, device="cpu")
@@ -53,7 +44,7 @@ class GpuIndex:
         errors: list[MagicPigError | None] = [None] * B
         for b, store in enumerate(step.stores):
             exact = attend_exact(self.device, step, b)
-            errors[b] = _append(step, b)
+            errors[b] = append(step, b)
             if errors[b] is not None:
                 samples.append([])
                 continue
@@ -97,18 +88,6 @@ class GpuIndex:
         return sampler.found(
             query, head, store.index, store.draw, context, lambda ids: store.fetch(head, ids), doublings
         )
-
-
-def _append(step: LayerStep, b: int) -> MagicPigError | None:
-    if not bool(step.query[b].isfinite().all()):
-        return (errors_of([1]) or [None])[0]
-    if step.keys is None or step.values is None:
-        return None
-    try:
-        step.stores[b].append(step.keys[b][:, None], step.values[b][:, None])
-    except NotFiniteError as error:
-        return error
-    return None
 
 
 def _stacked(found: Sequence[Found]) -> AttentionState:

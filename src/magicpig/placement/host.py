@@ -8,39 +8,28 @@ Here the device is whichever kernels are given, and the two halves run one after
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from magicpig.kernels.base import Kernels
 from magicpig.placement.base import (
     LayerStep,
-    RepeatedStep,
     Stepped,
     attend_exact,
-    by_kind,
-    chooses_in_python,
     errors_of,
 )
-from magicpig.placement.cpu import CPU
+from magicpig.placement.two_places import TwoPlaces
 from magicpig.samplers import sampler_of
-from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample
 
 
-class Host:
+class Host(TwoPlaces):
     """device: who hashes, attends over the exact window and merges. Samplers for comparison run as on `Cpu`."""
 
     def __init__(self, device: Kernels) -> None:
         self.device = device
 
-    def step(self, step: LayerStep) -> Stepped:
-        return by_kind(step, [chooses_in_python(store) for store in step.stores], self._halves, CPU.step)
-
-    def repeated(self, stores: Sequence[KVStore], heads: int, scale: float, softcap: float) -> RepeatedStep | None:
-        return None
-
-    def _halves(self, step: LayerStep) -> Stepped:
+    def each(self, step: LayerStep) -> Stepped:
         (B, H, D), stores = step.query.shape, step.stores
         prepared = [
             sampler_of(store.spec, D, self.device).prepare(query) if store.settled else None

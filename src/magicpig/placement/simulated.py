@@ -183,7 +183,7 @@ class Simulated:
     ) -> None:
         # What the host gives a stream to do comes after all that the host did before.
         self._join(stream, _Event(self._time["host"], self._known["host"], None))
-        if what in self._fail or what.partition(" ")[0] in self._fail:
+        if not copied and (what in self._fail or what.partition(" ")[0] in self._fail):
             self._failed[stream] = self._failed[stream] or what
         self._do(stream, what, seconds, reads, writes, copied)
 
