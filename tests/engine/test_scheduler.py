@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ class Machine:
             limits, on_admit=self.admit, on_preempt=self.held.pop, held=lambda: self.kept, reclaim=self.reclaim
         )
         self.now = 0.0
-        self.steps = 0
+        self.steps = self.computed = 0
 
     def admit(self, task: Task) -> int:
         assert task not in self.held
@@ -62,6 +63,7 @@ class Machine:
             assert (piece.begin + piece.count <= piece.task.prompt) == (piece.phase is Phase.PREFILL)
             assert piece.phase is Phase.DECODE or piece.count <= (piece.task.chunk or piece.count)
             self.held[piece.task] += piece.count
+            self.computed += piece.count
             assert linear(self.held[piece.task]) <= piece.task.reserved
             if piece.reaches_end:
                 got.append(piece.task)
@@ -183,6 +185,38 @@ def test_queue_limit_and_requests_that_never_fit():
     with pytest.raises(QueueFullError, match="2 requests are waiting"):
         scheduler.add(task(1, 1), 0.0)
     assert len(scheduler.waiting) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "headroom", "slowest"),
+    [(400, 200, 1024, 2.0), (2000, 20, 1024, 2.0), (5, 500, 1024, 2.0), (400, 800, 50, 4.0)],
+    ids=["both", "prompts", "answers", "answers that outgrow what was reserved for them"],
+)
+@pytest.mark.parametrize("waiting", [256, 8], ids=["queue", "refuse"])
+def test_under_four_times_the_load_those_let_in_take_at_most_twice_as_long(prompt, most, headroom, slowest, waiting):
+    room = 8
+
+    def seconds(clients: int) -> list[float]:
+        """From when each is let in to its end; a step takes a second, and a hundredth more for each token."""
+        limits = Limits(BYTES * room * (prompt + most), headroom=headroom, waiting=waiting)
+        machine, let_in, ends = Machine(limits), [], {}
+        for _ in range(clients):
+            try:
+                machine.scheduler.add(one := task(prompt, most), 0.0)
+                let_in.append(one)
+            except QueueFullError:
+                assert len(machine.scheduler.waiting) == waiting
+        while not machine.scheduler.idle:
+            before = machine.computed
+            machine.step()
+            machine.now += 0.01 * (machine.computed - before)
+            ends |= {one: machine.now for one in let_in if one.status is Status.DONE and one not in ends}
+        return [ends[one] - one.admitted for one in let_in]
+
+    alone, crowded = seconds(room), seconds(4 * room)
+    assert len(crowded) == (4 * room if waiting > room else room)
+    assert statistics.median(crowded) <= 2 * statistics.median(alone)
+    assert max(crowded) <= slowest * max(alone)
 
 
 def test_time_is_over_in_the_queue_and_at_work():
