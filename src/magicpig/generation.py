@@ -30,6 +30,7 @@ from transformers import (
     StoppingCriteriaList,
     logging,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from magicpig import adapters, gguf, machine
@@ -38,7 +39,7 @@ from magicpig.config import Config
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
 from magicpig.integrations.transformers import CacheReport, MagicPigCache, attach
 from magicpig.integrations.transformers.compat import cache_argument, cache_of
-from magicpig.integrations.transformers.shapes import scale_positions, token_limit
+from magicpig.integrations.transformers.shapes import layer_shapes, scale_positions, token_limit
 from magicpig.model_dir import ModelError, brings_code, check_directory, gguf_file
 from magicpig.text_stream import Detokenizer, StopStrings
 from magicpig.wording import counted, printable, shown
@@ -235,14 +236,17 @@ def encode_in_two(
     return ids[:cut], ids[cut:]
 
 
-def load(model: Model, *, dtype: str = "auto") -> Any:
+def load(model: Model, *, dtype: str = "auto", ranks: int = 1) -> Any:
     """The network in evaluation mode, its weights read from safetensors files.
 
-    dtype: one of `DTYPES`; "auto" is what the weights are stored in.
+    dtype: one of `DTYPES`; "auto" is what the weights are stored in. ranks: processes of the default group of
+    torch.distributed that share the weights (tensor parallel), of which this is one.
     Raises ModelError if weights are damaged or missing, MemoryError if they do not fit.
     """
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    if ranks > 1:
+        _check_split(model, ranks)
     size = sum(path.stat().st_size for path in model.directory.glob("*.safetensors"))
     free = machine.free_memory()
     if size > free:
@@ -260,6 +264,7 @@ def load(model: Model, *, dtype: str = "auto") -> Any:
             local_files_only=True,
             trust_remote_code=model.trust_remote_code,
             **({} if model.rope_scaling is None else {"config": model.config}),
+            **({} if ranks == 1 else {"distributed_config": DistributedConfig(tp_size=ranks)}),
         )
     except ModelError as error:
         # transformers refers to a table of its own, which is not shown.
@@ -273,6 +278,14 @@ def load(model: Model, *, dtype: str = "auto") -> Any:
     if model.adapter is not None:
         network = adapters.merged(network, model.adapter)
     return network.eval()
+
+
+def _check_split(model: Model, ranks: int) -> None:
+    if model.adapter is not None:
+        raise ArgumentError(f"adapter={model.adapter}: merge it first; {ranks} processes cannot")
+    for shape in layer_shapes(model.config, Config()):
+        if shape.kv_heads % ranks:
+            raise ArgumentError(f"{ranks} ranks cannot share {shape.kv_heads} kv heads; their number must divide them")
 
 
 def silence_transformers() -> None:

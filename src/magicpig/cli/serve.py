@@ -210,12 +210,13 @@ def serve(
         from magicpig.server.app import ServerOptions, create_app
         from magicpig.server.metrics import Metrics
         from magicpig.server.middleware import JsonLines
+        from magicpig.server.model import ModelOptions, open_network
         from magicpig.server.run import Server
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'magicpig[serve]'") from None
-    from magicpig import generation
     from magicpig.engine.engine import Engine
     from magicpig.engine.options import EngineOptions
+    from magicpig.engine.ranks import Group, follow
 
     _log_to_stderr(JsonLines() if log_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     options = checked(
@@ -231,16 +232,24 @@ def serve(
         timeout=timeout,
         queue_timeout=queue_timeout,
     )
+    group = Group.of_environment()
+    if group is not None and cache_dir is not None:
+        raise InputError(f"--cache-dir {cache_dir}: {group.size} ranks cannot keep prompts in files")
+    model_options = ModelOptions(
+        folder,
+        dtype.value,
+        None if chat_template is None else read_text(chat_template),
+        adapter,
+        rope_scaling,
+        trust_remote_code,
+    )
     with Console(stderr=True).status("Loading the model"):
-        generation.silence_transformers()
-        opened = generation.open_model(
-            folder, trust_remote_code=trust_remote_code, adapter=adapter, rope_scaling=rope_scaling
-        )
-        if chat_template is not None:
-            opened.tokenizer.chat_template = read_text(chat_template)
-        network = generation.load(opened, dtype=dtype.value)
+        network, tokenizer = open_network(model_options, 1 if group is None else group.size)
+        if group is not None and group.rank > 0:
+            follow(group, network, config, max_length=options.longest(network))
+            return
         metrics = Metrics()
-        engine = checked(Engine, network, opened.tokenizer, config, options, observer=metrics)
+        engine = checked(Engine, network, tokenizer, config, options, observer=metrics, group=group)
     if not keys and uds is None and not _is_loopback(host):
         logging.getLogger("magicpig.server").warning("%s is open to others, and no API key is needed", host)
     app = create_app(
@@ -255,9 +264,11 @@ def serve(
         network_options |= {"ssl_certfile": str(ssl_certfile), "ssl_keyfile": str(ssl_keyfile)}
     engine.start()
     try:
-        Server(app, engine, drain=drain, **network_options).run()
+        Server(app, engine, drain=drain, ends_with_engine=group is not None, **network_options).run()
     finally:
         engine.close()
+    if group is not None and engine.failure is not None:
+        raise engine.failure
 
 
 def _api_keys(path: Path | None) -> tuple[str, ...]:

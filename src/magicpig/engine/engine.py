@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from magicpig.engine.observer import Observer, StepRecord
 from magicpig.engine.options import EngineOptions
 from magicpig.engine.prefix_cache import PrefixCache
 from magicpig.engine.prompt_files import PromptFile, PromptFiles
+from magicpig.engine.ranks import Group, GroupError, Leader, splits_attention
 from magicpig.engine.request import Delta, FinishReason, Request, SamplingParams
 from magicpig.engine.runner import Outcome, Runner, SequenceState
 from magicpig.engine.sampling import logprobs
@@ -42,6 +44,7 @@ class Engine:
 
     network: a transformers model in evaluation mode. tokenizer: its own. config: how answers attend, unless a request
     says otherwise. observer: is told what happens. clock: seconds, for the scheduler.
+    group: the processes that share the network, of which this one is rank 0; the others `follow`.
     Raises UnsupportedModelError for models whose attention cannot be sampled or packed.
     """
 
@@ -54,14 +57,18 @@ class Engine:
         *,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        group: Group | None = None,
     ) -> None:
         self.network, self.tokenizer = network, tokenizer
         self.config = Config() if config is None else config
         options = EngineOptions() if options is None else options
         self.observer = Observer() if observer is None else observer
-        self.intake = Intake(network, tokenizer, self.config, options)
-        limits, files = options.limits(), None
+        split = group.size if group is not None and splits_attention(network) else 1
+        self.intake = Intake(network, tokenizer, self.config, options, split=split)
+        limits, files = options.limits(1 if group is None else group.here), None
         if options.cache_dir is not None:
+            if group is not None:
+                raise ArgumentError("cache_dir: a file has the heads of one process, and there are several")
             files = PromptFiles(options.cache_dir, options.cache_limit, network, tokenizer)
         self.prefixes = PrefixCache(int(options.cache_share * limits.memory), files)
         self.scheduler = Scheduler(
@@ -71,7 +78,8 @@ class Engine:
             held=lambda: self.prefixes.nbytes,
             reclaim=self.prefixes.reclaim,
         )
-        self.runner = Runner(network, self.config, max_length=self.max_length)
+        make = Runner if group is None else partial(Leader, group)
+        self.runner: Runner = make(network, self.config, max_length=self.max_length)
         self._clock = clock
         # Held whenever the scheduler or an answer changes; not while the model computes.
         self._lock = threading.RLock()
@@ -82,6 +90,7 @@ class Engine:
         self._requests: dict[str, list[Answer]] = {}
         self._thread: threading.Thread | None = None
         self._accepting, self._stopping = True, False
+        self.failure: Exception | None = None  # that has ended the thread of `start`
 
     # --- what callers do, from any thread -----------------------------------------------------------------------------
 
@@ -205,6 +214,7 @@ class Engine:
             self._end_what_is_over()
             batch = self.scheduler.schedule(self._clock())
         if not batch.pieces:
+            self.runner.idle()
             return False
         outcomes = self._run(batch)
         with self._lock:
@@ -218,6 +228,8 @@ class Engine:
         work = [answer_of(piece.task).work(piece) for piece in batch.pieces]
         try:
             return self.runner.run(work)
+        except GroupError:
+            raise
         except Exception as error:
             # Nobody knows what of it was stored, so these requests are lost; the next ones need not be.
             logger.exception("a step of %d sequences failed", len(work))
@@ -250,6 +262,7 @@ class Engine:
         wanted = bool(going) or self.prefixes.files is not None
         if wanted and any(store.length >= store.due for store in state.stores):
             leader.held = True
+            self.runner.will_index(state)
             self._indexing.submit(self._guard, self._index, leader, state, going)
         else:
             self._share(leader, state, going)
@@ -419,13 +432,18 @@ class Engine:
             while not self._stopping:
                 if not self.step():
                     self.wait()
-        except Exception:
-            # A fault of ours, and nothing that is left can be trusted. Nobody shall wait for an answer for ever.
-            logger.exception("the engine has failed and ends")
+        except Exception as error:
+            # Nothing that is left can be trusted. Nobody shall wait for an answer for ever.
+            if isinstance(error, GroupError):  # says all
+                logger.error("%s", error)
+            else:
+                logger.exception("the engine has failed and ends")
+            self.failure = error
+            told = error if isinstance(error, GroupError) else StepError("the engine has failed")
             with self._lock:
                 self._accepting = False
                 for answers in list(self._requests.values()):
-                    self._end_all(answers, "error", StepError("the engine has failed"))
+                    self._end_all(answers, "error", told)
 
     def wait(self) -> None:
         """After a step that had nothing to compute: waits until the next one may have."""

@@ -15,23 +15,23 @@ from magicpig.engine.sampling import check_tokens
 from magicpig.errors import ArgumentError
 from magicpig.generation import end_tokens
 from magicpig.integrations.transformers import MagicPigCache
-from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes, token_limit
+from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes
 from magicpig.store.planner import plan
-
-UNLIMITED = 131072  # tokens, for models that name no limit
 
 
 class Intake:
     """What the model allows, and what the engine has for all requests.
 
     network: a transformers model. tokenizer: its own. config: how answers attend, unless a request says otherwise.
+    split: among how many processes the heads of each layer are.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, config: Config, options: EngineOptions) -> None:
+    def __init__(self, network: Any, tokenizer: Any, config: Config, options: EngineOptions, *, split: int = 1) -> None:
         self.network, self.tokenizer, self.config, self.options = network, tokenizer, config, options
         text = network.config.get_text_config(decoder=True)
-        self.max_length: int = options.max_length or token_limit(network.config) or UNLIMITED
-        self.vocabulary, self.query_heads = int(text.vocab_size), int(text.num_attention_heads)
+        self.max_length = options.longest(network)
+        self.vocabulary, self.query_heads = int(text.vocab_size), int(text.num_attention_heads) // split
+        self._split = split
         self.ends = end_tokens(tokenizer, network)
         self._size = lru_cache(maxsize=4096)(self._size_of)
         self._grammar = lru_cache(maxsize=64)(self._grammar_of)
@@ -81,7 +81,7 @@ class Intake:
 
     def _size_of(self, config: str, tokens: int) -> int:
         settings = Config.model_validate_json(config)
-        shapes = layer_shapes(self.network.config, settings)
+        shapes = [shape.part(self._split) for shape in layer_shapes(self.network.config, settings)]
         return plan(shapes, settings, sequences=1, tokens=tokens, dtype=key_dtype(self.network)).total
 
     def _grammar_of(self, schema: str) -> Grammar:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from magicpig.engine.scheduler import Limits
 from magicpig.errors import ArgumentError
+from magicpig.integrations.transformers.shapes import token_limit
 from magicpig.machine import free_memory
 
 SAFE_SHARE = 0.8  # of the memory that is free when the engine starts
+UNLIMITED = 131072  # tokens, for models that name no limit
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class EngineOptions:
             if value is not None and not value > 0:
                 raise ArgumentError(f"{name}={value} must be positive")
 
-    def limits(self) -> Limits:
-        memory = int(SAFE_SHARE * free_memory()) if self.memory is None else self.memory
+    def longest(self, network: Any) -> int:
+        """The most tokens of prompt and answer."""
+        return self.max_length or token_limit(network.config) or UNLIMITED
+
+    def limits(self, processes: int = 1) -> Limits:
+        """Of one of so many processes that share this machine."""
+        memory = int(SAFE_SHARE * free_memory() / processes) if self.memory is None else self.memory
         return Limits(memory, self.token_budget, self.running, self.waiting, self.headroom, self.aging)

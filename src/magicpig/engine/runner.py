@@ -161,7 +161,7 @@ class Runner:
         if self._attached:
             attach(network, config)  # knows which models work
         network.set_attn_implementation(NAME)
-        self._windows = [shape.window for shape in layer_shapes(network.config, config)]
+        self.shapes = layer_shapes(network.config, config)
         # Of the sequences that answered in the last step: most often the next step is of the same.
         self._group: list[SequenceState] = []
         self._decoders: dict[int, attention.LayerDecoder] = {}
@@ -174,7 +174,7 @@ class Runner:
     def new_state(self, config: Config) -> SequenceState:
         """An empty sequence. Raises ValueError for settings that do not fit the model's layers."""
         MagicPigCache(self.network.config, config)
-        return SequenceState(config, [None] * len(self._windows))
+        return SequenceState(config, [None] * len(self.shapes))
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> list[Outcome]:
@@ -200,6 +200,7 @@ class Runner:
             )
         finally:
             _STEP.reset(token)
+        self.agree(step.failed, len(work))
         logits = output.logits[0] if self._keeps_logits else output.logits[0, rows]
         return step.outcomes(logits.to("cpu", torch.float32))
 
@@ -215,6 +216,19 @@ class Runner:
             stores: list[Any] = [state.layers[index] for state in self._group]
             found = self._decoders[index] = attention.LayerDecoder(stores, heads, **rule)
         return found
+
+    def first_head(self, index: int, kv_heads: int) -> int:
+        """Where the first of the kv heads that this process has of a layer stands in the model."""
+        return 0
+
+    def agree(self, failed: dict[int, MagicPigError], pieces: int) -> None:
+        """Adds pieces of this step that failed elsewhere."""
+
+    def will_index(self, state: SequenceState) -> None:
+        """To be told, between two steps, that the index of a state is built beside them."""
+
+    def idle(self) -> None:
+        """To be called now and then while there is no step to run."""
 
     def forget(self) -> None:
         """Lets go of the sequences of the last step; to be called when one of them ends."""
@@ -273,7 +287,7 @@ class _Step:
         sink_logits: Tensor | None,
     ) -> Tensor:
         """query (H, T, D), keys and values (G, T, D) of one layer. Returns (T, H, D)."""
-        window = self.runner._windows[index]
+        window = self.runner.shapes[index].window
         if window is not None:
             rule = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits, "window": window}
             return self._slide(index, window, query, keys, values, rule)
@@ -352,7 +366,13 @@ class _Step:
             _, G, D = keys.shape
             config = state.config.of_layer(index)
             layer = state.layers[index] = KVStore(
-                G, D, keys.dtype, config, sampled=not config.is_dense(index), layer=index
+                G,
+                D,
+                keys.dtype,
+                config,
+                sampled=not config.is_dense(index),
+                layer=index,
+                first_head=self.runner.first_head(index, G),
             )
         assert isinstance(layer, KVStore)
         return layer

@@ -9,6 +9,7 @@ from magicpig.errors import MagicPigError
 STATUS = {
     "queue_full": 429,
     "shutting_down": 503,
+    "group_ended": 503,
     "timeout": 504,
     "internal_error": 500,
     "not_finite": 500,

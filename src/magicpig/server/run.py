@@ -19,12 +19,20 @@ class Server(uvicorn.Server):
     """At the first signal to end, new requests are refused (503) and those that run get `drain` seconds to finish.
 
     Those that do not are told so, in their answer, before their connections are closed. A second signal ends at once.
+    ends_with_engine: an engine that has failed ends the server, so that whoever started it starts it again; without, it
+    goes on and tells what has happened.
     """
 
-    def __init__(self, app: FastAPI, engine: Engine, *, drain: float, **options: object) -> None:
+    def __init__(
+        self, app: FastAPI, engine: Engine, *, drain: float, ends_with_engine: bool = False, **options: object
+    ) -> None:
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False, **options))  # type: ignore[arg-type]
-        self._engine, self._drain = engine, drain
+        self._engine, self._drain, self._ends_with_engine = engine, drain, ends_with_engine
         self._closer: threading.Thread | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; whether to end now."""
+        return await super().on_tick(counter) or (self._ends_with_engine and not self._engine.alive)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Instead of uvicorn's, which would raise the signal again in the end."""

@@ -6,7 +6,7 @@ Counts what `KVStore` allocates, block by block and segment by segment. Knows si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +34,11 @@ class LayerShape:
     sampled: bool
     window: int | None = None
     query_heads: int | None = None
+
+    def part(self, split: int) -> LayerShape:
+        """What one of `split` processes has of it."""
+        heads = None if self.query_heads is None else self.query_heads // split
+        return replace(self, kv_heads=self.kv_heads // split, query_heads=heads)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""The model of a server, from what the command was told to an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magicpig import generation
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """directory: of a transformers model. chat_template: Jinja, in place of its own. The others: see `open_model`."""
+
+    directory: Path
+    dtype: str = "auto"
+    chat_template: str | None = None
+    adapter: Path | None = None
+    rope_scaling: str | None = None
+    trust_remote_code: bool = False
+
+
+def open_network(options: ModelOptions, ranks: int = 1) -> tuple[Any, Any]:
+    """The network and its tokenizer. ranks: as in `generation.load`. Raises ModelError, MemoryError as that does."""
+    generation.silence_transformers()
+    opened = generation.open_model(
+        options.directory,
+        trust_remote_code=options.trust_remote_code,
+        adapter=options.adapter,
+        rope_scaling=options.rope_scaling,
+    )
+    if options.chat_template is not None:
+        opened.tokenizer.chat_template = options.chat_template
+    return generation.load(opened, dtype=options.dtype, ranks=ranks), opened.tokenizer
