@@ -15,6 +15,7 @@ from magicpig.cli.convert import convert
 from magicpig.cli.doctor import doctor
 from magicpig.cli.errors import OneLineErrors
 from magicpig.cli.generate import generate
+from magicpig.cli.plan import plan
 from magicpig.cli.serve import serve
 from magicpig.cli.studies.bench import measure
 from magicpig.cli.studies.capture import capture
@@ -37,7 +38,8 @@ app = typer.Typer(
 for command in (generate, chat, convert):
     app.command(cls=Command)(command)
 app.command(cls=Command, context_settings={"auto_envvar_prefix": "MAGICPIG_SERVE"})(serve)
-app.command(cls=Command)(doctor)
+for command in (doctor, plan):
+    app.command(cls=Command)(command)
 
 app.add_typer(cache, name="cache")
 for study in (demo, tune, capture, figures):

@@ -29,8 +29,10 @@ class Slot(NamedTuple):
 class Trip(Protocol):
     """What a placement does in a layer. Each gets the tensors of its buffers through the slot that it was made for."""
 
-    ask_name: str
-    answer_name: str
+    @property
+    def ask_name(self) -> str: ...
+    @property
+    def answer_name(self) -> str: ...
 
     def ask(self) -> None:
         """On the device: what the host needs to know."""

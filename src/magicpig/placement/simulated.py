@@ -55,10 +55,10 @@ class _Notes:
 
 
 class Simulated:
-    """costs: seconds that work takes, by its name; what has none takes `overhead`. down, up: bytes a second of copies.
-
-    overhead: seconds for any piece of work or copy besides. fail: names of work that fails, as on a broken device: the
-    error comes when the host waits for it. tensors: "cpu", or "meta" for a schedule that computes nothing.
+    """costs: seconds that work takes, by its name or the first word of it, looked up anew each time; none is nothing.
+    overhead: seconds that any work or copy takes besides. down, up: bytes a second of copies.
+    fail: names of work that fails, as on a broken device; the error comes when the host waits for it.
+    tensors: "cpu", or "meta" for a schedule that computes nothing.
     """
 
     name = "simulated"
@@ -75,7 +75,7 @@ class Simulated:
     ) -> None:
         self.torch_device = torch.device(tensors)
         self.spans: list[Span] = []
-        self._costs, self._overhead, self._fail = dict(costs or {}), overhead, set(fail)
+        self._costs, self._overhead, self._fail = {} if costs is None else costs, overhead, set(fail)
         self._rates = {"down": down, "up": up}
         everyone = (*STREAMS, "host")
         self._time = dict.fromkeys(everyone, 0.0)

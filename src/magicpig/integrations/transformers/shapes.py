@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from magicpig.config import Config
 from magicpig.integrations.transformers.compat import layer_types
 from magicpig.model_dir import ModelError
+from magicpig.placement.foretell import Sizes
 from magicpig.store.planner import LayerShape
 from magicpig.wording import shown
 
@@ -28,6 +31,25 @@ def layer_shapes(model_config: PreTrainedConfig, config: Config) -> list[LayerSh
         heads = int(layer.num_attention_heads)
         shapes.append(LayerShape(_kv_heads(layer), _head_dim(layer), sampled, given.get("sliding_window"), heads))
     return shapes
+
+
+def sizes_of(file: Path, config: Config) -> Sizes:
+    """What a plan needs to know of the model that a config.json describes, its weights in bfloat16.
+
+    Raises ModelError where transformers knows no such model.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(file)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(model_config)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{file}: not the configuration of a model for text: {error}") from None
+    shapes = layer_shapes(model_config, config)
+    stacks = [x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == len(shapes)]
+    inside = sum(x.numel() for x in stacks[0].parameters()) if stacks else 0
+    whole, size = sum(x.numel() for x in model.parameters()), torch.bfloat16.itemsize
+    weights = inside // len(shapes)
+    return Sizes(shapes, weights * size, weights, (whole - weights * len(shapes)) * size)
 
 
 def token_limit(model_config: PreTrainedConfig) -> int | None:
