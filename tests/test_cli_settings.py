@@ -21,6 +21,7 @@ from magicpig.config_file import to_text
 VALUES: dict[str, tuple[str, Any]] = {
     "sampler": ("topk", "topk"),
     "budget": ("0.5", 0.5),
+    "candidates": ("2000", 2000.0),
     "bits": ("3", 3),
     "epsilon": ("0.1", 0.1),
     "centre": ("false", False),

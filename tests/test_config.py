@@ -5,6 +5,7 @@ import json
 import pytest
 
 from magicpig.config import Config, parse_sampler
+from magicpig.settings import DrawPolicy
 
 
 def test_defaults_are_the_papers_but_for_the_sampler():
@@ -150,7 +151,10 @@ def test_settings_of_layers_survive_json():
     ("layers", "message"),
     [
         ({-1: {}}, r"^layers\.-1: there is no such layer"),
-        ({3: {"sinks": 2}}, r"^layers\.3\.sinks is no setting of a single layer; these are sampler, budget, bits, "),
+        (
+            {3: {"sinks": 2}},
+            r"^layers\.3\.sinks is no setting of a single layer; these are sampler, budget, candidates, ",
+        ),
         ({3: {"bits": 9}}, r"^layers\.3\.bits=9: .* less than or equal to 4$"),
         ({3: {"L": 1}}, r"^layers\.3\.min_hits=2 is larger than L=1"),
         ({1: {"bits": 3}}, r"^layers\.1: the layer is in dense_layers as well$"),
@@ -189,7 +193,7 @@ def test_a_sampler_may_have_its_settings_behind_a_colon(text, settings):
     ("settings", "message"),
     [
         ({"sampler": "lsh:K=9", "K": 8}, r"^K=8 and sampler='lsh:K=9': give it once$"),
-        ({"sampler": "lsh:k=9"}, r"^unknown setting 'k' of 'lsh:k=9'; allowed: budget, bits, "),
+        ({"sampler": "lsh:k=9"}, r"^unknown setting 'k' of 'lsh:k=9'; allowed: budget, candidates, "),
         ({"sampler": "lsh:bit=9"}, r"^unknown setting 'bit' of 'lsh:bit=9'; did you mean bits\?$"),
         ({"sampler": "lsh:K=many"}, r"^sampler 'lsh:K=many': K='many' is not a number, true or false$"),
         ({"sampler": "lsh:K=9,K=8"}, r"^unknown setting 'K' of 'lsh:K=9,K=8'"),
@@ -213,6 +217,7 @@ def test_what_is_wrong_behind_the_colon_is_named(settings, message):
         (Config(K=9), "lsh:K=9,L=150"),
         (Config(sampler="full"), "full"),
         (Config(sampler="topk:0.02"), "topk:0.02"),
+        (Config(budget=0.1, candidates=2000), "sketch:0.1,candidates=2000"),
         (Config(bits=3, epsilon=0.05, centre=False, exact_below=0), "sketch:512,bits=3,epsilon=0.05,centre=false"),
     ],
     ids=str,
@@ -220,6 +225,27 @@ def test_what_is_wrong_behind_the_colon_is_named(settings, message):
 def test_a_config_says_in_a_text_how_it_samples(config, text):
     assert config.text() == text
     assert Config(sampler=text, exact_below=config.exact_below) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "body", "expected"),
+    [
+        ({}, 100_000, (512, 2048)),
+        ({}, 1000, (512, 1000)),
+        ({"budget": 0.1}, 1000, (100, 400)),
+        ({"budget": 0.3}, 1000, (300, 1000)),
+        ({"budget": 100, "candidates": 0.5}, 1000, (100, 500)),
+        ({"budget": 0.001, "candidates": 0.001}, 10, (1, 1)),
+        ({"budget": 100, "candidates": 7}, 1000, (100, 7)),
+    ],
+    ids=str,
+)
+def test_candidates_are_four_times_the_budget_unless_said_otherwise(settings, body, expected):
+    policy = DrawPolicy.of(Config(**settings))
+    budget = policy.budget_for(body)
+    assert (budget, policy.candidates_for(body, budget)) == expected
+    # More rows have as many more candidates.
+    assert policy.candidates_for(body, 2 * budget) == 2 * expected[1]
 
 
 def test_settings_may_be_changed():

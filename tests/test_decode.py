@@ -344,6 +344,7 @@ def stores_of_all_kinds(dtype: torch.dtype) -> list[KVStore]:
         Config(K=7, L=60, min_hits=1, seed=3, **shared),
         Config(K=7, L=60, min_hits=3, kv_dtype="int8", **shared),
         Config(sampler="sketch", budget=128, bits=2, **shared),
+        Config(sampler="sketch", budget=128, candidates=100, bits=2, **shared),
         Config(sampler="sketch", budget=300, epsilon=0.05, bits=3, seed=7, **shared),
         Config(sampler="sketch", budget=0.1, bits=2, kv_dtype="int8", **shared),
         Config(sampler="full", **shared),
@@ -413,7 +414,7 @@ def test_a_policy_may_change_between_two_steps():
         _, info = attend_stores(query, [store], scale=SCALE)
         wanted = budget if budget >= 1 else budget * (store.indexed_to - 4)
         assert abs(int(info.rows[0, 0]) - wanted) <= 1
-    cpu.set_policy(store.view, budget=20)
+    cpu.set_policy(store.view, budget=20, candidates=80)
     assert torch.equal(attend_stores(query, [store], scale=SCALE)[1].ids[0][0], fixed.ids[0][0])
 
 

@@ -30,6 +30,7 @@ def settings_of_a_store(draw: st.DrawFn) -> Config:
         K=draw(st.integers(1, 16)),
         L=draw(st.integers(2, 70)),
         budget=draw(st.one_of(st.integers(1, 400), st.floats(0.01, 0.9))),
+        candidates=draw(st.one_of(st.none(), st.integers(1, 500), st.floats(0.01, 0.99))),
         bits=draw(st.integers(1, 4)),
         epsilon=draw(st.sampled_from([None, 0.02])),
         sinks=draw(st.integers(0, 5)),

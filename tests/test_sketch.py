@@ -61,20 +61,22 @@ def test_a_step_is_weighted_attention_over_its_sample(R, D, bits, dtype, softcap
         torch.testing.assert_close(info.predicted_error[0, g * R : (g + 1) * R].double(), error, rtol=1e-3, atol=1e-6)
 
 
-def test_native_and_reference_draw_alike_for_the_same_seed():
-    # Rounding may turn a coordinate or a score; samples then differ in a row or two.
+@pytest.mark.parametrize("candidates", [200, 800])
+def test_native_and_reference_draw_alike_for_the_same_seed(candidates):
+    # Rounding may turn a coordinate or a score; candidates then differ in a key or two, and what follows them moves up.
     data = synthetic_context(3000, heads=8, kv_heads=2, head_dim=64)
     query, keys, values = data.queries[0][None, :, None], data.keys[None, :, :3000], data.values[None, :, :3000]
-    settings = {"sampler": "sketch", "budget": 200, "bits": 3}
+    settings = {"sampler": "sketch", "budget": 200, "candidates": candidates, "bits": 3}
     output, lse, info = attend(query, keys, values, kernels="cpu", **settings)
     right, right_lse, right_info = attend(query.double(), keys.double(), values.double(), **settings)
     exact, _, _ = attend(query.double(), keys.double(), values.double(), sampler="full")
     common = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(info.ids[0], right_info.ids[0], strict=True)]
-    assert min(common) >= 0.8 * 200
+    assert min(common) >= (0.8 if candidates == 200 else 0.2) * 200
+    assert float((info.rows - right_info.rows).abs().max()) <= 1
     error = (output.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert float(error.max()) < 3 * float(right_info.predicted_error.max())
     torch.testing.assert_close(lse.double(), right_lse, rtol=0, atol=0.05)
-    torch.testing.assert_close(info.predicted_error.double(), right_info.predicted_error, rtol=0.3, atol=0)
+    torch.testing.assert_close(info.predicted_error.double(), right_info.predicted_error, rtol=0.5, atol=0)
     assert right.shape == output.shape
 
 
@@ -182,7 +184,7 @@ def test_positions_draw_differently_and_seeds_too():
     assert not torch.equal(attend_stores(query, [store], scale=0.125)[1].ids[0][0], first)
 
 
-def test_epsilon_extends_samples_until_their_prediction_is_small_enough(isa):
+def test_epsilon_draws_more_until_the_prediction_is_small_enough(isa):
     # Values around one: the error of a mean of m rows is about m ** -0.5.
     (keys, values), query = context(2, 6000, 64), 0.3 * torch.randn(1, 8, 64)
     values = values + 1
@@ -194,7 +196,7 @@ def test_epsilon_extends_samples_until_their_prediction_is_small_enough(isa):
         if epsilon is not None:
             assert float(info.predicted_error.max()) <= epsilon
     for g in range(2):
-        assert drawn[None][g] <= drawn[0.1][g] <= drawn[0.05][g]
+        assert len(drawn[None][g]) < len(drawn[0.1][g]) < len(drawn[0.05][g])
         assert 29 <= len(drawn[None][g]) <= 31
         assert 200 < len(drawn[0.05][g]) < 6000 / 4
         assert len(drawn[1e-6][g]) == 5952 - 3

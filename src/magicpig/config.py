@@ -27,8 +27,9 @@ INDEX_SETTINGS = {"lsh": ("centre", "K", "L", "seed"), "sketch": ("centre", "bit
 """The settings that an index depends on, by sampler. All randomness of hashing is in its directions. The rotation of
 sketches is the same for every seed: what is random is where a draw starts."""
 SKETCH_BYTES = 32  # the most that the codes of a key take with the default bits, unless there must be two
+CANDIDATES = 4  # that a sketch draws for a row
 MOST_TOKENS = 2**40  # more than any memory holds; larger numbers would not fit the kernels' integers
-BY_LAYER = ("sampler", "budget", "bits", "epsilon", "centre", "K", "L", "min_hits")
+BY_LAYER = ("sampler", "budget", "candidates", "bits", "epsilon", "centre", "K", "L", "min_hits")
 """The settings that a layer may have of its own."""
 
 
@@ -49,6 +50,14 @@ class Config(BaseModel):
         le=MOST_TOKENS,
         allow_inf_nan=False,
         description="Keys that a head reads per step with any sampler but lsh and full; below 1, a share of the keys.",
+    )
+    candidates: float | None = Field(
+        None,
+        gt=0,
+        le=MOST_TOKENS,
+        allow_inf_nan=False,
+        description="Keys that a sketch draws first, to draw the budget from them by the logits that they really have. "
+        "Below 1, a share of the keys; by default 4 times the budget. Where that is no more, all are read.",
     )
     bits: int | None = Field(
         None,
@@ -188,6 +197,14 @@ class Config(BaseModel):
     def sketches(self) -> bool:
         """Whether rows are drawn by a sketch."""
         return self.sampler == "sketch"
+
+    @property
+    def drawn_candidates(self) -> float:
+        """Keys that a sketch draws first; below 1 a share of the keys."""
+        if self.candidates is not None:
+            return self.candidates
+        share = self.budget < 1 <= CANDIDATES * self.budget
+        return MOST_TOKENS if share else CANDIDATES * self.budget
 
     def sketch_bits(self, head_dim: int) -> int:
         """Bits of a coordinate in a sketch of keys of this length. Short keys need more, since fewer errors cancel."""

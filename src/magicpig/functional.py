@@ -26,6 +26,7 @@ def attend(
     *,
     sampler: SamplerName | None = None,
     budget: float = 512,
+    candidates: float | None = None,
     bits: int | None = None,
     epsilon: float | None = None,
     centre: bool = True,
@@ -43,9 +44,9 @@ def attend(
 ) -> tuple[Tensor, Tensor, StepInfo]:
     """Attention of one new token over N keys, exact (`sampler="full"`) or from a sample (MagicPIG, arXiv 2410.16179).
 
-    "sketch", the default, draws a `budget` of rows by what a few `bits` of each coordinate say of their logits; "lsh",
-    the default where K, L or min_hits is given, is the paper's sampler. The others, with a `budget` too, are there for
-    comparison: docs/algorithm.md.
+    "sketch", the default, draws `candidates` by what a few `bits` of each coordinate say of their logits, and of these
+    by their logits a `budget` of rows; "lsh", the default where K, L or min_hits is given, is the paper's sampler. The
+    others, with a `budget` too, are there for comparison: docs/algorithm.md.
 
     query: (B, H, 1, D); keys, values: (B, G, N, D) with H a multiple of G; float32, bfloat16, float16 or float64, CPU.
     Settings are those of `Config`; scale defaults to 1 / sqrt(D). There is no length below which sampling is left out.
@@ -63,6 +64,7 @@ def attend(
     config = Config(
         **{name: setting for name, setting in chosen.items() if setting is not None},
         budget=budget,
+        candidates=candidates,
         bits=bits,
         epsilon=epsilon,
         centre=centre,

@@ -52,18 +52,27 @@ class DrawPolicy:
     """How a step draws rows from an index: `Config`'s settings of the same names."""
 
     budget: float
+    candidates: float
     epsilon: float | None
     min_hits: int
     seed: int
 
     @classmethod
     def of(cls, config: Config) -> DrawPolicy:
-        return cls(config.budget, config.epsilon, config.min_hits, config.seed)
+        return cls(config.budget, config.drawn_candidates, config.epsilon, config.min_hits, config.seed)
 
     def budget_for(self, body: int) -> int:
         """How many of `body` rows the budget allows a head: at least one, and at most all."""
-        wanted = self.budget if self.budget >= 1 else self.budget * body
-        return max(1, min(body, round(wanted)))
+        return _count(self.budget, body)
+
+    def candidates_for(self, body: int, rows: int) -> int:
+        """How many of `body` keys a sketch draws first, to draw `rows` of them: as the budget is to its candidates."""
+        return -(-rows * _count(self.candidates, body) // self.budget_for(body))
+
+
+def _count(number: float, body: int) -> int:
+    wanted = number if number >= 1 else number * body
+    return max(1, min(body, round(min(wanted, body))))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ CONFIGS = {
     "lsh, as keys are": Config(K=4, L=30, min_hits=1, centre=False, **SMALL),
     "lsh of int8": Config(K=5, L=30, kv_dtype="int8", **SMALL),
     "sketch": Config(budget=60, bits=2, **SMALL),
+    "sketch in one phase": Config(budget=60, candidates=60, bits=2, **SMALL),
+    "sketch of all": Config(budget=60, candidates=1000, bits=1, **SMALL),
     "sketch of three bits and a share": Config(budget=0.2, bits=3, **SMALL),
     "sketch of int8": Config(budget=60, bits=4, kv_dtype="int8", **SMALL),
     "sketch by epsilon": Config(budget=20, bits=2, epsilon=0.2, **SMALL),

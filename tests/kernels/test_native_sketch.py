@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from magicpig.kernels import base, cpu
-from magicpig.kernels.rows.reference import from_bytes, to_bytes
+from magicpig.kernels.rows.reference import from_bytes, halves, to_bytes
 from magicpig.kernels.sketch import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,13 +82,13 @@ def assert_weights_are_the_references(found: base.SketchWeights, scores: Tensor,
     assert float(((found.weights - expected).abs() - 1).div(expected.clamp(min=1)).max()) <= 3 * octaves
 
 
-def assert_same_draw(weights: Tensor, budget: int, doublings: int = 0) -> None:
+def assert_same_draw(weights: Tensor, budget: int, phase: int = 1) -> None:
     sinks = int((weights == 0).sum())
     assert not weights[:sinks].any()
-    drawn = cpu.draw(weights, budget, seed=5, layer=9, head=3, position=77, doublings=doublings, sinks=sinks)
+    drawn = cpu.draw(weights, budget, seed=5, layer=9, head=3, position=77, phase=phase, sinks=sinks)
     assert drawn.step == reference.step_for(weights, budget)
-    assert drawn.start == reference.start_for(5, 9, 3, 77, drawn.step)
-    ids, log_u = reference.pick(weights, drawn.step, drawn.start, doublings)
+    assert drawn.start == reference.start_for(5, 9, 3, 77, reference.draw_number(phase, budget), drawn.step)
+    ids, log_u = reference.pick(weights, drawn.step, drawn.start)
     assert torch.equal(drawn.ids, ids)
     torch.testing.assert_close(drawn.log_u.double(), log_u, rtol=1e-6, atol=2e-7)
 
@@ -295,8 +295,8 @@ def test_the_same_weights_give_the_same_sample(n):
     segment, sampler = sketch(make_keys(n, 64), 2)
     found = cpu.weigh(4 * torch.randn(4, 64), [segment], 1, sampler, stride=8, scale=0.125)
     for budget in sorted({1, 2, n // 10 + 1, n // 2 + 1, n, 2 * n}):
-        for doublings in [0, 1, 5]:
-            assert_same_draw(found.weights, budget, doublings)
+        for phase in (1, 2):
+            assert_same_draw(found.weights, budget, phase)
 
 
 @pytest.mark.parametrize("tail", [0.5, 1.0, 2.0])
@@ -311,7 +311,6 @@ def test_a_step_longer_than_32_bits():
     weights = torch.full((4096,), 2**27)
     assert reference.step_for(weights, 64) == 2**33
     assert_same_draw(weights, 64)
-    assert_same_draw(weights, 64, doublings=2)
 
 
 def test_keys_past_the_count_do_not_exist(isa):
@@ -352,3 +351,49 @@ def test_zero_keys_and_zero_queries_are_drawn_evenly(isa):
         assert len(drawn.ids) == 64
         assert set((drawn.ids // 64).bincount().tolist()) == {6, 7}  # of 10 parts of the text, each has its share
         assert_same_draw(found.weights, 64)
+
+
+# --- the second phase -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize(("D", "R"), [(1, 1), (40, 3), (64, 4), (80, 7), (128, 2), (256, 8), (512, 5)])
+def test_rows_are_weighed_by_their_logits(D, R, dtype, isa):
+    keys, query = make_keys(5000, D, heads=1)[0], 2 * torch.randn(R, D)
+    # Nothing may depend on the values.
+    values = torch.full_like(keys, torch.nan if dtype != torch.int8 else 0.0)
+    whole = dtype == torch.int8
+    blocks = cpu.interleave(keys, values, dtype) if whole else base.as_rows(keys.to(dtype), values.to(dtype))
+    stored, _ = halves(blocks, D)
+    offsets = torch.randn(R, 2)
+    for n in SIZES:
+        ids, log_u = torch.randperm(5000)[:n].sort().values, -torch.randn(n).abs()
+        for softcap in (0.0, 3.0):
+            for joined in (None, offsets):
+                found = cpu.weigh_rows(
+                    query, blocks.split(4096), ids, log_u, scale=D**-0.5, offsets=joined, softcap=softcap
+                )
+                logits = D**-0.5 * (query.double() @ stored[ids].double().T)
+                logits = logits if joined is None else logits + joined.double()[:, ids // 4096]
+                logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+                expected = reference.weigh_logits(logits, log_u)
+                # A logit is a sum of D products in float32; a weight follows its rounding.
+                rounding = 2e-5 * max(1.0, float(logits.abs().max()))
+                assert float(((found - expected).abs() - 1).div(expected).max()) <= rounding
+                assert_same_draw(found, max(1, n // 4), phase=2)
+
+
+def test_logits_that_are_no_numbers_weigh_next_to_nothing(isa):
+    keys = torch.randn(100, 64)
+    keys[7] = torch.inf
+    found = cpu.weigh_rows(
+        torch.ones(2, 64), [base.as_rows(keys, keys)], torch.arange(100), torch.zeros(100), scale=1.0
+    )
+    assert found.ge(1).all()
+    assert found.le(2**30 + 1).all()
+
+
+def test_no_rows_have_no_weights(isa):
+    keys, nothing = torch.randn(10, 64), torch.zeros(0)
+    found = cpu.weigh_rows(torch.ones(2, 64), [base.as_rows(keys, keys)], nothing.long(), nothing, scale=1.0)
+    assert found.shape == (0,)

@@ -16,6 +16,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DISTORTION = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154}
 
 
+KEYS = [(0, 0, 0, 0, 0), (1, 2, 3, 4, 5), (2**63 - 1, 79, 7, 10**6, 4096)]  # of starts
+
+
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -223,21 +226,88 @@ def test_step_spends_the_budget(high, budget):
         assert budget <= spent < budget * (1 + 1 / step) + 1e-9
 
 
-@pytest.mark.parametrize("doublings", [0, 1, 3])
 @pytest.mark.parametrize("budget", [1, 3, 7, 12])
-def test_over_all_starts_a_key_is_picked_exactly_as_often_as_u_says(budget, doublings):
+def test_over_all_starts_a_key_is_picked_exactly_as_often_as_u_says(budget):
     weights = torch.tensor([3, 1, 40, 2, 7, 7, 1, 1, 90, 5, 12, 2, 2, 3])
     step = sketch.step_for(weights, budget)
     picked = torch.zeros(len(weights), dtype=torch.int64)
     for start in range(step):
-        ids, log_u = sketch.pick(weights, step, start, doublings)
+        ids, log_u = sketch.pick(weights, step, start)
         picked[ids] += 1
-        torch.testing.assert_close(log_u.exp(), ((weights[ids] << doublings) / step).clamp(max=1).double())
-        if doublings == 0:
-            assert abs(len(ids) - int(weights.clamp(max=step).sum()) / step) < 1
-    # With doublings, a walk has starts in steps of 2**doublings: counts may be off by less than that.
-    expected = (weights << doublings).clamp(max=step)
-    assert ((picked - expected).abs() <= (1 << doublings) - 1).all()
+        torch.testing.assert_close(log_u.exp(), (weights[ids] / step).clamp(max=1).double())
+        assert abs(len(ids) - int(weights.clamp(max=step).sum()) / step) < 1
+    assert torch.equal(picked, weights.clamp(max=step))
+
+
+def test_weights_of_logits_are_the_mean_softmax_over_probabilities():
+    logits, log_u = torch.stack([3 * normal(400), 20 + normal(400, seed=1)]), -normal(400, seed=2).abs()
+    weights = sketch.weigh_logits(logits, log_u)
+    expected = ((logits - log_u).exp() / (logits - log_u).exp().sum(1, keepdim=True)).mean(0)
+    assert ((weights - 1 - 2**30 * expected).abs() <= 1).all()
+    assert abs(int(weights.sum()) - 2**30) <= 400
+    # In proportion to what a key adds to the sums, with the probability that it is there in the first place
+    certain = sketch.weigh_logits(logits[:1], torch.zeros(400).double())
+    assert float((certain / certain.sum() - logits[0].softmax(-1)).abs().max()) <= 1e-6
+    # One key with all of the weight, and logits that are no numbers
+    assert sketch.weigh_logits(torch.tensor([[800.0, 0.0, -800.0]]), torch.zeros(3)).tolist() == [2**30 + 1, 1, 1]
+    assert sketch.weigh_logits(torch.full((2, 3), math.nan), torch.zeros(3)).tolist() == [1, 1, 1]
+
+
+def starts_of(first: int, second: int):
+    return lambda draw, step: (first if draw % 2 == 0 else second) % step
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_over_all_starts_of_both_phases_sums_are_exact(rows):
+    weights = torch.tensor([3, 1, 40, 2, 7, 7, 1, 1, 24, 5, 12, 2, 2, 3])
+    # The second phase has long steps: of its starts every 2**20-th, and a few more.
+    logits, values = normal(2, 14), normal(14, 3, seed=1)
+    step = sketch.step_for(weights, 8)
+    total, exact = torch.zeros(2, 3).double(), logits.exp() @ values
+    for start in range(step):
+        ids, log_u = sketch.pick(weights, step, start)
+        again = sketch.step_for(sketch.weigh_logits(logits[:, ids], log_u), rows)
+        seconds = range(0, again, max(1, again // 400))
+        for second in seconds:
+            drawn, log_uu = sketch.draw(weights, lambda i: logits[:, i], rows, 8, starts_of(start, second))
+            assert abs(len(drawn) - rows) <= 1
+            assert set(drawn.tolist()) <= set(ids.tolist())
+            total += (logits[:, drawn] - log_uu).exp() @ values[drawn] / len(seconds) / step
+    # 400 starts are a grid, whose sums err by about 1 / 400 of a step
+    assert float((total - exact).abs().max()) <= 0.02 * float((logits.exp() @ values.abs()).max())
+
+
+def test_as_many_candidates_as_rows_are_the_sample():
+    weights = integers(1000, high=10**6)
+    starts = starts_of(12345, 999)
+    step = sketch.step_for(weights, 50)
+    ids, log_u = sketch.pick(weights, step, 12345 % step)
+
+    def never(ids):
+        raise AssertionError("no key need be looked at")
+
+    for candidates in (1, 49, 50):
+        drawn = sketch.draw(weights, never, 50, candidates, starts)
+        assert torch.equal(drawn[0], ids)
+        assert torch.equal(drawn[1], log_u)
+
+
+def test_all_keys_as_candidates_are_drawn_by_their_logits_alone():
+    logits = 2 * normal(3, 500)
+    ids, log_u = sketch.draw(integers(500, high=9), lambda i: logits[:, i], 60, 500, starts_of(0, 77777))
+    weights = sketch.weigh_logits(logits, torch.zeros(500))
+    expected = sketch.pick(weights, sketch.step_for(weights, 60), 77777)
+    assert torch.equal(ids, expected[0])
+    assert torch.equal(log_u, expected[1])
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.3])
+def test_an_error_twice_as_large_takes_four_times_the_rows(epsilon):
+    aim = sketch.AIM * epsilon
+    assert [sketch.more_rows(64, factor * aim, epsilon) for factor in (1.9999, 3.9999)] == [256, 1024]
+    assert 64 < sketch.more_rows(64, 1.0001 * epsilon, epsilon) <= 2 * 64
+    assert sketch.more_rows(64, math.inf, epsilon) > 2**25
+    assert sketch.more_rows(64, math.nan, epsilon) > 2**25
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 100, 1024, 5000])
@@ -254,47 +324,33 @@ def test_a_walk_keeps_neighbours_together():
     assert abs(float(swapped.mean()) - 0.5) < 5 * 0.5 / math.sqrt(2048)
 
 
-def test_halving_the_step_extends_a_sample():
-    weights = integers(5000, high=10**3) ** 2
-    step = sketch.step_for(weights, 100)
-    start = sketch.start_for(0, 0, 0, 0, step)
-    before = set()
-    for doublings in range(6):
-        ids = set(sketch.pick(weights, step, start, doublings)[0].tolist())
-        assert before <= ids
-        expected = float((weights.double() * 2**doublings / step).clamp(max=1).sum())
-        assert len(ids) == pytest.approx(expected, rel=0.03)
-        before = ids
-    assert len(before) > 2000
-    everything, log_u = sketch.pick(weights, step, start, doublings=step.bit_length())
-    assert len(everything) == 5000
-    assert not log_u.any()
-
-
 def test_starts_are_spread_and_reproducible():
     step = 1000
     starts = [
-        sketch.start_for(seed, layer, head, position, step)
+        sketch.start_for(seed, layer, head, position, draw, step)
         for seed in range(2)
         for layer in range(4)
-        for head in range(8)
+        for head in range(4)
         for position in range(25)
+        for draw in (sketch.draw_number(1, 512), sketch.draw_number(2, 512))
     ]
     assert all(0 <= start < step for start in starts)
     # 1600 uniform numbers from 0 to 999: their mean has a standard error of 7.2
     assert abs(sum(starts) / len(starts) - 499.5) < 5 * 7.2
     assert len(set(starts)) > 700
     # Written down, so that another program, or another year, draws the same
-    assert [sketch.start_for(*key, 2**30) for key in [(0, 0, 0, 0), (1, 2, 3, 4), (2**63 - 1, 79, 7, 10**6)]] == [
-        139205922,
-        894907218,
-        248319739,
+    assert [sketch.start_for(*key, 2**30) for key in KEYS] == [
+        506173094,
+        607050349,
+        761028288,
     ]
 
 
 def test_a_budget_of_all_keys_is_exact_attention():
     query, keys, values = normal(6, 20), normal(2, 90, 20, seed=1), normal(2, 90, 9, seed=2)
-    state, samples = attend_sketch(query, keys, values, bits=2, budget=80, sinks=3, recent=7, stride=4, scale=0.2)
+    state, samples = attend_sketch(
+        query, keys, values, bits=2, budget=80, candidates=80, sinks=3, recent=7, stride=4, scale=0.2
+    )
     exact = attend_full(query, keys, values, scale=0.2)
     torch.testing.assert_close(state.output, exact.output, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(state.lse, exact.lse, rtol=1e-12, atol=1e-12)
@@ -305,7 +361,7 @@ def test_a_budget_of_all_keys_is_exact_attention():
 
 def test_short_contexts_are_exact():
     query, keys, values = normal(2, 20), normal(1, 10, 20, seed=1), normal(1, 10, 9, seed=2)
-    state, samples = attend_sketch(query, keys, values, bits=2, budget=8, sinks=3, recent=7, scale=0.2)
+    state, samples = attend_sketch(query, keys, values, bits=2, budget=8, candidates=32, sinks=3, recent=7, scale=0.2)
     torch.testing.assert_close(state.output, attend_full(query, keys, values, scale=0.2).output)
     assert [len(sample.ids) for sample in samples] == [0, 0]
     # Samples of nothing say nothing: that nothing was left out knows who asked for them.
@@ -314,7 +370,9 @@ def test_short_contexts_are_exact():
 
 def test_heads_of_a_group_share_rows_and_groups_do_not():
     query, keys, values = normal(4, 20), normal(2, 900, 20, seed=1), normal(2, 900, 9, seed=2)
-    state, samples = attend_sketch(query, keys, values, bits=2, budget=50, sinks=3, recent=7, stride=8, scale=0.2)
+    state, samples = attend_sketch(
+        query, keys, values, bits=2, budget=50, candidates=200, sinks=3, recent=7, stride=8, scale=0.2
+    )
     assert samples[0] is samples[1]
     assert not torch.equal(samples[0].ids, samples[2].ids)
     assert 49 <= len(samples[0].ids) <= 51

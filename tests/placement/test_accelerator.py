@@ -24,7 +24,8 @@ G, R, D = 2, 2, 16
 SCALE = D**-0.5
 SMALL = {"exact_below": 0, "recent": 16, "block": 32, "sinks": 3}
 CONFIGS = {
-    "sketch": Config(budget=30, bits=2, **SMALL),
+    "sketch": Config(budget=30, candidates=70, bits=2, **SMALL),
+    "one phase": Config(budget=30, candidates=30, bits=2, **SMALL),
     "int8": Config(budget=30, bits=3, kv_dtype="int8", **SMALL),
     "epsilon": Config(budget=10, bits=2, epsilon=0.4, **SMALL),
     "everything": Config(budget=10, bits=1, epsilon=1e-4, **SMALL),

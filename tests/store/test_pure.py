@@ -24,6 +24,7 @@ STRIDE = 16
 SMALL: dict[str, Any] = {"sinks": 3, "recent": 10, "block": STRIDE, "exact_below": 40}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sketch": {"budget": 12},
+    "sketch, one phase": {"budget": 12, "candidates": 12},
     "sketch, epsilon": {"budget": 4, "epsilon": 0.5, "bits": 3},
     "sketch, no centre": {"budget": 12, "centre": False},
     "sketch, int8": {"budget": 12, "kv_dtype": "int8"},

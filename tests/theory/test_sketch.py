@@ -36,7 +36,7 @@ def test_numerator_and_denominator_are_unbiased():
     def bias_and_error(bend):
         sums = []
         for draw in range(draws):
-            ids, log_u = sketch.pick(weights, step, sketch.start_for(0, 0, 0, draw, step))
+            ids, log_u = sketch.pick(weights, step, sketch.start_for(0, 0, 0, draw, 0, step))
             x = terms[:, ids] / bend(log_u).exp()
             sums.append(torch.cat([x @ values[ids], x.sum(1, keepdim=True)], dim=1))
         drawn = torch.stack(sums)
@@ -47,6 +47,40 @@ def test_numerator_and_denominator_are_unbiased():
     assert (error <= 0.01 * exact[:, -1:]).all()
     # Negative control: probabilities a tenth too large on the rarer half of what was drawn do not pass.
     bias, error = bias_and_error(lambda log_u: torch.where(log_u < log_u.median(), log_u + math.log(1.1), log_u))
+    assert (bias > STANDARD_ERRORS * error).any()
+
+
+@pytest.mark.slow
+def test_two_phases_are_unbiased_given_both():
+    n, D, draws = 300, 32, 2000
+    query, keys, values = 2 * normal(2, D, seed=0), normal(n, D, seed=1), normal(n, 7, seed=2) + 1.0
+    rotation = sketch.make_rotation(D, 0).double()
+    scores = sketch.score(*sketch.quantise_query(query, rotation), sketch.quantise(keys, rotation, 1), scale=D**-0.5)
+    weights, logits = sketch.weigh(scores), query @ keys.T / math.sqrt(D)
+    exact = torch.cat([logits.exp() @ values, logits.exp().sum(1, keepdim=True)], dim=1)
+
+    def bias_and_error(probability):
+        sums = []
+        for draw in range(draws):
+            ids, log_u = sketch.draw(
+                weights,
+                lambda found: logits[:, found],
+                20,
+                80,
+                lambda number, step, draw=draw: sketch.start_for(0, 0, 0, draw, number, step),
+            )
+            x = (logits[:, ids] - probability(ids, log_u)).exp()
+            sums.append(torch.cat([x @ values[ids], x.sum(1, keepdim=True)], dim=1))
+        drawn = torch.stack(sums)
+        return (drawn.mean(0) - exact).abs(), drawn.std(0) / math.sqrt(draws)
+
+    bias, error = bias_and_error(lambda ids, log_u: log_u)
+    assert (bias <= STANDARD_ERRORS * error).all()
+    assert (error <= 0.01 * exact[:, -1:]).all()
+    # Negative control: the probabilities of the second phase alone
+    step = sketch.step_for(weights, 80)
+    first = (weights.double() / step).clamp(max=1).log()
+    bias, error = bias_and_error(lambda ids, log_u: log_u - first[ids])
     assert (bias > STANDARD_ERRORS * error).any()
 
 
@@ -64,7 +98,7 @@ def test_texts_that_repeat_themselves_hide_nothing_from_a_walk():
         found = []
         for budget in (82, 128, 256, 410, 512, 1024, 1500):
             step = sketch.step_for(weights, budget)
-            samples = [drawn(step, sketch.start_for(0, 0, 0, draw, step)) for draw in range(draws)]
+            samples = [drawn(step, sketch.start_for(0, 0, 0, draw, 0, step)) for draw in range(draws)]
             errors = torch.stack([values[ids].mean(0) for ids in samples]) - values.mean(0)
             found.append((budget * errors.square().mean(0).view(2, -1).sum(0)).sqrt().max())
         return float(max(found))
@@ -94,11 +128,19 @@ class Group:
         self.certain = attend(self.query, *static, scale=self.scale)
         self.exact = attend(self.query, keys, values, scale=self.scale).output
         self.perfect, self.sketched = self._perfect(), [self._sketched(2, seed) for seed in range(ROTATIONS)]
+        self.one_bit = [self._sketched(1, seed) for seed in range(ROTATIONS)]
 
-    def errors(self, weights: torch.Tensor, budget: int, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(
+        self, weights: torch.Tensor, budget: int, draw: int, candidates: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The true and the predicted relative error of each of the R heads."""
-        step = sketch.step_for(weights, budget)
-        ids, log_u = sketch.pick(weights, step, sketch.start_for(0, 0, 0, draw, step))
+        ids, log_u = sketch.draw(
+            weights,
+            lambda found: self.logits[:, found],
+            budget,
+            candidates,
+            lambda number, step: sketch.start_for(0, 0, 0, draw, number, step),
+        )
         rows = self.keys[ids], self.values[ids]
         settings = {"scale": self.scale, "offset": self.offset}
         state = merge([self.certain, attend(self.query, *rows, log_u=log_u, **settings)])
@@ -133,9 +175,28 @@ def test_two_bits_come_near_to_perfect_probabilities(budget, groups):
     assert 1.0 < ratio < 1.2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "candidates"), [(1, 2048), (2, 1024), (2, 2048)])
+def test_a_second_phase_comes_nearer(bits, candidates, groups):
+    # The second phase has no floor, which saves the perfect draw's twentieth of rows: errors may be smaller than its.
+    drawn, perfect = [], []
+    for group in groups:
+        for draw in range(4 * ROTATIONS):
+            weights = (group.one_bit if bits == 1 else group.sketched)[draw % ROTATIONS]
+            drawn.append(group.errors(weights, 512, draw, candidates)[0])
+            perfect.append(group.errors(group.perfect, 512, draw)[0])
+    ratio = float(torch.cat(drawn).mean() / torch.cat(perfect).mean())
+    assert 0.9 < ratio < 1.06
+
+
+@pytest.mark.parametrize("candidates", [0, 4])
 @pytest.mark.parametrize("budget", [256, 1024, 4096])
-def test_the_error_stays_below_one_and_a_half_times_its_prediction(budget, groups):
-    draws = [group.errors(weights, budget, i) for group in groups for i, weights in enumerate(group.sketched)]
+def test_the_error_stays_below_one_and_a_half_times_its_prediction(budget, candidates, groups):
+    draws = [
+        group.errors(weights, budget, i, candidates * budget)
+        for group in groups
+        for i, weights in enumerate(group.one_bit if candidates else group.sketched)
+    ]
     true, predicted = torch.cat([torch.stack(draw) for draw in draws], dim=1)
     assert float((true < 1.5 * predicted).double().mean()) >= 0.95
     # And a prediction is not merely large.

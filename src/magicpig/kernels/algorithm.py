@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magicpig.collision import log_inclusion
 from magicpig.errors import ArgumentError
-from magicpig.kernels.attend.reference import attend, merge, predicted_error
+from magicpig.kernels.attend.reference import attend, merge, predicted_error, row_logits
 from magicpig.kernels.hash.reference import hash_vectors, make_planes, segment_centre
 from magicpig.kernels.sketch import reference as sketch
 from magicpig.kernels.tables.reference import build, lookup
@@ -96,6 +96,7 @@ def attend_sketch(
     *,
     bits: int,
     budget: int,
+    candidates: int,
     sinks: int,
     recent: int,
     scale: float,
@@ -107,10 +108,12 @@ def attend_sketch(
     stride: int = 256,
     centre: bool = True,
 ) -> tuple[AttentionState, list[Sample]]:
-    """Estimate attention from ``budget`` keys per key/value head, drawn by what a sketch says of their logits.
+    """Estimate attention from ``budget`` keys per key/value head, drawn in two phases.
+
+    ``candidates`` keys by what a sketch says of their logits; of these ``budget`` by the logits that they have.
 
     Shapes, ``sinks``, ``recent``, ``stride`` and what is returned as in `attend_lsh`; bits of a code are 1 to 4. The
-    heads of a group share one sample. With ``epsilon`` the sample is extended until it predicts a smaller relative
+    heads of a group share one sample. With ``epsilon`` larger samples are drawn until one predicts a smaller relative
     error for all of them, or would have more than a quarter of the keys: then all are read. ``layer`` and
     ``first_head``, the place of key/value head 0 among those of the model, say with ``seed`` and N what is drawn.
     """
@@ -134,25 +137,30 @@ def attend_sketch(
             *sketch.quantise_query(group, rotation), codes, scale=scale, offset=offset, softcap=softcap
         )
         weights = sketch.weigh(scores, sinks)
-        step = sketch.step_for(weights, budget)
-        start = sketch.start_for(seed, layer, first_head + g, tokens, step)
         exact = attend(group, key[static], value[static], scale=scale, softcap=softcap)
-        doublings = 0
+
+        def logits(ids: Tensor, group: Tensor = group, key: Tensor = key) -> Tensor:
+            return row_logits(group, key[ids], scale=scale, softcap=softcap)
+
+        def start(draw: int, step: int, head: int = first_head + g) -> int:
+            return sketch.start_for(seed, layer, head, tokens, draw, step)
+
+        rows = budget
         while True:
-            everything = doublings > 0 and budget << doublings > sketch.EXACT_SHARE * (end - sinks)
+            everything = rows > budget and rows > sketch.EXACT_SHARE * (end - sinks)
             if not everything:
-                found, log_u = sketch.pick(weights, step, start, doublings)
+                found, log_u = sketch.draw(weights, logits, rows, -(-rows * candidates // budget), start)
             else:
                 found = torch.arange(sinks, end, dtype=torch.int64, device="cpu")
                 log_u = torch.zeros(end - sinks, dtype=torch.float64, device="cpu")
             sample = Sample(ids=found, log_u=log_u)
-            rows = key[sample.ids], value[sample.ids]
-            sampled = attend(group, *rows, scale=scale, log_u=sample.log_u, softcap=softcap)
+            drawn = key[sample.ids], value[sample.ids]
+            sampled = attend(group, *drawn, scale=scale, log_u=sample.log_u, softcap=softcap)
             state = merge([exact, sampled])
-            error = float(predicted_error(state, group, *rows, sample.log_u, scale=scale, softcap=softcap).max())
+            error = float(predicted_error(state, group, *drawn, sample.log_u, scale=scale, softcap=softcap).max())
             if epsilon is None or everything or error <= epsilon:
                 break
-            doublings += sketch.more_doublings(error, epsilon)
+            rows = sketch.more_rows(rows, error, epsilon)
         states.append(state)
         samples += [sample] * len(group)
 

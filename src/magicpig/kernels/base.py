@@ -280,6 +280,7 @@ class Kernels(Protocol):
         view: Any,
         *,
         budget: float = 512,
+        candidates: float = ...,
         epsilon: float = 0.0,
         limit: float = ...,
         seed: int = 0,
@@ -338,9 +339,20 @@ class Kernels(Protocol):
         layer: int = 0,
         head: int,
         position: int,
-        doublings: int = 0,
+        phase: int = 1,
         sinks: int = 0,
     ) -> Draw: ...
+    def weigh_rows(
+        self,
+        query: Tensor,
+        blocks: Sequence[Tensor],
+        ids: Tensor,
+        log_u: Tensor,
+        *,
+        scale: float,
+        offsets: Tensor | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor: ...
 
     # --- attend, merge, and all of it in one ---
 

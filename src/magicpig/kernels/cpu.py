@@ -116,6 +116,7 @@ def set_policy(
     view: StoreView,
     *,
     budget: float = 512,
+    candidates: float = 2048,
     epsilon: float = 0.0,
     limit: float = EXACT_SHARE,
     seed: int = 0,
@@ -123,11 +124,11 @@ def set_policy(
 ) -> None:
     """How much a view's next steps draw, and by which luck.
 
-    budget: rows of a kv head and step, of a sketch; below 1 a share of the body. epsilon: predicted error that is small
-    enough, or 0 to draw once. limit: share of the body; where epsilon would take more, all of it is read. law: of
-    hashing, which needs one.
+    budget: rows of a kv head and step, of a sketch; below 1 a share of the body. candidates: keys that these are drawn
+    from, likewise. epsilon: predicted error that is small enough, or 0 to draw once. limit: share of the body; where
+    epsilon would take more, all of it is read. law: of hashing, which needs one.
     """
-    view.set_policy(budget, epsilon, limit, seed, law)
+    view.set_policy(budget, candidates, epsilon, limit, seed, law)
 
 
 def mean_keys(rows: Tensor, head_dim: int, row_centres: Tensor | None = None) -> Tensor:
@@ -409,16 +410,51 @@ def draw(
     layer: int = 0,
     head: int,
     position: int,
-    doublings: int = 0,
+    phase: int = 1,
     sinks: int = 0,
 ) -> Draw:
-    """The sample of one kv head by the weights (n,) of its keys, as a decode step draws it."""
+    """The sample of one kv head by the weights (n,) of its keys, as a decode step draws it in phase 1 or 2."""
     narrow = weights.to(torch.int32)
     step, start, ids, log_u = _native.draw(
-        narrow.data_ptr(), len(narrow), sinks, budget, seed, layer, head, position, doublings
+        narrow.data_ptr(), len(narrow), sinks, budget, seed, layer, head, position, phase
     )
     positions = torch.tensor(ids, dtype=torch.int64, device="cpu")
     return Draw(step, start, positions, torch.tensor(log_u, dtype=torch.float32, device="cpu"))
+
+
+def weigh_rows(
+    query: Tensor,
+    blocks: Sequence[Tensor],
+    ids: Tensor,
+    log_u: Tensor,
+    *,
+    scale: float,
+    offsets: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Weights (S,) int64 of rows that were drawn with log u (S,), by their logits for the queries (R, D) of a group.
+
+    blocks, ids: as of `attend`; offsets: (R, blocks). See weigh_logits in kernels/sketch/reference.py.
+    """
+    lanes = _padded_queries(query, blocks[0])
+    ids, log_u = ids.to(torch.uint32).contiguous(), log_u.to(torch.float32).contiguous()
+    offsets = None if offsets is None else offsets.to(torch.float32).contiguous()
+    weights = torch.empty(len(ids), dtype=torch.int32, device="cpu")
+    _native.weigh_rows(
+        row_code(blocks[0].dtype),
+        lanes.shape[1],
+        [block.data_ptr() for block in blocks],
+        ids.data_ptr(),
+        len(ids),
+        log_u.data_ptr(),
+        lanes.data_ptr(),
+        len(query),
+        _address(offsets),
+        scale,
+        softcap,
+        weights.data_ptr(),
+    )
+    return weights.to(torch.int64)
 
 
 def write_bytes(x: Tensor, rows: Tensor, half: int) -> None:

@@ -82,6 +82,7 @@ class Rotation:
 @dataclass
 class _Policy:
     budget: float = 512
+    candidates: float = 2048
     epsilon: float = 0.0
     limit: float = sketches.EXACT_SHARE
     seed: int = 0
@@ -181,13 +182,14 @@ def set_policy(
     view: View,
     *,
     budget: float = 512,
+    candidates: float = 2048,
     epsilon: float = 0.0,
     limit: float = sketches.EXACT_SHARE,
     seed: int = 0,
     law: Law | None = None,
 ) -> None:
     """How much a view's next steps draw, and by which luck; see cpu.py."""
-    view.policy = _Policy(budget, epsilon, limit, seed, law)
+    view.policy = _Policy(budget, candidates, epsilon, limit, seed, law)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -360,16 +362,34 @@ def draw(
     layer: int = 0,
     head: int,
     position: int,
-    doublings: int = 0,
+    phase: int = 1,
     sinks: int = 0,
 ) -> Draw:
-    """The sample of one kv head by the weights (n,) of its keys, as a decode step draws it."""
+    """The sample of one kv head by the weights (n,) of its keys, as a decode step draws it in phase 1 or 2."""
     weights = weights.to(torch.int64).clone()
     weights[:sinks] = 0
     step = sketches.step_for(weights, budget)
-    start = sketches.start_for(seed, layer, head, position, step)
-    ids, log_u = sketches.pick(weights, step, start, doublings)
+    start = sketches.start_for(seed, layer, head, position, sketches.draw_number(phase, budget), step)
+    ids, log_u = sketches.pick(weights, step, start)
     return Draw(step, start, ids, log_u.float())
+
+
+def weigh_rows(
+    query: Tensor,
+    blocks: Sequence[Tensor],
+    ids: Tensor,
+    log_u: Tensor,
+    *,
+    scale: float,
+    offsets: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Weights (S,) int64 of rows that were drawn with log u (S,), by their logits; see cpu.py."""
+    keys, _ = _picked(blocks, ids, query.shape[1])
+    logits = scale * (query.double() @ keys.T)
+    if offsets is not None:
+        logits = logits + offsets.double()[:, ids // BLOCK_ROWS]
+    return sketches.weigh_logits(_capped(logits, softcap), log_u)
 
 
 # --- attend, merge ----------------------------------------------------------------------------------------------------
@@ -701,24 +721,22 @@ class _Heads:
         rotated = rotate(query, rotation) if self.prepared is None else self.prepared[heads.start : heads.stop]
         rule = view.stride, self.scale, self.softcap, view.sinks
         weights = _weigh(query, rotated, view.sketches, g, rotation, *rule).weights
-        wanted = policy.budget if policy.budget >= 1 else policy.budget * view.body
-        budget = min(max(round(min(wanted, view.body)), 1), view.body)
-        doublings = 0
+        budget, candidates = (_count(number, view.body) for number in (policy.budget, policy.candidates))
+        keys = self.rows[g][0]
+
+        def logits(ids: Tensor) -> Tensor:
+            return _capped(self.scale * (query @ keys[ids].T), self.softcap)
+
+        def start(number: int, step: int) -> int:
+            return sketches.start_for(policy.seed, view.layer, view.first_head + g, view.length, number, step)
+
+        rows = budget
         while True:
-            if doublings > 0 and math.ldexp(budget, doublings) > policy.limit * view.body:
+            if rows > budget and rows > policy.limit * view.body:
                 ids = torch.arange(view.sinks, view.indexed_to, dtype=torch.int64, device="cpu")
                 return ids, torch.zeros(view.body, dtype=torch.float32, device="cpu")
-            drawn = draw(
-                weights,
-                budget,
-                seed=policy.seed,
-                layer=view.layer,
-                head=view.first_head + g,
-                position=view.length,
-                doublings=doublings,
-                sinks=view.sinks,
-            )
-            sample = drawn.ids, drawn.log_u
+            ids, log_u = sketches.draw(weights, logits, rows, -(-rows * candidates // budget), start)
+            sample = ids, log_u.float()
             if policy.epsilon <= 0:
                 return sample
             assert exact is not None
@@ -730,4 +748,10 @@ class _Heads:
             error = float(sampled.error(whole).max())
             if error <= policy.epsilon:
                 return sample
-            doublings += sketches.more_doublings(error, policy.epsilon)
+            rows = sketches.more_rows(rows, error, policy.epsilon)
+
+
+def _count(number: float, body: int) -> int:
+    """How many of `body` keys are meant: below 1 a share of them."""
+    wanted = number if number >= 1 else number * body
+    return min(max(round(min(wanted, body)), 1), body)

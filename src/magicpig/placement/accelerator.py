@@ -1,7 +1,7 @@
 """Placements whose device is an accelerator: verbs in Triton, buffers that travel, the schedule of schedule.py.
 
 Three ways of one trip. `host`: queries are rotated on the device; the host scores, draws and attends over the sample.
-`gpu_index`: the device has the sketches of all keys, scores and draws; the host sends the rows that were drawn. `gpu`:
+`gpu_index`: the device has the sketches of all keys, scores and draws; the host sends the candidates' rows. `gpu`:
 the rows are there, too, and nothing travels. In each the device has the rows that are never drawn, attends over them
 while the host answers, and merges. Every sequence of a step is a micro-batch of its own.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from magicpig.errors import ArgumentError
 from magicpig.kernels.algorithm import no_sample
 from magicpig.kernels.base import BLOCK_ROWS, SKETCH_KEYS, SampledHalf, padded
-from magicpig.kernels.sketch.reference import EXACT_SHARE, more_doublings
+from magicpig.kernels.sketch.reference import EXACT_SHARE, more_rows
 from magicpig.placement.base import LayerStep, Stepped, append, exact_pieces
 from magicpig.placement.device import Buffer, Device
 from magicpig.placement.schedule import Slot, by_turns, round_trip
@@ -75,11 +75,24 @@ class Accelerated(TwoPlaces):
 
 
 class _Drawn(NamedTuple):
-    """Of all kv heads of a sequence: ids and log_u (G, S), counts (G,), on the device."""
+    """Of all kv heads of a sequence: ids and log_u (G, S), counts (G,), on the device. Behind a count: zeros."""
 
     ids: Tensor
     log_u: Tensor
     counts: Tensor
+
+    @classmethod
+    def of(cls, heads: list[tuple[Tensor, Tensor]]) -> _Drawn:
+        """What each kv head drew, (S_g,) and (S_g,)."""
+        ids, log_u = (
+            torch.nn.utils.rnn.pad_sequence(list(each), batch_first=True) for each in zip(*heads, strict=True)
+        )
+        counts = torch.tensor([len(own) for own, _ in heads], dtype=torch.int32, device=ids.device)
+        return cls(ids.to(torch.int32), log_u.float(), counts)
+
+    def head(self, g: int) -> tuple[Tensor, Tensor]:
+        n = int(self.counts[g])
+        return self.ids[g, :n], self.log_u[g, :n]
 
 
 class _Part:
@@ -97,9 +110,11 @@ class _Part:
         self.held = place.held(self.store)
         self.query = send(device, "query", step.query[b].float().reshape(G, self.R, D))
         self.rows, self.row_count = send_rows(device, self.store, window), sum(keys.shape[1] for keys, _ in window)
-        self.doublings = 0
+        self.wanted = [store_budget(self.store)] * G
+        self.weights: Tensor | None = None
         self.window: AttentionState | None = None
         self.half: SampledHalf | None = None
+        self.candidates: _Drawn | None = None
         self.drawn: _Drawn | None = None
         self.error: Buffer | None = None
         self.device = device
@@ -121,13 +136,15 @@ class _Part:
                 self.slot = self._slot()
                 yield from round_trip(self.device, self.slot, self)
             epsilon = store.draw.epsilon
-            if not epsilon or self.place.way == "host" or self._everything():
+            if not epsilon or self.place.way == "host":
                 return
             self.device.finish(self.device.record("compute"))
-            worst = float(self.predicted.max())
-            if worst <= epsilon:
+            worst = self.predicted.amax(1).tolist()
+            short = [g for g, error in enumerate(worst) if not error <= epsilon and not self._everything(g)]
+            if not short:
                 return
-            self.doublings += more_doublings(worst, epsilon)
+            for g in short:
+                self.wanted[g] = more_rows(self.wanted[g], worst[g], epsilon)
 
     # --- the trip -----------------------------------------------------------------------------------------------------
 
@@ -136,10 +153,12 @@ class _Part:
             self.slot.asked.tensor.copy_((self.query @ self._rotation()).flatten(0, 1))
             return
         self._select()
-        assert self.drawn is not None
+        assert self.candidates is not None
         asked = self.slot.asked.tensor
         asked.fill_(self.store.indexed_to)
-        asked[:, : self.drawn.ids.shape[1]].copy_(self.drawn.ids)
+        for g in range(len(asked)):
+            ids, _ = self.candidates.head(g)
+            asked[g, : len(ids)].copy_(ids)
 
     def meanwhile(self) -> None:
         counts = torch.full((len(self.rows),), self.row_count, dtype=torch.int32, device=self.rows.device)
@@ -185,27 +204,21 @@ class _Part:
             came = self.slot.answered.tensor.view(G, R, 2 * D + 3)
             self._merge(AttentionState(came[..., :D], came[..., D]), came[..., D + 1 :])
             return
-        assert self.drawn is not None
-        if self.place.way == "gpu_index":
-            rows, ids = self.slot.answered.tensor[:, : self.drawn.ids.shape[1]], None
-        else:
-            rows, ids = self.held.rows, self.drawn.ids
+        assert self.candidates is not None
+        fetched = self.place.way == "gpu_index"
+        rows = self.slot.answered.tensor if fetched else self.held.rows
+        numbers = [self._draw_again(g, rows[g], fetched=fetched) for g in range(len(self.wanted))]
+        self.drawn = _Drawn.of([(self.candidates.ids[g, i], log_u) for g, (i, log_u) in enumerate(numbers)])
+        at = _Drawn.of(numbers).ids if fetched else self.drawn.ids
         rule = {"scale": self.step.rule.scale, "softcap": self.step.rule.softcap}
-        state, spread = self.place.verbs.attend(self.query, rows, self.drawn.counts, self.drawn.log_u, ids, **rule)
+        state, spread = self.place.verbs.attend(self.query, rows, self.drawn.counts, self.drawn.log_u, at, **rule)
         self._merge(state, spread)
 
     # --- on the device ------------------------------------------------------------------------------------------------
 
     def _select(self) -> None:
-        store, rule, policy = self.store, self.step.rule, self.store.draw
-        G = store.kv_heads
-        if self._everything():
-            ids = torch.arange(store.policy.sinks, store.indexed_to, dtype=torch.int32, device=self.query.device)
-            ids = ids.expand(G, -1).contiguous()
-            counts = torch.full((G,), store.body, dtype=torch.int32, device=self.query.device)
-            self.drawn = _Drawn(ids, torch.zeros_like(ids, dtype=torch.float32), counts)
-            return
-        if self.doublings == 0:
+        store, rule = self.store, self.step.rule
+        if self.weights is None:
             words, scales, centres = self.held.index
             self.weights = self.place.verbs.weigh(
                 self.query,
@@ -220,17 +233,47 @@ class _Part:
                 softcap=rule.softcap,
                 sinks=store.policy.sinks,
             ).weights
-        drawn = self.place.verbs.draw(
-            self.weights,
-            policy.budget_for(store.body),
-            seed=policy.seed,
-            layer=store.layer,
-            heads=range(store.first_head, store.first_head + G),
-            position=store.length,
-            sinks=store.policy.sinks,
-            doublings=self.doublings,
+        self.candidates = _Drawn.of([self._draw_first(g) for g in range(store.kv_heads)])
+
+    def _draw_first(self, g: int) -> tuple[Tensor, Tensor]:
+        """The candidates of a kv head."""
+        store = self.store
+        if self._everything(g):
+            ids = torch.arange(store.policy.sinks, store.indexed_to, dtype=torch.int32, device=self.query.device)
+            return ids, torch.zeros(len(ids), dtype=torch.float32, device=self.query.device)
+        assert self.weights is not None
+        return self._draw(g, self.weights[g : g + 1], self._first(g), 1, store.policy.sinks)
+
+    def _draw_again(self, g: int, rows: Tensor, *, fetched: bool) -> tuple[Tensor, Tensor]:
+        """Which of the candidates of a kv head are attended to, by number, and log u. rows: those, or all."""
+        assert self.candidates is not None
+        ids, log_u = self.candidates.head(g)
+        if self._everything(g) or self._first(g) == self.wanted[g]:
+            return torch.arange(len(ids), dtype=torch.int64, device=ids.device), log_u
+        weights = self.place.verbs.weigh_rows(
+            self.query[g],
+            rows[: len(ids)] if fetched else rows[ids.long()],
+            log_u,
+            scale=self.step.rule.scale,
+            softcap=self.step.rule.softcap,
         )
-        self.drawn = _Drawn(drawn.ids, drawn.log_u, drawn.counts)
+        numbers, again = self._draw(g, weights[None], self.wanted[g], 2, 0)
+        return numbers.long(), log_u[numbers.long()] + again
+
+    def _draw(self, g: int, weights: Tensor, rows: int, phase: int, sinks: int) -> tuple[Tensor, Tensor]:
+        store = self.store
+        drawn = self.place.verbs.draw(
+            weights,
+            rows,
+            seed=store.draw.seed,
+            layer=store.layer,
+            heads=[store.first_head + g],
+            position=store.length,
+            sinks=sinks,
+            phase=phase,
+        )
+        n = int(drawn.counts[0])
+        return drawn.ids[0, :n], drawn.log_u[0, :n]
 
     def _merge(self, state: AttentionState | None = None, spread: Tensor | None = None) -> None:
         """Makes the whole of the window and what was drawn, with the sinks' logits, and predicts its error."""
@@ -271,10 +314,14 @@ class _Part:
         else:
             self.store.kernels.count_predicted(self.store.view, predicted)
 
-    def _everything(self) -> bool:
-        """Whether what would be drawn next is so much that all is read."""
-        budget, body = self.store.draw.budget_for(self.store.body), self.store.body
-        return self.doublings > 0 and math.ldexp(budget, self.doublings) > EXACT_SHARE * body
+    def _everything(self, g: int) -> bool:
+        """Whether what a kv head would draw next is so much that all is read."""
+        wanted, body = self.wanted[g], self.store.body
+        return wanted > store_budget(self.store) and wanted > EXACT_SHARE * body
+
+    def _first(self, g: int) -> int:
+        """How many candidates a kv head draws: at least the rows that are drawn of them."""
+        return max(self.wanted[g], self.store.draw.candidates_for(self.store.body, self.wanted[g]))
 
     def _rotation(self) -> Tensor:
         return self.held.rotation(self.sampler)
@@ -285,8 +332,8 @@ class _Part:
         if self.place.way == "host":
             asked, answered, kinds = [G * self.R, D], [G * self.R, 2 * D + 3], (torch.float32, torch.float32)
         else:
-            room = min(store.body, (2 * store.draw.budget_for(store.body) << self.doublings) + 1)
-            room = store.body if self._everything() else room
+            # A step is a whole number, rounded down: at worst by half, and then twice as many are drawn.
+            room = max(store.body if self._everything(g) else min(store.body, 2 * self._first(g) + 1) for g in range(G))
             asked, answered, kinds = [G, room], [G, room, 2 * padded(D)], (torch.int32, torch.float32)
         return Slot(
             device.buffer("asked", asked, kinds[0]),
@@ -294,6 +341,11 @@ class _Part:
             device.buffer("answer", answered, kinds[1], pinned=True),
             device.buffer("answered", answered, kinds[1]),
         )
+
+
+def store_budget(store: KVStore) -> int:
+    """The rows with which a draw begins."""
+    return store.draw.budget_for(store.body) if store.body else 0
 
 
 def send(device: Device, name: str, content: Tensor) -> Tensor:

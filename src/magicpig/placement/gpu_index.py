@@ -16,7 +16,7 @@ from magicpig.errors import MagicPigError
 from magicpig.kernels.algorithm import no_sample
 from magicpig.kernels.attend.reference import merge, predicted_error
 from magicpig.kernels.base import Kernels
-from magicpig.kernels.sketch.reference import more_doublings
+from magicpig.kernels.sketch.reference import more_rows
 from magicpig.placement.base import (
     LayerStep,
     Rule,
@@ -65,29 +65,27 @@ class GpuIndex(TwoPlaces):
             sinks = None if step.rule.sink_logits is None else step.rule.sink_logits[at]
             rule = Rule(step.rule.scale, step.rule.softcap, sinks)
             own = AttentionState(exact.output[at], exact.lse[at])
-            doublings = 0
+            rows = None
             while True:
-                found = self._select(store, query[at], g, step, doublings)
+                found = self._select(store, query[at], g, step, rows)
                 whole = rule.finish(merge([own, _stacked(found)]))
                 error = _predicted(whole, query[at], found, step.rule)
                 epsilon = store.draw.epsilon
                 if not epsilon or not found[0].extensible or float(error.max()) <= epsilon:
                     break
-                doublings += more_doublings(float(error.max()), epsilon)
+                rows = more_rows(rows or store.draw.budget_for(store.body), float(error.max()), epsilon)
             states.append(whole)
             samples += [each.sample for each in found]
             errors.append(error)
         state = AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states]))
         return state, samples, torch.cat(errors)
 
-    def _select(self, store: KVStore, query: Tensor, head: int, step: LayerStep, doublings: int) -> list[Found]:
+    def _select(self, store: KVStore, query: Tensor, head: int, step: LayerStep, rows: int | None) -> list[Found]:
         """What each of the query heads (R, D) of a kv head found, and its attention over it."""
         place = store.policy.sinks, store.indexed_to, store.length, store.layer, store.first_head
         context = Context(*place, step.rule.scale, step.rule.softcap or None)
         sampler = sampler_of(store.spec, store.head_dim, self.device)
-        return sampler.found(
-            query, head, store.index, store.draw, context, lambda ids: store.fetch(head, ids), doublings
-        )
+        return sampler.found(query, head, store.index, store.draw, context, lambda ids: store.fetch(head, ids), rows)
 
 
 def _stacked(found: Sequence[Found]) -> AttentionState:

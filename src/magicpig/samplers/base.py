@@ -181,11 +181,11 @@ class Sampler(ABC):
         policy: DrawPolicy,
         context: Context,
         fetch: Fetch,
-        doublings: int = 0,
+        rows: int | None = None,
     ) -> list[Found]:
         """What the query heads (R, D) float32 of one kv head find by an index, verb by verb, as a step does at once.
 
-        doublings: of the draw, where there is one.
+        rows: to be drawn, where the policy's budget was not enough.
         """
         nothing = query.new_zeros(0, query.shape[1])
         state = AttentionState(torch.zeros_like(query[0]), query.new_tensor(-torch.inf))

@@ -205,7 +205,7 @@ class Lsh(Sampler):
         policy: DrawPolicy,
         context: Context,
         fetch: Fetch,
-        doublings: int = 0,
+        rows: int | None = None,
     ) -> list[Found]:
         assert isinstance(index, TableIndex)
         law = _law(self.kernels.NAME, self.K, self.L, policy.min_hits)

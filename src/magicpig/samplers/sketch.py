@@ -1,4 +1,6 @@
-"""Rows drawn by what a few bits of each coordinate say of their logits; one sample for the query heads of a group.
+"""Rows drawn in two phases: candidates by what a few bits of each coordinate say of their logits, then by these.
+
+The query heads of a group share one sample.
 
 Every stride has a centre of its own, the mean of its keys, and is final when it has been written. Sketches lie in
 blocks beside those of the rows, and are shared and continued by the same rule: see store/blocks.py.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +112,9 @@ class SketchIndex(Index):
 
 
 class Sketch(Sampler):
-    """`IndexSpec.bits` of each rotated coordinate; draws `DrawPolicy.budget` rows, or more until `epsilon` is met."""
+    """`IndexSpec.bits` of each rotated coordinate; draws `DrawPolicy.budget` rows of its `candidates`, or more until
+    `epsilon` is met.
+    """
 
     predicts = True
     shared = True
@@ -122,7 +127,13 @@ class Sketch(Sampler):
 
     def apply(self, policy: DrawPolicy, view: View) -> None:
         self.kernels.set_sampler(view, self.sketcher)
-        self.kernels.set_policy(view, budget=policy.budget, epsilon=policy.epsilon or 0.0, seed=policy.seed)
+        self.kernels.set_policy(
+            view,
+            budget=policy.budget,
+            candidates=policy.candidates,
+            epsilon=policy.epsilon or 0.0,
+            seed=policy.seed,
+        )
 
     def write(self, rows: Rows, begin: int, end: int, segment: SketchSegment, at: int) -> None:
         """Sketches the keys of [begin, end) as those from number `at` on of a segment."""
@@ -171,46 +182,68 @@ class Sketch(Sampler):
         policy: DrawPolicy,
         context: Context,
         fetch: Fetch,
-        doublings: int = 0,
+        rows: int | None = None,
     ) -> list[Found]:
         assert isinstance(index, SketchIndex)
         body, softcap = context.end - context.sinks, context.softcap or 0.0
-        budget = policy.budget_for(body)
-        extensible = doublings == 0 or budget << doublings <= EXACT_SHARE * body
+        extensible = rows is None or rows <= EXACT_SHARE * body
         if extensible:
-            rule = {"scale": context.scale, "softcap": softcap}
-            weighed = self.kernels.weigh(
-                query, index.segments(), head, self.sketcher, stride=self.spec.stride, sinks=context.sinks, **rule
-            )
-            drawn = self.kernels.draw(
-                weighed.weights,
-                budget,
-                seed=policy.seed,
-                layer=context.layer,
-                head=context.first_head + head,
-                position=context.position,
-                doublings=doublings,
-                sinks=context.sinks,
-            )
-            sample = Sample(drawn.ids, drawn.log_u)
+            sample, keys, values = self._drawn(query, head, index, policy, context, fetch, rows)
         else:
             ids = torch.arange(context.sinks, context.end, dtype=torch.int64, device="cpu")
             sample = Sample(ids, torch.zeros(body, dtype=torch.float32, device="cpu"))
-        keys, values = fetch(sample.ids)
+            keys, values = fetch(ids)
         number = torch.arange(len(keys), dtype=torch.int64, device="cpu")
-        rows, log_u = as_rows(keys, values).split(BLOCK_ROWS), sample.log_u
-        states = [self.kernels.attend(q, rows, number, log_u, scale=context.scale, softcap=softcap) for q in query]
+        blocks, log_u = as_rows(keys, values).split(BLOCK_ROWS), sample.log_u
+        states = [self.kernels.attend(q, blocks, number, log_u, scale=context.scale, softcap=softcap) for q in query]
         return [Found(sample, keys, values, state, extensible) for state in states]
+
+    def _drawn(
+        self,
+        query: Tensor,
+        head: int,
+        index: SketchIndex,
+        policy: DrawPolicy,
+        context: Context,
+        fetch: Fetch,
+        rows: int | None,
+    ) -> tuple[Sample, Tensor, Tensor]:
+        """The sample of one kv head, its keys and its values."""
+        body, softcap = context.end - context.sinks, context.softcap or 0.0
+        rows = policy.budget_for(body) if rows is None else rows
+        candidates = policy.candidates_for(body, rows)
+        place: dict[str, Any] = {
+            "seed": policy.seed,
+            "layer": context.layer,
+            "head": context.first_head + head,
+            "position": context.position,
+        }
+        rule: dict[str, Any] = {"scale": context.scale, "softcap": softcap}
+        weighed = self.kernels.weigh(
+            query, index.segments(), head, self.sketcher, stride=self.spec.stride, sinks=context.sinks, **rule
+        )
+        first = self.kernels.draw(weighed.weights, max(rows, candidates), sinks=context.sinks, **place)
+        keys, values = fetch(first.ids)
+        if candidates <= rows:
+            return Sample(first.ids, first.log_u), keys, values
+        number = torch.arange(len(keys), dtype=torch.int64, device="cpu")
+        blocks = as_rows(keys, values).split(BLOCK_ROWS)
+        weights = self.kernels.weigh_rows(query, blocks, number, first.log_u, **rule)
+        again = self.kernels.draw(weights, rows, phase=2, **place)
+        sample = Sample(first.ids[again.ids], first.log_u[again.ids] + again.log_u)
+        return sample, keys[again.ids], values[again.ids]
 
     def reference(
         self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
     ) -> tuple[AttentionState, list[Sample]]:
+        budget = policy.budget_for(context.end - context.sinks)
         return algorithm.attend_sketch(
             query,
             keys,
             values,
             bits=self.bits,
-            budget=policy.budget_for(context.end - context.sinks),
+            budget=budget,
+            candidates=policy.candidates_for(context.end - context.sinks, budget),
             epsilon=policy.epsilon,
             sinks=context.sinks,
             recent=keys.shape[1] - context.end,

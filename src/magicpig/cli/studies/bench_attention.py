@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from magicpig.studies.bench.attention import Result
 
 
-@takes_settings("budget", "bits")
+@takes_settings("budget", "candidates", "bits")
 def attention(
     *,
     context: Contexts = "32K",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from magicpig.studies.bench.decode import Result
 
 
-@takes_settings("budget", "bits", "dense_layers")
+@takes_settings("budget", "candidates", "bits", "dense_layers")
 def decode(
     *,
     shape: Annotated[str, typer.Option(help=f"A model's sizes: {', '.join(SHAPES)}.")] = "llama-3.2-1b",

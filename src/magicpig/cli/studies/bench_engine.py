@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from magicpig.studies.bench.engine import Result
 
 
-@takes_settings("budget", "bits")
+@takes_settings("budget", "candidates", "bits")
 def engine(
     *,
     model: ModelOrPocket = None,

@@ -26,8 +26,11 @@ inline int64_t row_bytes(int dim) {
   return (int64_t)2 * dim * (int64_t)sizeof(T) + (kScaled<T> ? 2 * (int64_t)sizeof(float) : 0);
 }
 
+// What is read of a row.
+enum class Part { row, key, value };
+
 // Row pointers of one batch. The last one is repeated up to a whole tile; `ahead` are rows to request meanwhile.
-template <class T>
+template <class T, Part PART = Part::row>
 struct Batch {
   const T* row[kBatch];
   const T* ahead[kBatch];
@@ -42,6 +45,16 @@ struct Batch {
   // Requests a line of a later row while a piece of row j is read, so that misses spread over the arithmetic. Rows of int8,
   // read in half lines, are requested twice as fast as they are read, to their end: they begin anywhere in a line.
   void request(int j, int dim, int element) const {
+    if constexpr (kScaled<T> && PART != Part::row) {
+      const int first = PART == Part::key ? 0 : dim;
+      if ((element - first) % kLine != 0 || j >= requested) return;
+      const char* row = (const char*)ahead[j];
+      __builtin_prefetch(row + element, 0, 2);
+      if (element != first) return;
+      __builtin_prefetch(row + first + dim - 1, 0, 2);
+      __builtin_prefetch(row + row_bytes<T>(dim) - 1, 0, 2);  // the scales
+      return;
+    }
     constexpr int kAhead = kScaled<T> ? 2 : 1;
     // Asking this of all rows costs exact attention a third of its speed (docs/log.md).
     if (kScaled<T> && (element > dim || element * kAhead % kLine != 0)) return;
@@ -114,8 +127,8 @@ inline void centred_dots(const Batch<T>& batch, int dim, const float* query, con
 }
 
 // shares[h].p[j] = q_h . key_j and, if asked, norms[j] = |key_j|^2.
-template <class T, int HEADS, bool NORMS, bool PREFETCH>
-inline void dots(const Batch<T>& batch, int dim, const float* const* queries, Shares* shares, float* norms) {
+template <class T, int HEADS, bool NORMS, bool PREFETCH, Part PART = Part::row>
+inline void dots(const Batch<T, PART>& batch, int dim, const float* const* queries, Shares* shares, float* norms) {
   for (int j = 0; j < batch.count; j += kTileRows) {
     F dot[HEADS][kTileRows] = {}, norm[kTileRows] = {};
     for (int d = 0; d < dim; d += 2 * W) {
@@ -145,10 +158,20 @@ inline void dots(const Batch<T>& batch, int dim, const float* const* queries, Sh
   }
 }
 
+// The products alone, of as many heads at once as the registers have room for.
+template <class T, int HEADS, bool PREFETCH, Part PART>
+inline void group_dots(const Batch<T, PART>& batch, int dim, const float* const* queries, Shares* shares) {
+  constexpr int kHeads = HEADS < kTileHeads ? HEADS : kTileHeads;
+  dots<T, kHeads, false, PREFETCH>(batch, dim, queries, shares, nullptr);
+  for (int h = kHeads; h < HEADS; h += kHeads) {
+    dots<T, kHeads, false, false>(batch, dim, queries + h, shares + h, nullptr);
+  }
+}
+
 // Adds p[h][j] * value_j to the states of HEADS heads, for CHUNKS * 2 W columns starting at `from`; with SPREAD also
 // c[h][j] * value_j and, over all columns, c_squared[h][j] * value_j^2.
-template <class T, int HEADS, int CHUNKS, bool PREFETCH, bool SPREAD>
-inline void add_columns(const Batch<T>& batch, int dim, int from, const Shares* shares, State* states) {
+template <class T, int HEADS, int CHUNKS, bool PREFETCH, bool SPREAD, Part PART>
+inline void add_columns(const Batch<T, PART>& batch, int dim, int from, const Shares* shares, State* states) {
   F sums[HEADS][2 * CHUNKS], spread[SPREAD ? HEADS : 1][2 * CHUNKS], squares[SPREAD ? HEADS : 1] = {};
   for (int h = 0; h < HEADS; ++h) {
     for (int c = 0; c < 2 * CHUNKS; ++c) {
@@ -184,8 +207,8 @@ inline void add_columns(const Batch<T>& batch, int dim, int from, const Shares* 
   }
 }
 
-template <class T, int HEADS, int CHUNKS, bool PREFETCH, bool SPREAD>
-inline void add_from(const Batch<T>& batch, int dim, int from, const Shares* shares, State* states) {
+template <class T, int HEADS, int CHUNKS, bool PREFETCH, bool SPREAD, Part PART>
+inline void add_from(const Batch<T, PART>& batch, int dim, int from, const Shares* shares, State* states) {
   for (; from + CHUNKS * 2 * W <= dim; from += CHUNKS * 2 * W) {
     add_columns<T, HEADS, CHUNKS, PREFETCH, SPREAD>(batch, dim, from, shares, states);
   }
@@ -193,8 +216,8 @@ inline void add_from(const Batch<T>& batch, int dim, int from, const Shares* sha
 }
 
 // The same for all columns, of as many heads at once as the registers have sums for.
-template <class T, int HEADS, bool SPREAD>
-inline void add_values(const Batch<T>& batch, int dim, const Shares* shares, State* states) {
+template <class T, int HEADS, bool SPREAD, Part PART>
+inline void add_values(const Batch<T, PART>& batch, int dim, const Shares* shares, State* states) {
   constexpr int kSums = SPREAD ? 4 : 2, kHeads = HEADS * kSums > kAccumulators ? kAccumulators / kSums : HEADS;
   constexpr int kChunks = kAccumulators / (kSums * kHeads);
   add_from<T, kHeads, kChunks, true, SPREAD>(batch, dim, 0, shares, states);
@@ -251,8 +274,8 @@ inline void softmax_terms(float* s, int count, int dim, State* state) {
 
 // Adds the values of a batch with softmax terms `shares[h].p`, and, of drawn rows, what the variance of the output can be
 // estimated from. `log_u` is null or has kBatch numbers, of which those past the batch are zero.
-template <class T, int HEADS>
-inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares* shares, State* states) {
+template <class T, int HEADS, Part PART>
+inline void add_batch(const Batch<T, PART>& batch, int dim, const float* log_u, Shares* shares, State* states) {
   const bool spreads = log_u != nullptr && states->spread != nullptr;
   for (int h = 0; h < HEADS; ++h) {
     F total{};
@@ -275,25 +298,19 @@ inline void add_batch(const Batch<T>& batch, int dim, const float* log_u, Shares
   }
 }
 
-// Rows are certain when `log_u` is null; else it has kBatch numbers, of which those past the batch are zero. offset(h, j):
-// what joins the logits of head h and rows j .. of the batch.
-template <class T, int HEADS, class Offset>
-inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const Offset& offset,
-                         LogitRule rule, const float* log_u, State* states) {
+// Of rows that are certain. offsets: what joins the logits of each head.
+template <class T, int HEADS>
+inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const float* offsets,
+                         LogitRule rule, State* states) {
   Shares shares[HEADS];
-  constexpr int kHeads = HEADS < kTileHeads ? HEADS : kTileHeads;
-  dots<T, kHeads, false, true>(batch, dim, queries, shares, nullptr);
-  for (int h = kHeads; h < HEADS; h += kHeads) {
-    dots<T, kHeads, false, false>(batch, dim, queries + h, shares + h, nullptr);
-  }
+  group_dots<T, HEADS, true>(batch, dim, queries, shares);
   for (int h = 0; h < HEADS; ++h) {
     for (int j = 0; j < kBatch; j += W) {
-      const F logits = cap_logits(load(shares[h].p + j) * rule.scale + offset(h, j), rule.softcap);
-      store(shares[h].p + j, log_u == nullptr ? logits : logits - load(log_u + j));
+      store(shares[h].p + j, cap_logits(load(shares[h].p + j) * rule.scale + offsets[h], rule.softcap));
     }
     softmax_terms(shares[h].p, batch.count, dim, &states[h]);
   }
-  add_batch<T, HEADS>(batch, dim, log_u, shares, states);
+  add_batch<T, HEADS>(batch, dim, nullptr, shares, states);
 }
 
 void merge(int dim, const State& from, State* into) {
@@ -325,7 +342,6 @@ inline State empty(int dim, float* values, float* spread) {
 template <class T>
 struct ConsecutiveRows {
   using Element = T;
-  static constexpr bool kSampled = false;
   const char* first;
   int64_t count;
   int dim;
@@ -337,7 +353,6 @@ struct ConsecutiveRows {
 template <class T>
 struct SampledRows {
   using Element = T;
-  static constexpr bool kSampled = true;
   const char* const* blocks;
   const uint32_t* ids;
   int64_t count;
@@ -349,10 +364,10 @@ struct SampledRows {
 };
 
 // Rows [i, end), as many as fit.
-template <class Rows>
+template <Part PART = Part::row, class Rows>
 inline auto batch_of(const Rows& rows, int64_t i, int64_t end) {
   using T = typename Rows::Element;
-  Batch<T> batch;
+  Batch<T, PART> batch;
   batch.count = (int)(end - i < kBatch ? end - i : kBatch);
   const int64_t later = rows.count - i - kPrefetchRows;
   batch.requested = later < 0 ? 0 : later < kBatch ? (int)later : kBatch;
@@ -402,53 +417,93 @@ void attend_sample_of(const SampledRows<T>& rows, const float* query, const RowC
   }
 }
 
-// Attention of `heads` queries over the same rows, which are certain when `log_u` is null. What joins their logits is one
-// number a head for consecutive rows, and one for each block and head for those of a sample, or nothing.
-template <class Rows>
-void attend_group(const Rows& rows, const float* log_u, int heads, const float* const* queries,
-                  [[maybe_unused]] const float* offsets, [[maybe_unused]] const BlockOffsets& block_offsets,
+// Calls each<HEADS>(first) for groups of at most four of `heads` heads.
+template <class Each>
+inline void in_groups(int heads, const Each& each) {
+  int first = 0;
+  for (; heads - first >= 4; first += 4) each.template operator()<4>(first);
+  if (heads - first >= 2) {
+    each.template operator()<2>(first);
+    first += 2;
+  }
+  if (heads > first) each.template operator()<1>(first);
+}
+
+// Attention of `heads` queries over the same rows, all of them certain.
+template <class T>
+void attend_group(const ConsecutiveRows<T>& rows, int heads, const float* const* queries, const float* offsets,
                   LogitRule rule, State* states) {
-  using T = typename Rows::Element;
-  constexpr int kGroup = 4;
   const int dim = rows.dim;
-  alignas(64) float values[kGroup][kMaxDim], spread[kGroup][kMaxDim], logs[kBatch];
-  alignas(64) float row_offsets[Rows::kSampled ? kGroup : 1][kBatch] = {};
-  const float* const batch_logs = log_u == nullptr ? nullptr : logs;
-  for (int h0 = 0; h0 < heads; h0 += kGroup) {
-    const int group = heads - h0 < kGroup ? heads - h0 : kGroup;
-    const bool spreads = log_u != nullptr && states[h0].spread != nullptr;
+  alignas(64) float values[4][kMaxDim];
+  in_groups(heads, [&]<int HEADS>(int first) {
     for (int64_t piece = 0; piece < rows.count; piece += kBlockRows) {
       const int64_t end = rows.count < piece + kBlockRows ? rows.count : piece + kBlockRows;
-      State part[kGroup];
-      for (int h = 0; h < group; ++h) part[h] = empty(dim, values[h], spreads ? spread[h] : nullptr);
+      State part[HEADS];
+      for (int h = 0; h < HEADS; ++h) part[h] = empty(dim, values[h], nullptr);
       for (int64_t i = piece; i < end; i += kBatch) {
-        const Batch<T> batch = batch_of(rows, i, end);
-        if (log_u != nullptr) {
-          for (int j = 0; j < kBatch; ++j) logs[j] = j < batch.count ? log_u[i + j] : 0.0f;
-        }
-        if constexpr (Rows::kSampled) {
-          for (int h = 0; block_offsets.values != nullptr && h < group; ++h) {
-            const float* own = block_offsets.values + (h0 + h) * block_offsets.per_head;
-            for (int j = 0; j < batch.count; ++j) row_offsets[h][j] = own[rows.ids[i + j] >> kBlockShift];
-          }
-        }
-        const auto attend = [&]<int HEADS>(int first) {
-          const auto offset = [&](int h, [[maybe_unused]] int j) {
-            if constexpr (Rows::kSampled) return load(row_offsets[first + h] + j);
-            return splat(offsets[h0 + first + h]);
-          };
-          attend_batch<T, HEADS>(batch, dim, queries + h0 + first, offset, rule, batch_logs, part + first);
-        };
-        if (group == 4) {
-          attend.template operator()<4>(0);
-          continue;
-        }
-        if (group >= 2) attend.template operator()<2>(0);
-        if (group % 2 == 1) attend.template operator()<1>(group - 1);
+        attend_batch<T, HEADS>(batch_of(rows, i, end), dim, queries + first, offsets + first, rule, part);
       }
-      for (int h = 0; h < group; ++h) merge(dim, part[h], &states[h0 + h]);
+      for (int h = 0; h < HEADS; ++h) merge(dim, part[h], &states[first + h]);
     }
+  });
+}
+
+// Logits of `heads` queries and the keys of a sample; of the keys that fill the last batch they are -inf.
+template <class T>
+void score_rows_of(const SampledRows<T>& rows, int heads, const float* const* queries, const BlockOffsets& offsets,
+                   LogitRule rule, float* logits, int64_t per_head) {
+  const int dim = rows.dim;
+  for (int64_t i = 0; i < rows.count; i += kBatch) {
+    const Batch<T, Part::key> batch = batch_of<Part::key>(rows, i, rows.count);
+    in_groups(heads, [&]<int HEADS>(int first) {
+      Shares shares[HEADS];
+      if (first == 0) {
+        group_dots<T, HEADS, true>(batch, dim, queries, shares);
+      } else {
+        group_dots<T, HEADS, false>(batch, dim, queries + first, shares);
+      }
+      for (int h = 0; h < HEADS; ++h) {
+        float *p = shares[h].p, *to = logits + (first + h) * per_head + i;
+        alignas(64) float joined[kBatch] = {};
+        if (offsets.values != nullptr) {
+          const float* own = offsets.values + (first + h) * offsets.per_head;
+          for (int j = 0; j < batch.count; ++j) joined[j] = own[rows.ids[i + j] >> kBlockShift];
+        }
+        for (int j = 0; j < kBatch; j += W) {
+          store(p + j, cap_logits(load(p + j) * rule.scale + load(joined + j), rule.softcap));
+        }
+        for (int j = 0; j < kBatch; ++j) to[j] = j < batch.count ? p[j] : kLowest;
+      }
+    });
   }
+}
+
+// Attention of `heads` queries over the rows of a sample, whose logits and log u are known.
+template <class T>
+void attend_scored_of(const SampledRows<T>& rows, int heads, const float* logits, int64_t per_head, const float* log_u,
+                      State* states) {
+  const int dim = rows.dim;
+  alignas(64) float values[4][kMaxDim], spread[4][kMaxDim], logs[kBatch];
+  const bool spreads = states->spread != nullptr;
+  in_groups(heads, [&]<int HEADS>(int first) {
+    for (int64_t piece = 0; piece < rows.count; piece += kBlockRows) {
+      const int64_t end = rows.count < piece + kBlockRows ? rows.count : piece + kBlockRows;
+      State part[HEADS];
+      for (int h = 0; h < HEADS; ++h) part[h] = empty(dim, values[h], spreads ? spread[h] : nullptr);
+      for (int64_t i = piece; i < end; i += kBatch) {
+        const Batch<T, Part::value> batch = batch_of<Part::value>(rows, i, end);
+        for (int j = 0; j < kBatch; ++j) logs[j] = j < batch.count ? log_u[i + j] : 0.0f;
+        Shares shares[HEADS];
+        for (int h = 0; h < HEADS; ++h) {
+          const float* own = logits + (first + h) * per_head + i;
+          for (int j = 0; j < kBatch; ++j) shares[h].p[j] = j < batch.count ? own[j] - logs[j] : kLowest;
+          softmax_terms(shares[h].p, batch.count, dim, &part[h]);
+        }
+        add_batch<T, HEADS>(batch, dim, logs, shares, part);
+      }
+      for (int h = 0; h < HEADS; ++h) merge(dim, part[h], &states[first + h]);
+    }
+  });
 }
 
 template <class T>

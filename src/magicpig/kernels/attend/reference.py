@@ -34,7 +34,7 @@ def attend(
 
     Returns output (R, Dv) and lse (R,). Of no rows at all, output is 0 and lse is -inf.
     """
-    logits = _logits(query, keys, scale, offset, softcap)
+    logits = row_logits(query, keys, scale=scale, offset=offset, softcap=softcap)
     if log_u is not None:
         logits = logits - log_u.to(logits)
 
@@ -78,7 +78,7 @@ def predicted_error(
     """
     if keys.shape[-2] == 0:
         return torch.full_like(state.lse, torch.nan)
-    logits = _logits(query, keys, scale, offset, softcap)
+    logits = row_logits(query, keys, scale=scale, offset=offset, softcap=softcap)
     log_u = log_u.to(logits)
     weights = (logits - log_u - state.lse.to(logits).unsqueeze(-1)).exp()
     away = (values.to(logits) - state.output.to(logits).unsqueeze(-2)).square().sum(-1)
@@ -88,7 +88,10 @@ def predicted_error(
     return torch.where(variance == 0, 0.0, variance.sqrt() / state.output.to(logits).norm(dim=-1))
 
 
-def _logits(query: Tensor, keys: Tensor, scale: float, offset: Tensor | None, softcap: float | None) -> Tensor:
+def row_logits(
+    query: Tensor, keys: Tensor, *, scale: float, offset: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """The logits (R, n) of rows, with arguments as for `attend`."""
     working = torch.promote_types(query.dtype, torch.float32)
     query, keys = query.to(working), keys.to(working)
     logits = scale * (query.unsqueeze(-2) @ keys.mT).squeeze(-2)

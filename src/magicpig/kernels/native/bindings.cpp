@@ -111,9 +111,14 @@ void attend(int dtype, int dim, const std::vector<Address>& blocks, Address ids,
   State state = empty_state(dim, values.data());
   kernels().to_lane_order(type, at<const float>(query), dim, lanes.data());
   const float* queries[] = {lanes.data()};
-  kernels().attend_shared(type, dim, reinterpret_cast<const char* const*>(blocks.data()), at<const uint32_t>(ids),
-                          count, at<const float>(log_u), 1, queries,
-                          {at<const float>(offsets), static_cast<int64_t>(blocks.size())}, {scale, softcap}, &state);
+  const auto* const* rows = reinterpret_cast<const char* const*>(blocks.data());
+  const int64_t per_head = (count + kSketchKeys - 1) / kSketchKeys * kSketchKeys;
+  std::vector<float> logits(per_head);
+  kernels().score_rows(type, dim, rows, at<const uint32_t>(ids), count, 1, queries,
+                       {at<const float>(offsets), static_cast<int64_t>(blocks.size())}, {scale, softcap}, logits.data(),
+                       per_head);
+  kernels().attend_scored(type, dim, rows, at<const uint32_t>(ids), count, 1, logits.data(), per_head,
+                          at<const float>(log_u), &state);
   write_state(type, dim, state, at<float>(output), at<float>(lse));
 }
 
@@ -225,13 +230,35 @@ std::vector<double> weigh_sketch(const SketchSampler& sampler, Address queries, 
   return log_normalisers;
 }
 
-// The draw of `budget` of the `count` keys of one kv head by their weights: the step, the start, the indices of the keys
+// Weights (count) uint32 of rows drawn with log u, as the queries (heads, dim) of a group see them. offsets: (heads,
+// blocks), or null.
+void weigh_rows(int dtype, int dim, const std::vector<Address>& blocks, Address ids, int64_t count, Address log_u,
+                Address queries, int heads, Address offsets, float scale, float softcap, Address weights) {
+  const Dtype type = row_dtype_of(dtype);
+  std::vector<float> lanes(static_cast<size_t>(heads) * dim);
+  std::vector<const float*> each;
+  for (int64_t h = 0; h < heads; ++h) {
+    kernels().to_lane_order(type, at<const float>(queries) + h * dim, dim, lanes.data() + h * dim);
+    each.push_back(lanes.data() + h * dim);
+  }
+  const int64_t per_head = (count + kSketchKeys - 1) / kSketchKeys * kSketchKeys;
+  std::vector<float> logits(heads * per_head), shares(per_head);
+  std::vector<uint32_t> padded(per_head), sums(per_head / kSumKeys);
+  kernels().score_rows(type, dim, reinterpret_cast<const char* const*>(blocks.data()), at<const uint32_t>(ids), count,
+                       heads, each.data(), {at<const float>(offsets), static_cast<int64_t>(blocks.size())},
+                       {scale, softcap}, logits.data(), per_head);
+  kernels().weigh_logits(count, heads, logits.data(), per_head, at<const float>(log_u), shares.data(), padded.data(),
+                         sums.data());
+  std::copy_n(padded.begin(), count, at<uint32_t>(weights));
+}
+
+// The draw of `budget` of the `count` keys of one kv head by their weights, in phase 1 or 2: the step, the start, the indices of the keys
 // that were drawn, and their log u.
 std::tuple<uint64_t, uint64_t, std::vector<uint32_t>, std::vector<float>> draw_sketch(Address weights, int64_t count,
                                                                                       int64_t sinks, int64_t budget,
                                                                                       uint64_t seed, int layer,
                                                                                       int head, int64_t position,
-                                                                                      int doublings) {
+                                                                                      int phase) {
   Weights own;
   const int64_t blocks = (count + kSketchKeys - 1) / kSketchKeys;
   own.reset(count, sinks);
@@ -241,11 +268,12 @@ std::tuple<uint64_t, uint64_t, std::vector<uint32_t>, std::vector<float>> draw_s
     *(own.sums(0) + i) = std::accumulate(own.weights(0) + i * kSumKeys, own.weights(0) + (i + 1) * kSumKeys, 0u);
   }
   own.settle_step(budget);
-  const uint64_t start = start_for(
-      {seed, static_cast<uint64_t>(layer), static_cast<uint64_t>(head), static_cast<uint64_t>(position)}, own.step());
+  const uint64_t start = start_for({seed, static_cast<uint64_t>(layer), static_cast<uint64_t>(head),
+                                    static_cast<uint64_t>(position), draw_number(phase, budget)},
+                                   own.step());
   std::vector<uint32_t> indices;
   std::vector<float> log_u;
-  own.pick(start, doublings, &indices, &log_u);
+  own.pick(start, &indices, &log_u);
   return {own.step(), start, indices, log_u};
 }
 
@@ -492,7 +520,9 @@ NB_MODULE(_native, m) {
   m.def("weigh", &weigh_sketch, "sampler"_a, "queries"_a, "heads"_a, "scale"_a, "softcap"_a, "words"_a, "scales"_a,
         "centres"_a, "counts"_a, "sinks"_a, "stride_shift"_a, "weights"_a, "whole"_a, "offsets"_a, Unlocked());
   m.def("draw", &draw_sketch, "weights"_a, "count"_a, "sinks"_a, "budget"_a, "seed"_a, "layer"_a, "head"_a,
-        "position"_a, "doublings"_a, Unlocked());
+        "position"_a, "phase"_a, Unlocked());
+  m.def("weigh_rows", &weigh_rows, "dtype"_a, "dim"_a, "blocks"_a, "ids"_a, "count"_a, "log_u"_a, "queries"_a,
+        "heads"_a, "offsets"_a, "scale"_a, "softcap"_a, "weights"_a, Unlocked());
 
   nb::class_<LshSampler>(m, "LshSampler")
       .def(
@@ -577,9 +607,11 @@ NB_MODULE(_native, m) {
           "lsh"_a.none(), "sketch"_a.none())
       .def(
           "set_policy",
-          [](StoreView& self, double budget, float epsilon, double limit, uint64_t seed,
-             std::shared_ptr<const HitLaw> law) { self.policy = {budget, epsilon, limit, seed, std::move(law)}; },
-          "budget"_a, "epsilon"_a, "limit"_a, "seed"_a, "law"_a.none())
+          [](StoreView& self, double budget, double candidates, float epsilon, double limit, uint64_t seed,
+             std::shared_ptr<const HitLaw> law) {
+            self.policy = {budget, candidates, epsilon, limit, seed, std::move(law)};
+          },
+          "budget"_a, "candidates"_a, "epsilon"_a, "limit"_a, "seed"_a, "law"_a.none())
       .def(
           "set_blocks",
           [](StoreView& self, const std::vector<Address>& rows, const std::vector<int64_t>& head_strides) {

@@ -165,10 +165,14 @@ struct Kernels {
   void (*attend_sample)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
                         const float* query, const RowCentres& centres, LogitRule rule, const InclusionLaw& law,
                         float* log_u_out, State* state);
-  // Attention of `heads` queries over the same sampled rows, whose log u is given.
-  void (*attend_shared)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
-                        const float* log_u, int heads, const float* const* queries, const BlockOffsets& offsets,
-                        LogitRule rule, State* states);
+  // Logits [h * per_head + i] of `heads` queries and the same sampled keys; no value is looked at. per_head is a multiple
+  // of kSketchKeys.
+  void (*score_rows)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count, int heads,
+                     const float* const* queries, const BlockOffsets& offsets, LogitRule rule, float* logits,
+                     int64_t per_head);
+  // Attention of these heads over sampled rows whose logits and log u are known; no key is looked at.
+  void (*attend_scored)(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count, int heads,
+                        const float* logits, int64_t per_head, const float* log_u, State* states);
   // Products dots[h * per_head + i] of `heads` queries, in lane order of `dtype`, a float one, with `count` vectors [dim].
   void (*dot_vectors)(Dtype dtype, int dim, const void* const* vectors, int64_t count, int heads,
                       const float* const* queries, float* dots, int64_t per_head);
@@ -188,6 +192,10 @@ struct Kernels {
   void (*weigh)(const SketchLayout& layout, const uint32_t* words, const uint16_t* scales, int64_t count, int heads,
                 const ScoreRule* rules, const ScoreOffsets& offsets, const float* log_normalisers, int octaves,
                 int32_t floor, uint32_t* weights, uint32_t* sums);
+  // The same of keys drawn with log u, by their logits: the mean of the heads' softmax over 1 / u, 2^30 in all. `shares`
+  // has room for as many floats.
+  void (*weigh_logits)(int64_t count, int heads, const float* logits, int64_t per_head, const float* log_u,
+                       float* shares, uint32_t* weights, uint32_t* sums);
 };
 
 // The levels this build holds, best first, and whether this machine can run each.

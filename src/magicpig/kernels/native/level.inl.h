@@ -39,7 +39,7 @@ void from_lane_order(Dtype dtype, const float* from, int dim, float* to) {
 void attend_rows(Dtype dtype, int dim, const char* rows, int64_t count, int heads, const float* const* queries,
                  const float* offsets, LogitRule rule, State* states) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_group(ConsecutiveRows<T>{rows, count, dim}, nullptr, heads, queries, offsets, {}, rule, states);
+    attend_group(ConsecutiveRows<T>{rows, count, dim}, heads, queries, offsets, rule, states);
   });
 }
 
@@ -51,11 +51,18 @@ void attend_sample(Dtype dtype, int dim, const char* const* blocks, const uint32
   });
 }
 
-void attend_shared(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count,
-                   const float* log_u, int heads, const float* const* queries, const BlockOffsets& offsets,
-                   LogitRule rule, State* states) {
+void score_rows(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count, int heads,
+                const float* const* queries, const BlockOffsets& offsets, LogitRule rule, float* logits,
+                int64_t per_head) {
   with_type(dtype, [&]<class T>(const T*) {
-    attend_group(SampledRows<T>{blocks, ids, count, dim}, log_u, heads, queries, nullptr, offsets, rule, states);
+    score_rows_of(SampledRows<T>{blocks, ids, count, dim}, heads, queries, offsets, rule, logits, per_head);
+  });
+}
+
+void attend_scored(Dtype dtype, int dim, const char* const* blocks, const uint32_t* ids, int64_t count, int heads,
+                   const float* logits, int64_t per_head, const float* log_u, State* states) {
+  with_type(dtype, [&]<class T>(const T*) {
+    attend_scored_of(SampledRows<T>{blocks, ids, count, dim}, heads, logits, per_head, log_u, states);
   });
 }
 
@@ -68,7 +75,7 @@ void dot_vectors(Dtype dtype, int dim, const void* const* vectors, int64_t count
 
 constexpr Kernels kTable{MAGICPIG_LEVEL, hash,          lookup,          to_float,    from_float,
                          to_bytes,       to_lane_order, from_lane_order, attend_rows, attend_sample,
-                         attend_shared,  dot_vectors,   merge,           rotate,      pack,
-                         sum_powers,     weigh};
+                         score_rows,     attend_scored, dot_vectors,     merge,       rotate,
+                         pack,           sum_powers,    weigh,           weigh_logits};
 
 }  // namespace

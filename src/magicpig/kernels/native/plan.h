@@ -26,8 +26,14 @@ T* scratch(std::vector<T>& memory, size_t count) {
 // a time.
 struct ScanMemory {
   Weights weights;
-  std::vector<uint32_t> ids;
+  std::vector<uint32_t> ids;  // of what was drawn, as the next two lines: in phase 1, and when it is over in phase 2
   std::vector<float> log_u;
+  std::vector<float> logits;  // [query head of the group][per_head]
+  int64_t per_head;
+  Weights exact;  // of the candidates
+  std::vector<float> shares;
+  std::vector<uint32_t> again;  // numbers of candidates, drawn again with log u
+  std::vector<float> log_u_again;
 };
 
 enum class Work { exact, lookup, scan };

@@ -178,52 +178,125 @@ void scan(const Plan& plan, const Unit& unit) {
   }
 }
 
+namespace {
+
+// How many of `body` keys are meant: below 1 a share of them.
+int64_t count_of(double number, int64_t body) {
+  const double wanted = number >= 1 ? number : number * static_cast<double>(body);
+  return std::clamp<int64_t>(std::llrint(std::min(wanted, static_cast<double>(body))), 1, body);
+}
+
+// The queries of a pair and the head whose rows they look at.
+struct DrawingGroup {
+  const Plan& plan;
+  const StoreView& store;
+  int head;
+  int64_t first_query;
+  const float* queries[256];
+
+  DrawingGroup(const Plan& plan, int64_t pair)
+      : plan(plan),
+        store(plan.store_of(pair)),
+        head(static_cast<int>(pair % plan.heads)),
+        first_query(plan.first_query(pair)) {
+    for (int r = 0; r < plan.group; ++r) queries[r] = plan.lanes + (first_query + r) * plan.dim;
+  }
+
+  uint64_t start(int phase, int64_t rows, uint64_t step) const {
+    return start_for(
+        {store.policy.seed, static_cast<uint64_t>(store.layer), static_cast<uint64_t>(store.first_head + head),
+         static_cast<uint64_t>(store.length), draw_number(phase, rows)},
+        step);
+  }
+
+  // Logits of the keys that were drawn.
+  void score(ScanMemory& memory) const {
+    const auto count = static_cast<int64_t>(memory.ids.size());
+    memory.per_head = (count + kSketchKeys - 1) / kSketchKeys * kSketchKeys;
+    float* logits = scratch(memory.logits, static_cast<size_t>(memory.per_head * plan.group));
+    plan.run.score_rows(store.dtype, plan.dim, store.rows_of(head), memory.ids.data(), count, plan.group, queries,
+                        {plan.row_offsets_of(first_query), static_cast<int64_t>(store.blocks.size())}, plan.step.rule,
+                        logits, memory.per_head);
+  }
+
+  void attend(const ScanMemory& memory, State* states) const {
+    plan.run.attend_scored(store.dtype, plan.dim, store.rows_of(head), memory.ids.data(),
+                           static_cast<int64_t>(memory.ids.size()), plan.group, memory.logits.data(), memory.per_head,
+                           memory.log_u.data(), states);
+  }
+};
+
+// Draws `rows` of the candidates that are in `memory`: see draw in kernels/sketch/reference.py.
+void draw_again(const DrawingGroup& group, int64_t rows, ScanMemory& memory) {
+  const auto count = static_cast<int64_t>(memory.ids.size());
+  memory.exact.reset(count, 0);
+  float* shares = scratch(memory.shares, static_cast<size_t>(memory.per_head));
+  if (poisoning()) std::fill_n(memory.exact.weights(0), memory.per_head, ~0u);
+  group.plan.run.weigh_logits(count, group.plan.group, memory.logits.data(), memory.per_head, memory.log_u.data(),
+                              shares, memory.exact.weights(0), memory.exact.sums(0));
+  memory.exact.settle_step(rows);
+  memory.exact.pick(group.start(2, rows, memory.exact.step()), &memory.again, &memory.log_u_again);
+  for (size_t i = 0; i < memory.again.size(); ++i) {  // never before where it is read from
+    const uint32_t from = memory.again[i];
+    memory.ids[i] = memory.ids[from];
+    memory.log_u[i] = memory.log_u[from] + memory.log_u_again[i];
+    for (int r = 0; r < group.plan.group; ++r) {
+      float* logits = memory.logits.data() + r * memory.per_head;
+      logits[i] = logits[from];
+    }
+  }
+  memory.ids.resize(memory.again.size());
+  memory.log_u.resize(memory.again.size());
+}
+
+// How many rows to draw next, where so many err by more than epsilon: see more_rows in the reference.
+int64_t more_rows(int64_t rows, float error, float epsilon) {
+  constexpr double kAim = 0.8;
+  if (!std::isfinite(error)) return rows << 20;
+  const double quarters = std::ceil(8 * std::log2(static_cast<double>(error) / (kAim * epsilon)));
+  return static_cast<int64_t>(std::ceil(static_cast<double>(rows) * std::exp2(std::clamp(quarters, 1.0, 80.0) / 4)));
+}
+
+}  // namespace
+
 void draw(const Plan& plan, int64_t index) {
   Pair& pair = plan.pairs[index];
-  const Unit& first = plan.units[pair.first_scan];
-  const StoreView& store = *plan.stores[first.sequence];
+  const DrawingGroup group(plan, index);
+  const StoreView& store = group.store;
   const DrawPolicy& policy = store.policy;
-  const int64_t q0 = plan.first_query(index), body = store.body();
+  const int64_t body = store.body();
   ScanMemory& memory = *pair.memory;
-
-  const double wanted = policy.budget >= 1 ? policy.budget : policy.budget * static_cast<double>(body);
-  const int64_t budget = std::clamp<int64_t>(std::llrint(std::min(wanted, static_cast<double>(body))), 1, body);
-  memory.weights.settle_step(budget);
-  const auto layer = static_cast<uint64_t>(store.layer), head = static_cast<uint64_t>(store.first_head + first.head);
-  const uint64_t start =
-      start_for({policy.seed, layer, head, static_cast<uint64_t>(store.length)}, memory.weights.step());
-
-  const float* queries[256];
-  for (int r = 0; r < plan.group; ++r) queries[r] = plan.lanes + (q0 + r) * plan.dim;
-  State* states = plan.states + first.first_state;
+  const int64_t budget = count_of(policy.budget, body), candidates = count_of(policy.candidates, body);
+  const int first_state = plan.units[pair.first_scan].first_state;
+  State* states = plan.states + first_state;
   const double most = policy.limit * static_cast<double>(body);
-  for (int doublings = 0;;) {
-    const bool all = doublings > 0 && std::ldexp(static_cast<double>(budget), doublings) > most;
+  for (int64_t rows = budget;;) {
     for (int r = 0; r < plan.group; ++r) {
-      const int64_t s = first.first_state + r;
+      const int64_t s = first_state + r;
       states[r] = empty_state(plan.dim, plan.values + s * plan.dim, plan.spreads + s * plan.dim);
     }
-    if (all) {
+    if (rows > budget && static_cast<double>(rows) > most) {
       memory.ids.resize(body);
       for (int64_t i = 0; i < body; ++i) memory.ids[i] = static_cast<uint32_t>(store.sinks + i);
       memory.log_u.assign(body, 0.0f);
       attend_positions(plan, index, store.sinks, store.indexed_to, states);
       break;
     }
-    memory.weights.pick(start, doublings, &memory.ids, &memory.log_u);
-    plan.run.attend_shared(store.dtype, plan.dim, store.rows_of(first.head), memory.ids.data(),
-                           static_cast<int64_t>(memory.ids.size()), memory.log_u.data(), plan.group, queries,
-                           {plan.row_offsets_of(q0), static_cast<int64_t>(store.blocks.size())}, plan.step.rule,
-                           states);
+    const int64_t own_candidates = (rows * candidates + budget - 1) / budget, first = std::max(rows, own_candidates);
+    memory.weights.settle_step(first);
+    memory.weights.pick(group.start(1, first, memory.weights.step()), &memory.ids, &memory.log_u);
+    group.score(memory);
+    if (own_candidates > rows) draw_again(group, rows, memory);
+    group.attend(memory, states);
     if (policy.epsilon <= 0) break;
     const float worst = worst_error(plan, index);
     if (worst <= policy.epsilon) break;
-    // The error falls with the square root of the rows.
-    doublings += static_cast<int>(std::clamp(std::ceil(2 * std::log2(worst / policy.epsilon)), 1.0f, 20.0f));
+    rows = more_rows(rows, worst, policy.epsilon);
   }
   for (int r = 0; r < plan.group; ++r) {
-    plan.counts[q0 + r] = static_cast<int64_t>(memory.ids.size());
-    if (plan.step.capture != nullptr) (*plan.step.capture)[q0 + r] = {memory.ids, memory.log_u};
+    const int64_t q = group.first_query + r;
+    plan.counts[q] = static_cast<int64_t>(memory.ids.size());
+    if (plan.step.capture != nullptr) (*plan.step.capture)[q] = {memory.ids, memory.log_u};
   }
   scan_pool.give(std::move(pair.memory));
 }

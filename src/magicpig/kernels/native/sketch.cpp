@@ -243,6 +243,7 @@ void weigh_piece(const ScoredGroup& group, const SketchPiece& piece, const Weigh
 void Weights::reset(int64_t keys, int64_t sinks) {
   keys_ = keys;
   sinks_ = sinks;
+  settled_ = false;
   const int64_t blocks = (keys + kSketchKeys - 1) / kSketchKeys;
   const auto grow = [](std::vector<uint32_t>& memory, int64_t count) {
     if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
@@ -253,7 +254,11 @@ void Weights::reset(int64_t keys, int64_t sinks) {
 
 void Weights::clear_sinks() {
   std::fill_n(weights_.begin(), sinks_, 0);
-  for (int64_t group = 0; group * kSumKeys < sinks_; ++group) {
+  sum_weights((sinks_ + kSumKeys - 1) / kSumKeys);
+}
+
+void Weights::sum_weights(int64_t groups) {
+  for (int64_t group = 0; group < groups; ++group) {
     const auto first = weights_.begin() + group * kSumKeys;
     sums_[group] = std::accumulate(first, first + kSumKeys, 0u);
   }
@@ -261,6 +266,8 @@ void Weights::clear_sinks() {
 
 void Weights::settle_step(int64_t budget) {
   clear_sinks();
+  if (settled_) sum_weights(groups());  // they were cut to another step
+  settled_ = true;
   heavy_.clear();
   step_ = 1;
   if (budget < keys_ - sinks_) {
@@ -314,7 +321,7 @@ void Weights::order_walk(int bits) {
   for (uint32_t i = 0; i < order_.size(); ++i) order_[i] = reversed(scrambled(reversed(i, bits)), bits);
 }
 
-void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, std::vector<float>* log_u) {
+void Weights::pick(uint64_t start, std::vector<uint32_t>* keys, std::vector<float>* log_u) {
   keys->clear();
   log_u->clear();
   const int64_t groups = this->groups();
@@ -323,21 +330,21 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
   order_walk(bits);
   taken_.assign((groups + 63) / 64, 0);
   entries_.resize(groups);
-  uint64_t walked = (start << doublings) % step_;
+  uint64_t walked = start;
   constexpr uint32_t kNear = 16;  // groups that follow each other in memory, and in the walk in some order
   for (size_t i = 0; i < order_.size(); i += kNear) {
     const int64_t near = order_[i] / kNear * kNear;
     uint64_t all = 0;
     for (int64_t group = near; group < std::min<int64_t>(near + kNear, groups); ++group) all += sums_[group];
-    if (walked + (all << doublings) < step_) {
-      walked += all << doublings;
+    if (walked + all < step_) {
+      walked += all;
       continue;
     }
     for (size_t j = i; j < std::min(i + kNear, order_.size()); ++j) {
       const uint32_t group = order_[j];
       if (group >= groups) continue;
       const uint64_t entered = walked;
-      walked += static_cast<uint64_t>(sums_[group]) << doublings;
+      walked += sums_[group];
       if (walked < step_) continue;
       walked -= step_;
       if (walked >= step_) walked %= step_;
@@ -356,14 +363,13 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
       }
       const uint32_t swaps = scrambled(static_cast<uint32_t>(group)) * 0x9E3779B1u >> 17;
       const GroupTree tree(weights);
-      const uint64_t round_up = (uint64_t{1} << doublings) - 1;
       uint32_t taken = 0;
-      for (uint64_t way = step_ - entries_[group]; way <= tree.sum() << doublings; way += step_) {
-        taken |= 1u << tree.lane_at(swaps, (way + round_up) >> doublings);
+      for (uint64_t way = step_ - entries_[group]; way <= tree.sum(); way += step_) {
+        taken |= 1u << tree.lane_at(swaps, way);
       }
       for (; taken != 0; taken &= taken - 1) {
         const int lane = __builtin_ctz(taken);
-        const uint64_t weight = static_cast<uint64_t>(weights[lane]) << doublings;
+        const uint64_t weight = weights[lane];
         keys->push_back(static_cast<uint32_t>(group * kSumKeys + lane));
         log_u->push_back(weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse)));
       }
@@ -373,7 +379,7 @@ void Weights::pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, s
 
 uint64_t start_for(const DrawKey& key, uint64_t step) {
   uint64_t x = 0;
-  for (const uint64_t word : {key.seed, key.layer, key.head, key.position}) {
+  for (const uint64_t word : {key.seed, key.layer, key.head, key.position, key.draw}) {
     x = (x ^ word) + 0x9E3779B97F4A7C15u;
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
     x = (x ^ x >> 27) * 0x94D049BB133111EBu;

@@ -111,14 +111,16 @@ class Weights {
   // What `weigh_piece` fills, from a key on, the first of a block.
   uint32_t* weights(int64_t key) { return &weights_[key]; }
   uint32_t* sums(int64_t key) { return &sums_[key / kSumKeys]; }
-  // Fixes the step in which the walk goes, once all weights are there: see step_for in kernels/sketch/reference.py.
+  // Fixes the step in which the walk goes, once all weights are there: see step_for in kernels/sketch/reference.py. For
+  // another budget it may be called again.
   void settle_step(int64_t budget);
   uint64_t step() const { return step_; }
   // Systematic sampling: which keys, ascending, and log u. See pick in the reference.
-  void pick(uint64_t start, int doublings, std::vector<uint32_t>* keys, std::vector<float>* log_u);
+  void pick(uint64_t start, std::vector<uint32_t>* keys, std::vector<float>* log_u);
 
  private:
   void clear_sinks();
+  void sum_weights(int64_t groups);
   void order_walk(int bits);
   int64_t groups() const { return (keys_ + kSumKeys - 1) / kSumKeys; }
 
@@ -130,13 +132,15 @@ class Weights {
   std::vector<uint64_t> taken_;    // a bit for each group in which a step ends
   std::vector<uint64_t> entries_;  // where in its step the walk comes to such a group
   int order_bits_ = -1;
+  bool settled_ = false;
   uint64_t step_;
 };
 
-// What is said of a draw but for its size: see start_for in the reference.
+// What is said of a draw but for its step: see start_for and draw_number in the reference.
 struct DrawKey {
-  uint64_t seed, layer, head, position;
+  uint64_t seed, layer, head, position, draw;
 };
+constexpr uint64_t draw_number(int phase, int64_t rows) { return 2 * static_cast<uint64_t>(rows) + (phase - 1); }
 // Uniform in [0, step), from these numbers alone.
 uint64_t start_for(const DrawKey& key, uint64_t step);
 

@@ -1,13 +1,14 @@
-"""Sketches in plain PyTorch: keys -> codes -> scores -> weights -> a sample with known probabilities.
+"""Sketches in plain PyTorch: keys -> codes -> scores -> weights -> a sample with known probabilities, in two phases.
 
 Knows one key/value head and the R query heads that share it; does not know what a value is. Rounding happens in one
-place: a weight becomes a whole number. From there on everything is integer arithmetic, so that the same weights give
+place, where weights become whole numbers. From there on everything is integer arithmetic, so that the same weights give
 the same sample whatever the instruction set, the threads, or the language.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ WIDEST = 2**18  # octaves between the scores of a head and zero; of larger ones 
 PILOT_KEYS, PILOT_BLOCKS, PILOT_APART = 64, 64, 16  # see pilot
 EXACT_SHARE = 0.25  # of the keys: a larger sample would hardly be read faster than all of them, and they are exact
 WALK_GROUP = 16  # keys that are walked along together
+AIM = 0.8  # of epsilon: what a larger draw is meant to predict, since a prediction is an estimate itself
 _MASK = (1 << 64) - 1
 
 
@@ -220,19 +222,19 @@ def step_for(weights: Tensor, budget: int) -> int:
     return max(1, rest // budget)
 
 
-def start_for(seed: int, layer: int, head: int, position: int, step: int) -> int:
-    """A number in [0, step), uniform over seeds, layers, heads and positions: the only randomness of a draw.
+def start_for(seed: int, layer: int, head: int, position: int, draw: int, step: int) -> int:
+    """A number in [0, step), uniform over the others: the only randomness of a draw.
 
-    head: of all key/value heads of the model, wherever this one lives. Four rounds of the finaliser of SplitMix64
-    (Steele, Lea and Flood 2014).
+    head: of all key/value heads of the model, wherever this one lives. draw: which of a step's, see `draw_number`. Five
+    rounds of the finaliser of SplitMix64 (Steele, Lea and Flood 2014).
     """
-    return luck(seed, layer, head, position) * step >> 32
+    return luck(seed, layer, head, position, draw) * step >> 32
 
 
-def luck(seed: int, layer: int, head: int, position: int) -> int:
+def luck(seed: int, layer: int, head: int, position: int, draw: int) -> int:
     """What of `start_for` does not depend on the step: 32 random bits."""
     x = 0
-    for word in (seed, layer, head, position):
+    for word in (seed, layer, head, position, draw):
         x = (x ^ word) + 0x9E3779B97F4A7C15 & _MASK
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
@@ -240,24 +242,71 @@ def luck(seed: int, layer: int, head: int, position: int) -> int:
     return x >> 32
 
 
-def pick(weights: Tensor, step: int, start: int, doublings: int = 0) -> tuple[Tensor, Tensor]:
+def draw_number(phase: int, rows: int) -> int:
+    """Names the draw of `rows` rows in phase 1 or 2 among those of a step."""
+    return 2 * rows + phase - 1
+
+
+def pick(weights: Tensor, step: int, start: int) -> tuple[Tensor, Tensor]:
     """Systematic sampling (Madow 1949): walk along the weights, none longer than a step, and take what a step ends in.
 
-    The way goes as `walk_order` says. doublings: halves the step that often but keeps the walk. Twice as many keys
-    are taken, and those of before are among them.
-    Returns ids (S,) int64, ascending, and log_u (S,) float64 with u = min(1, weight / step).
+    The way goes as `walk_order` says. Returns ids (S,) int64, ascending, and log_u (S,) float64 with u = min(1,
+    weight / step).
     """
     order = walk_order(len(weights))
-    steps = ((weights[order].clamp(max=step).cumsum(0) + start) << doublings) // step
-    begun = steps.new_full((1,), (start << doublings) // step)
-    taken = torch.diff(steps, prepend=begun) > 0
+    steps = (weights[order].clamp(max=step).cumsum(0) + start) // step
+    taken = torch.diff(steps, prepend=steps.new_zeros(1)) > 0
     ids = order[taken].sort().values
-    return ids, ((weights[ids] << doublings).double() / step).clamp(max=1.0).log()
+    return ids, (weights[ids].double() / step).clamp(max=1.0).log()
 
 
-def more_doublings(error: float, epsilon: float) -> int:
-    """How often to halve the step next, for an error that is too large. It falls with the square root of the rows."""
-    return min(20, max(1, math.ceil(2 * math.log2(error / epsilon)))) if math.isfinite(error) else 20
+def weigh_logits(logits: Tensor, log_u: Tensor) -> Tensor:
+    """Integer weights (m,) int64 of keys drawn with log u (m,), by their logits (R, m): 2**30 in all, each 1 at least.
+
+    They are the mean of the heads' softmax over 1 / u: of a key that is drawn again with probability weight / step, u
+    times that is in proportion to what it adds to the outputs. The heads' denominators are those that the draw
+    estimates.
+    """
+    shares = (logits.double() - log_u.double()).softmax(-1).mean(0)
+    weights: Tensor = (2**WEIGHT_BITS * shares.nan_to_num(0.0)).to(torch.int64) + 1
+    return weights
+
+
+def draw(
+    weights: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    rows: int,
+    candidates: int,
+    start: Callable[[int, int], int],
+) -> tuple[Tensor, Tensor]:
+    """Draws `rows` keys in two phases: `candidates` by weights (n,), and of these by the logits that they really have.
+
+    logits(ids) are those (R, m) of keys (m,); start(draw, step) as of `start_for`, draw being a `draw_number`. Where
+    there are to be no more candidates than rows they are the sample.
+    Returns ids (S,) int64, ascending, and log_u (S,), the log of the product of both phases' probabilities: dividing by
+    it is unbiased (the double expansion estimator, Särndal, Swensson and Wretman 1992, 9.3).
+    """
+    first = max(rows, candidates)
+    step = step_for(weights, first)
+    ids, log_u = pick(weights, step, start(draw_number(1, first), step))
+    if candidates <= rows:
+        return ids, log_u
+    exact = weigh_logits(logits(ids), log_u)
+    step = step_for(exact, rows)
+    again, log_u_again = pick(exact, step, start(draw_number(2, rows), step))
+    return ids[again], log_u[again] + log_u_again
+
+
+def more_rows(rows: int, error: float, epsilon: float) -> int:
+    """How many rows to draw next, where so many predict an error that is larger than epsilon.
+
+    An error falls with the square root of the rows. By quarters of an octave, so that rounding of an error hardly ever
+    makes another draw.
+    """
+    if not math.isfinite(error):
+        return rows << 20
+    quarters = math.ceil(8 * math.log2(error / (AIM * epsilon)))
+    return math.ceil(rows * 2 ** (min(max(quarters, 1), 80) / 4))
 
 
 def _count(n: int) -> Tensor:

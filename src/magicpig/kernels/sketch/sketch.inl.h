@@ -375,4 +375,30 @@ void weigh(const SketchLayout& layout, const uint32_t* words, const uint16_t* sc
                                                   octaves, floor, weights, sums);
 }
 
+void weigh_logits(int64_t count, int heads, const float* logits, int64_t per_head, const float* log_u, float* shares,
+                  uint32_t* weights, uint32_t* sums) {
+  constexpr float kWhole = 1 << 30;
+  const int64_t end = (count + kSketchKeys - 1) / kSketchKeys * kSketchKeys;
+  for (int64_t i = 0; i < end; i += W) store(shares + i, F{});
+  for (int h = 0; h < heads; ++h) {
+    const float* own = logits + h * per_head;
+    // Past the count neither has numbers.
+    const auto at = [&](int64_t i) {
+      if (i + W <= count) return load(own + i) - load(log_u + i);
+      alignas(64) float some[W];
+      for (int j = 0; j < W; ++j) some[j] = i + j < count ? own[i + j] - log_u[i + j] : kLowest;
+      return load(some);
+    };
+    F top = splat(kLowest), total{};
+    for (int64_t i = 0; i < end; i += W) top = max(top, at(i));
+    const float largest_of_all = largest(top);
+    for (int64_t i = 0; i < end; i += W) total += exp(at(i) - largest_of_all);
+    const float unit = kWhole / ((float)heads * sum(total));
+    for (int64_t i = 0; i < end; i += W) store(shares + i, load(shares + i) + exp(at(i) - largest_of_all) * unit);
+  }
+  // Also where logits were not finite.
+  for (int64_t i = 0; i < end; i += W) store(shares + i, min(max(load(shares + i), F{}), splat(kWhole)));
+  write_weights(shares, (int)count, 1, weights, sums);
+}
+
 }  // namespace

@@ -9,8 +9,19 @@ Axes beside the usual ones: U units, each the group of one key/value head of one
 """
 
 from magicpig.kernels.triton.attend import attend, gather, merge
-from magicpig.kernels.triton.draw import Drawn, draw
+from magicpig.kernels.triton.draw import Drawn, draw, weigh_rows
 from magicpig.kernels.triton.hash import hash_vectors
 from magicpig.kernels.triton.sketch import Weighed, sketch_keys, weigh
 
-__all__ = ["Drawn", "Weighed", "attend", "draw", "gather", "hash_vectors", "merge", "sketch_keys", "weigh"]
+__all__ = [
+    "Drawn",
+    "Weighed",
+    "attend",
+    "draw",
+    "gather",
+    "hash_vectors",
+    "merge",
+    "sketch_keys",
+    "weigh",
+    "weigh_rows",
+]

@@ -41,9 +41,11 @@ def draw(
     heads: Sequence[int],
     position: int,
     sinks: int = 0,
-    doublings: int = 0,
+    phase: int = 1,
 ) -> Drawn:
     """The samples of U key/value heads by the weights (U, n) int32 of their keys; the first `sinks` weigh nothing.
+
+    As a decode step draws them in phase 1 or 2.
 
     heads: for each of them its number among those of the model. Raises ArgumentError for a budget below 1.
     """
@@ -53,9 +55,11 @@ def draw(
     device, weights = weights.device, weights.contiguous()
     all_fit = budget >= n - sinks
     # A step is a whole number, rounded down: at worst by half, and then twice as many are taken.
-    room = n - sinks if all_fit else min(n - sinks, (2 * budget << doublings) + 1)
+    room = n - sinks if all_fit else min(n - sinks, 2 * budget + 1)
     luck = torch.tensor(
-        [reference.luck(seed, layer, head, position) for head in heads], dtype=torch.int64, device=device
+        [reference.luck(seed, layer, head, position, reference.draw_number(phase, budget)) for head in heads],
+        dtype=torch.int64,
+        device=device,
     )
     steps = torch.ones(U, dtype=torch.int64, device=device)
     if not all_fit:
@@ -69,13 +73,21 @@ def draw(
     before = sums.cumsum(-1) - sums
     ids = torch.full((U, room), n, dtype=torch.int32, device=device)
     counts = torch.zeros(U, dtype=torch.int32, device=device)
-    _walk[(U, stretches)](
-        weights, order, steps, before, luck, ids, counts, n, stretches, room, doublings, STRETCH
-    )  # fmt: skip
+    _walk[(U, stretches)](weights, order, steps, before, luck, ids, counts, n, stretches, room, STRETCH)
     ids = ids.sort(-1).values
     log_u = torch.empty(U, room, dtype=torch.float32, device=device)
-    _log_u[(U, triton.cdiv(room, STRETCH))](weights, ids, steps, log_u, n, room, doublings, STRETCH)
+    _log_u[(U, triton.cdiv(room, STRETCH))](weights, ids, steps, log_u, n, room, STRETCH)
     return Drawn(ids, log_u, counts, steps)
+
+
+def weigh_rows(query: Tensor, rows: Tensor, log_u: Tensor, *, scale: float, softcap: float = 0.0) -> Tensor:
+    """Weights (S,) int32 of a kv head's rows (S, 2 * Dp), drawn with log_u (S,), for the queries (R, D) of its group.
+
+    In a few operations of torch: as `weigh_logits` in kernels/sketch/reference.py, but for rounding.
+    """
+    logits = scale * (query.float() @ rows[:, : query.shape[1]].float().T)
+    logits = softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
+    return reference.weigh_logits(logits, log_u).to(torch.int32)
 
 
 @lru_cache(maxsize=64)
@@ -115,7 +127,7 @@ def _sum_stretches(weights, order, steps, sums, n, stretches, STRETCH: tl.conste
 
 
 @triton.jit
-def _walk(weights, order, steps, before, luck, ids, counts, n, stretches, room, doublings, STRETCH: tl.constexpr):
+def _walk(weights, order, steps, before, luck, ids, counts, n, stretches, room, STRETCH: tl.constexpr):
     """See `pick` in kernels/sketch/reference.py: what a step ends in is taken."""
     unit, stretch = tl.program_id(0), tl.program_id(1)
     step = tl.load(steps + unit)
@@ -125,7 +137,7 @@ def _walk(weights, order, steps, before, luck, ids, counts, n, stretches, room, 
     weight = tl.load(weights + unit.to(tl.int64) * n + key, mask=at < n, other=0).to(tl.int64)
     weight = tl.minimum(weight, step)
     way = tl.cumsum(weight, 0) + tl.load(before + unit * stretches + stretch) + start
-    taken = (way << doublings) // step > ((way - weight) << doublings) // step
+    taken = way // step > (way - weight) // step
     place = tl.cumsum(taken.to(tl.int32), 0)
     first = tl.atomic_add(counts + unit, tl.sum(taken.to(tl.int32), 0))
     slot = first + place - 1
@@ -133,11 +145,11 @@ def _walk(weights, order, steps, before, luck, ids, counts, n, stretches, room, 
 
 
 @triton.jit
-def _log_u(weights, ids, steps, log_u, n, room, doublings, STRETCH: tl.constexpr):
+def _log_u(weights, ids, steps, log_u, n, room, STRETCH: tl.constexpr):
     unit = tl.program_id(0)
     i = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
     key = tl.load(ids + unit.to(tl.int64) * room + i, mask=i < room, other=n)
-    weight = tl.load(weights + unit.to(tl.int64) * n + key, mask=key < n, other=0).to(tl.int64) << doublings
+    weight = tl.load(weights + unit.to(tl.int64) * n + key, mask=key < n, other=0).to(tl.int64)
     step = tl.load(steps + unit)
     share = tl.where((key < n) & (weight < step), weight.to(tl.float64) / step.to(tl.float64), 1.0)
     tl.store(log_u + unit.to(tl.int64) * room + i, tl.log(share.to(tl.float32)), mask=i < room)
