@@ -98,6 +98,12 @@ MALFORMED = {
 }
 
 
+def test_a_body_that_is_not_called_json_is_refused_in_words_that_help(client):
+    answer = client.post("/v1/completions", content=b'{"prompt": "x"}')
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_requests_are_refused_in_words(client, name):
     answer = client.post("/v1/completions", content=MALFORMED[name], headers={"Content-Type": "application/json"})
@@ -163,6 +169,9 @@ def test_a_client_that_hangs_up_frees_its_memory(live, client):
         assert time.monotonic() - gone < 5
         assert live.engine.scheduler.reserved == 0
     wait_for(lambda: 'magicpig_answers_total{finish="abort"}' in client.get("/metrics").text)
+    # Nothing is computed any more, and still they say what is.
+    wait_for(lambda: "magicpig_running 0.0" in client.get("/metrics").text)
+    assert "magicpig_reserved_bytes 0.0" in client.get("/metrics").text
 
 
 def test_slow_and_broken_clients_do_not_matter(live, client):

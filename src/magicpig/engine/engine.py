@@ -90,6 +90,7 @@ class Engine:
         self._requests: dict[str, list[Answer]] = {}
         self._thread: threading.Thread | None = None
         self._accepting, self._stopping = True, False
+        self._observed = (0, 0, 0, 0)
         self.failure: Exception | None = None  # that has ended the thread of `start`
 
     # --- what callers do, from any thread -----------------------------------------------------------------------------
@@ -215,6 +216,8 @@ class Engine:
             batch = self.scheduler.schedule(self._clock())
         if not batch.pieces:
             self.runner.idle()
+            with self._lock:
+                self._observe(batch, 0.0)
             return False
         outcomes = self._run(batch)
         with self._lock:
@@ -248,16 +251,16 @@ class Engine:
         if not piece.reaches_end:
             return
         if answer.produced == 0 and answer.index == 0:
-            self._prompt_is_read(answer, outcome.logits)
+            self._prompt_is_read(answer, outcome)
         else:
-            self._accept(answer, outcome.logits[-1])
+            self._accept(answer, outcome)
 
-    def _prompt_is_read(self, leader: Answer, logits: Tensor) -> None:
+    def _prompt_is_read(self, leader: Answer, outcome: Outcome) -> None:
         """All answers draw their first token, and go on from what the first one has stored, when it is indexed."""
         state = leader.state_now()
         answers = list(self._family(leader))
         for answer in answers:
-            self._accept(answer, logits[-1])
+            self._accept(answer, outcome)
         going = [answer for answer in answers if answer.status is not Status.DONE]
         wanted = bool(going) or self.prefixes.files is not None
         if wanted and any(store.length >= store.due for store in state.stores):
@@ -279,14 +282,14 @@ class Engine:
                 if not self.scheduler.admit(answer, now):
                     answer.state = None  # no memory for it now; it reads the prompt again when there is
 
-    def _accept(self, answer: Answer, logits: Tensor) -> None:
+    def _accept(self, answer: Answer, outcome: Outcome) -> None:
         """Draws the next token and hands on what it means; ends the answer where it is the last."""
         now = self._clock()
         if answer.most == 0:
             self._deliver(answer, Delta(answer.index, prompt_logprobs=answer.take_prompt_logprobs()))
             self._end(answer, "length")
             return
-        token = answer.sampler.draw(logits)
+        token = answer.sampler.draw(outcome.logits[-1], outcome.likeliest)
         if answer.first_token is None:
             answer.first_token = now
             self.observer.on_first_token(now - answer.arrived)
@@ -302,7 +305,7 @@ class Engine:
                 answer.index,
                 text,
                 (token,),
-                () if top is None else tuple(logprobs(logits[None], [token], top)),
+                () if top is None else tuple(logprobs(outcome.logits[-1:], [token], top)),
                 answer.take_prompt_logprobs(),
                 glance=answer.glance(),
             ),
@@ -415,17 +418,13 @@ class Engine:
         prefill = sum(piece.count for piece in batch.pieces if piece.phase is Phase.PREFILL)
         total = sum(piece.count for piece in batch.pieces)
         scheduler = self.scheduler
-        self.observer.on_step(
-            StepRecord(
-                seconds,
-                prefill,
-                total - prefill,
-                len(scheduler.running),
-                len(scheduler.waiting),
-                scheduler.reserved,
-                self.prefixes.nbytes,
-            )
-        )
+        held = (len(scheduler.running), len(scheduler.waiting), scheduler.reserved, self.prefixes.nbytes)
+        record = StepRecord(seconds, prefill, total - prefill, *held)
+        if batch.pieces:
+            self.observer.on_step(record)
+        elif held != self._observed:
+            self.observer.on_rest(record)
+        self._observed = held
 
     def _run_forever(self) -> None:
         try:

@@ -30,6 +30,9 @@ class Observer:
     def on_step(self, record: StepRecord) -> None:
         """After each step that computed something."""
 
+    def on_rest(self, record: StepRecord) -> None:
+        """When requests have come or gone, and there was nothing to compute."""
+
     def on_first_token(self, seconds: float) -> None:
         """After the first token of an answer, so long after its request came."""
 

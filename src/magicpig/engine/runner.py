@@ -8,6 +8,7 @@ continuous batching and of vLLM's transformers backend.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -141,10 +142,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """logits: (n, vocabulary) in float32 on the CPU, of the n positions asked for; or the error of this piece alone."""
+    """logits: (n, vocabulary) in float32 on the CPU, of the n positions asked for; or the error of this piece alone.
+
+    likeliest: the token with the largest logit of the last one, if any was asked for.
+    """
 
     logits: Tensor
     error: MagicPigError | None = None
+    likeliest: int | None = None
 
 
 class Runner:
@@ -334,15 +339,15 @@ class _Step:
         return output
 
     def outcomes(self, logits: Tensor) -> list[Outcome]:
-        outcomes, first = [], 0
+        outcomes, end = [], 0
+        largest, tokens = (found.tolist() for found in logits.max(-1))
         for i, piece in enumerate(self.work):
-            own = logits[first : first + piece.logits]
-            first += piece.logits
+            begin, end = end, end + piece.logits
             error = self.failed.get(i)
             # The largest is finite only if none is NaN or infinite; minus infinity is a model's way to say never.
-            if error is None and piece.logits and not bool(own.amax(-1).isfinite().all()):
+            if error is None and not all(map(math.isfinite, largest[begin:end])):
                 error = NotFiniteError("the model computes logits that are not finite")
-            outcomes.append(Outcome(own, error))
+            outcomes.append(Outcome(logits[begin:end], error, tokens[end - 1] if piece.logits else None))
         return outcomes
 
     def _slide(

@@ -63,8 +63,13 @@ class TokenSampler:
         """Whether the token is that of the largest logit, whatever was said before."""
         return self.params.greedy and not self._processors and self._guide is None
 
-    def draw(self, logits: Tensor) -> int:
-        """The next token, of logits (vocabulary,) in float32 that are finite or minus infinity."""
+    def draw(self, logits: Tensor, likeliest: int | None = None) -> int:
+        """The next token, of logits (vocabulary,) in float32 that are finite or minus infinity.
+
+        likeliest: that of the largest logit, if it is known.
+        """
+        if likeliest is not None and self.plain:
+            return likeliest
         scores: Any = logits[None]
         if self._guide is not None:
             scores = self._guide.apply(scores)

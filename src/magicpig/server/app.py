@@ -272,10 +272,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         return respond(as_api_error(error))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(http: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part != "body"]
         message = first["msg"].removeprefix("Value error, ")
+        if not where and "json" not in http.headers.get("content-type", ""):
+            # FastAPI takes such a body for a text: pages of other servers may send that unasked.
+            message = "the body must be JSON, and the request say so: 'Content-Type: application/json'"
         return respond(
             ApiError(
                 400,

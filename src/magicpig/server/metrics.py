@@ -61,6 +61,9 @@ class Metrics(Observer):
         self.step_seconds.observe(record.seconds)
         self.step_tokens.labels("prefill").inc(record.prefill_tokens)
         self.step_tokens.labels("decode").inc(record.decode_tokens)
+        self.on_rest(record)
+
+    def on_rest(self, record: StepRecord) -> None:
         self.running.set(record.running)
         self.waiting.set(record.waiting)
         self.reserved.set(record.reserved)
