@@ -1,5 +1,6 @@
 # make demo | evidence | test | test-slow | test-all | test-page | test-levels | test-reference | test-lowest |
-#      test-newest | coverage | clang | test-clang | sanitize | lint | format | stub | constraints | wheel | clean
+#      test-newest | coverage | clang | test-clang | sanitize | gpu-dry-run | gpu-wheels | lint | format | stub |
+#      constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
 # Exact versions of everything that is installed here, so that a fresh machine does next year what it does today.
@@ -21,7 +22,7 @@ CAPTURE := build/real/pride-8K.safetensors
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
 .PHONY: setup demo evidence test test-slow test-all test-page test-levels test-reference test-lowest test-newest \
-  coverage clang test-clang sanitize lint format stub constraints wheel clean
+  coverage clang test-clang sanitize gpu-dry-run gpu-wheels lint format stub constraints wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMPS)/install
@@ -118,6 +119,17 @@ clang: setup
 
 test-clang: clang
 	$(BIN)/python .ci/with_native.py build/clang/_native.abi3.so --no-cov -q -m 'not slow' tests/kernels $(ARGS)
+
+# All that scripts/gpu_check.sh does on a GPU, tiny, on a simulated device.
+gpu-dry-run: setup
+	OUT=build/gpu-dry-run PYTHON=$(BIN)/python scripts/gpu_check.sh --dry-run $(ARGS)
+
+# What `scripts/gpu_check.sh --build` needs beside torch, numpy, triton and pytest, for a machine that can fetch nothing.
+WHEELS := nanobind nanobind-backend pathspec scikit-build-core transformers huggingface-hub tokenizers safetensors \
+  pydantic pydantic-core annotated-types typing-inspection typer rich psutil markdown-it-py mdurl shellingham
+gpu-wheels: setup
+	rm -rf build/wheels
+	$(PIP) download $(PINNED) --no-deps --only-binary=:all: --dest build/wheels $(WHEELS)
 
 lint: setup
 	$(BIN)/ruff check

@@ -38,6 +38,7 @@ COMMANDS = [
     ["bench", "decode"],
     ["bench", "engine"],
     ["bench", "frontier"],
+    ["bench", "placements"],
     ["bench", "serving", "--url", "http://127.0.0.1:9/v1", "--requests", "1"],
     ["bench", "warm"],
     ["eval", "ruler", "--out", "missing/out"],
@@ -54,7 +55,7 @@ COMMANDS = [
     ["cache", "verify", "--cache-dir", "missing"],
 ]
 GROUPS = {
-    "bench": "attention, certificates, decode, engine, frontier, serving, warm",
+    "bench": "attention, certificates, decode, engine, frontier, placements, serving, warm",
     "eval": "ruler, perplexity, recall, show",
     "pocket": "train, card",
 }
@@ -414,6 +415,7 @@ def test_what_is_typed_wrong_is_said_before_torch_is_imported(tmp_path):
         ["plan", "--model", missing, "--vram", "0"],
         ["bench", "attention", "--context", "many"],
         ["bench", "attention", "--samplers", "lhs"],
+        ["bench", "placements", "--context", "many"],
         ["bench", "attention", "--json", missing],
         ["bench", "decode", "--shape", "gpt"],
         ["bench", "frontier", "--samplers", "full"],

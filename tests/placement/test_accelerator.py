@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from magicpig import Config
 from magicpig.attention.step import attend_stores, decode_step
 from magicpig.errors import ArgumentError, NotFiniteError
-from magicpig.placement.accelerator import Accelerated, Way
+from magicpig.placement.accelerator import WAYS, Accelerated, Way
 from magicpig.placement.device import Cuda, Device, DeviceError
 from magicpig.placement.simulated import Simulated
 from magicpig.store import KVStore
@@ -32,7 +31,6 @@ CONFIGS = {
     "full": Config(sampler="full", **SMALL),
     "lsh": Config(K=5, L=20, **SMALL),
 }
-WAYS: tuple[Way, ...] = get_args(Way)
 
 
 def a_device(**settings: object) -> Device:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +32,7 @@ from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample
 
 Way = Literal["host", "gpu_index", "gpu"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 class Accelerated(TwoPlaces):

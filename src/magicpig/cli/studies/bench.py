@@ -10,10 +10,11 @@ from magicpig.cli.studies.bench_certificates import certificates
 from magicpig.cli.studies.bench_decode import decode
 from magicpig.cli.studies.bench_engine import engine
 from magicpig.cli.studies.bench_frontier import frontier
+from magicpig.cli.studies.bench_placements import placements
 from magicpig.cli.studies.bench_serving import serving
 from magicpig.cli.studies.bench_warm import warm
 from magicpig.cli.studies.command import StudyCommand
 
 measure = typer.Typer(cls=CommandGroup, help="Measure, in a way that can be repeated and compared.")
-for command in (attention, certificates, decode, engine, frontier, serving, warm):
+for command in (attention, certificates, decode, engine, frontier, placements, serving, warm):
     measure.command(cls=StudyCommand)(command)
