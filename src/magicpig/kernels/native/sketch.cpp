@@ -1,6 +1,7 @@
 #include "sketch.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -37,9 +38,29 @@ uint32_t reversed(uint32_t x, int bits) {
 // In a group each node of the tree over its lanes has a bit of `swaps`: whether a walk comes to its second half first.
 bool swapped(uint32_t swaps, int nodes, int node) { return swaps >> (nodes - 1 + node) & 1; }
 
-// The tree over the weights of a group.
+// log(x) of n numbers in (0, 1], in place, within two units in the last place: a loop that compilers turn into vectors,
+// which calls of std::log are not. The polynomial is that of Cephes' logf (Moshier 1989).
+void take_logs(float* x, size_t n) {
+  constexpr float kPolynomial[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                                   -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                                   2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+  constexpr int32_t kHalfRoot = 0x3f3504f3;  // the bits of sqrt(1/2)
+  for (size_t i = 0; i < n; ++i) {
+    const auto bits = std::bit_cast<int32_t>(x[i]);
+    const int32_t octaves = (bits - kHalfRoot) >> 23;
+    const float m = std::bit_cast<float>(bits - octaves * (1 << 23)) - 1.0f;  // in [sqrt(1/2) - 1, sqrt(2) - 1)
+    const auto e = static_cast<float>(octaves);
+    float y = kPolynomial[0];
+    for (int k = 1; k < 9; ++k) y = y * m + kPolynomial[k];
+    const float square = m * m;
+    y = y * m * square - 2.12194440e-4f * e - 0.5f * square;
+    x[i] = m + y + 0.693359375f * e;
+  }
+}
+
+// The tree over the weights of a group, which add up to less than 2^32.
 struct GroupTree {
-  uint64_t sums[2 * kSumKeys];  // of node i among n at [n + i]
+  uint32_t sums[2 * kSumKeys];  // of node i among n at [n + i]
 
   explicit GroupTree(const uint32_t* weights) {
     std::copy_n(weights, kSumKeys, sums + kSumKeys);
@@ -47,11 +68,11 @@ struct GroupTree {
   }
   uint64_t sum() const { return sums[1]; }
   // The lane that a walk is in after `way` of the sum.
-  int lane_at(uint32_t swaps, uint64_t way) const {
+  int lane_at(uint32_t swaps, uint32_t way) const {
     int node = 0;
     for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
       const int child = 2 * node + swapped(swaps, nodes, node);
-      const uint64_t first = sums[2 * nodes + child];
+      const uint32_t first = sums[2 * nodes + child];
       const bool second = way > first;  // either is as likely: nothing to predict
       way -= second ? first : 0;
       node = child ^ second;
@@ -276,25 +297,23 @@ void Weights::settle_step(int64_t budget) {
     const uint64_t total = rest;
     // Keys that are certain leave less to the others, of which then some more may be.
     for (bool more = true; more;) {
-      const uint64_t least = (rest + left - 1) / left;  // that is certain
+      const uint64_t least = (rest + left - 1) / left, before = left;  // that is certain
       if (least < bound) {
         bound = least - least / 4;  // so that some rounds can do with one list
-        heavy_.clear();
-        for (int64_t i = 0; i < groups(); ++i) {
-          if (sums_[i] >= bound) heavy_.push_back(static_cast<uint32_t>(i));
-        }
+        list_heavy(bound);
+        rest = total;
+        left = budget;
       }
-      uint64_t certain = 0, weight = 0;
-      for (const uint32_t group : heavy_) {
-        for (int i = 0; i < kSumKeys; ++i) {
-          const uint64_t own = weights_[group * kSumKeys + i];
-          certain += own >= least;
-          weight += own >= least ? own : 0;
-        }
+      size_t kept = 0;
+      for (const uint32_t own : open_) {
+        const bool certain = own >= least;
+        open_[kept] = own;
+        kept += !certain;
+        left -= certain;
+        rest -= certain ? own : 0;
       }
-      more = certain != budget - left;
-      left = budget - certain;
-      rest = total - weight;
+      open_.resize(kept);
+      more = left != before;
     }
     step_ = std::max<uint64_t>(1, rest / left);
   }
@@ -312,6 +331,24 @@ void Weights::settle_step(int64_t budget) {
       if (own > step_) sums_[group] -= static_cast<uint32_t>(own - step_);
     }
   }
+}
+
+// Finds the groups and the weights that are at least `bound`.
+void Weights::list_heavy(uint64_t bound) {
+  heavy_.clear();
+  for (int64_t i = 0; i < groups(); ++i) {
+    if (sums_[i] >= bound) heavy_.push_back(static_cast<uint32_t>(i));
+  }
+  open_.resize(heavy_.size() * kSumKeys);
+  size_t count = 0;
+  for (const uint32_t group : heavy_) {
+    for (int i = 0; i < kSumKeys; ++i) {
+      const uint32_t own = weights_[group * kSumKeys + i];
+      open_[count] = own;
+      count += own >= bound;
+    }
+  }
+  open_.resize(count);
 }
 
 void Weights::order_walk(int bits) {
@@ -365,16 +402,16 @@ void Weights::pick(uint64_t start, std::vector<uint32_t>* keys, std::vector<floa
       const GroupTree tree(weights);
       uint32_t taken = 0;
       for (uint64_t way = step_ - entries_[group]; way <= tree.sum(); way += step_) {
-        taken |= 1u << tree.lane_at(swaps, way);
+        taken |= 1u << tree.lane_at(swaps, static_cast<uint32_t>(way));
       }
       for (; taken != 0; taken &= taken - 1) {
         const int lane = __builtin_ctz(taken);
-        const uint64_t weight = weights[lane];
         keys->push_back(static_cast<uint32_t>(group * kSumKeys + lane));
-        log_u->push_back(weight >= step_ ? 0.0f : std::log(static_cast<float>(static_cast<double>(weight) * inverse)));
+        log_u->push_back(static_cast<float>(weights[lane] * inverse));  // u, until all are there
       }
     }
   }
+  take_logs(log_u->data(), log_u->size());
 }
 
 uint64_t start_for(const DrawKey& key, uint64_t step) {

@@ -121,6 +121,7 @@ class Weights {
  private:
   void clear_sinks();
   void sum_weights(int64_t groups);
+  void list_heavy(uint64_t bound);
   void order_walk(int bits);
   int64_t groups() const { return (keys_ + kSumKeys - 1) / kSumKeys; }
 
@@ -128,6 +129,7 @@ class Weights {
   std::vector<uint32_t> weights_;
   std::vector<uint32_t> sums_;     // of kSumKeys keys each
   std::vector<uint32_t> heavy_;    // groups in which there may be keys longer than a step
+  std::vector<uint32_t> open_;     // weights that may be longer than a step, and are not known to be
   std::vector<uint32_t> order_;    // of groups of kSumKeys keys: see walk_order in the reference
   std::vector<uint64_t> taken_;    // a bit for each group in which a step ends
   std::vector<uint64_t> entries_;  // where in its step the walk comes to such a group
