@@ -1,6 +1,6 @@
-# make demo | evidence | test | test-slow | test-all | test-page | test-levels | test-reference | test-lowest |
-#      test-newest | coverage | clang | test-clang | sanitize | gpu-dry-run | gpu-wheels | lint | format | stub |
-#      constraints | wheel | clean
+# make demo | evidence | test | test-slow | test-all | test-page | test-levels | test-reference |
+#      test-lowest | test-newest | soak | kills | coverage | clang | test-clang | sanitize | gpu-dry-run |
+#      gpu-wheels | lint | format | stub | constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
 # Exact versions of everything that is installed here, so that a fresh machine does next year what it does today.
@@ -21,8 +21,9 @@ REAL   := build/real/SmolLM2-135M-Instruct/config.json
 CAPTURE := build/real/pride-8K.safetensors
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo evidence test test-slow test-all test-page test-levels test-reference test-lowest test-newest \
-  coverage clang test-clang sanitize gpu-dry-run gpu-wheels lint format stub constraints wheel clean
+.PHONY: setup demo evidence test test-slow test-all test-page test-levels test-reference test-lowest \
+  soak kills test-newest coverage clang test-clang sanitize gpu-dry-run gpu-wheels lint format stub constraints \
+  wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMPS)/install
@@ -74,6 +75,14 @@ test-all: test test-slow
 # The server's page in Chromium, Debian's for example. Leaves pictures of it, and of a chat, in docs/.
 test-page: setup
 	PICTURES=$(abspath docs/pictures) $(BIN)/python -m pytest -n 0 -m browser tests/server/test_page.py $(ARGS)
+
+# Whether a server lasts, on a machine with nothing else to do: ten minutes of clients who come and go; fifty times kill
+# -9.
+LASTING = $(BIN)/python .ci/endurance.py
+soak: setup
+	$(LASTING) soak $(ARGS) -- --memory 4 --cache-share 0.1
+kills: setup
+	$(LASTING) kills --words 2000 $(ARGS) -- --memory 1
 
 # What depends on numbers once more, with each instruction set as the default that the machine has besides its best, or
 # can emulate where it lacks the real one.
