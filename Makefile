@@ -1,4 +1,4 @@
-# make demo | evidence | test | test-slow | test-all | test-page | test-levels | test-reference |
+# make demo | evidence | test | test-slow | test-all | test-page | test-ray | test-levels | test-reference |
 #      test-lowest | test-newest | soak | kills | coverage | clang | test-clang | sanitize | gpu-dry-run |
 #      gpu-wheels | lint | format | stub | constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
@@ -21,7 +21,7 @@ REAL   := build/real/SmolLM2-135M-Instruct/config.json
 CAPTURE := build/real/pride-8K.safetensors
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo evidence test test-slow test-all test-page test-levels test-reference test-lowest \
+.PHONY: setup demo evidence test test-slow test-all test-page test-ray test-levels test-reference test-lowest \
   soak kills test-newest coverage clang test-clang sanitize gpu-dry-run gpu-wheels lint format stub constraints \
   wheel clean
 .DEFAULT_GOAL := setup
@@ -60,11 +60,11 @@ evidence: setup $(REAL)
 
 # Everything that guards behaviour, in minutes.
 test: lint
-	$(PYTEST) -m 'not slow and not browser' $(ARGS)
+	$(PYTEST) -m 'not slow and not browser and not ray' $(ARGS)
 
 # The same with the lines that no test reaches, which doubles its time; fails below the share in pyproject.toml.
 coverage: setup
-	$(PYTEST) -m 'not slow and not browser' --cov --cov-report=term $(ARGS)
+	$(PYTEST) -m 'not slow and not browser and not ray' --cov --cov-report=term $(ARGS)
 
 # The long statistics and matrices.
 test-slow: setup
@@ -75,6 +75,11 @@ test-all: test test-slow
 # The server's page in Chromium, Debian's for example. Leaves pictures of it, and of a chat, in docs/.
 test-page: setup
 	PICTURES=$(abspath docs/pictures) $(BIN)/python -m pytest -n 0 -m browser tests/server/test_page.py $(ARGS)
+
+# Replicas on Ray, which takes half a gigabyte on disk.
+test-ray: setup
+	$(PIP) install $(PINNED) --quiet 'ray[serve]'
+	$(BIN)/python -m pytest -n 0 -m ray tests/server/test_replicas.py $(ARGS)
 
 # Whether a server lasts, on a machine with nothing else to do: ten minutes of clients who come and go; fifty times kill
 # -9.
@@ -105,7 +110,7 @@ test-lowest: setup $(STAMPS)/lowest-$(LOWEST)
 # The tests with the newest of everything: shows what next month breaks. What will be gone one day may warn here.
 test-newest:
 	$(MAKE) setup VENV=.venv-newest BUILD=build/newest CONSTRAINTS=
-	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m 'not slow and not browser' \
+	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m 'not slow and not browser and not ray' \
 	  -W default::FutureWarning -W default::DeprecationWarning -W default::PendingDeprecationWarning $(ARGS)
 
 # What the kernels do with memory, watched: their tests on a build that stops at the first wrong address. Takes minutes.

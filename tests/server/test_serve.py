@@ -56,6 +56,8 @@ def test_it_serves_the_pocket_model_and_ends_in_order(tmp_path):
     ("arguments", "message"),
     [
         (["--ssl-certfile", "x"], "--ssl-certfile and --ssl-keyfile go together"),
+        (["--replicas", "2", "--port", "0"], "--replicas listen on a --port of their own"),
+        (["--replicas", "3", "--max-replicas", "2"], "--max-replicas 2 must be at least --replicas, 3"),
         (["--budget", "-1"], "budget=-1"),
         (["--token-budget", "2", "--max-running", "4"], "token_budget=2 is less than running=4"),
         (["--settings", "{folder}/none.yaml"], "none.yaml"),

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ from magicpig.wording import printable
 
 KEYS_VARIABLE = "MAGICPIG_API_KEYS"
 MOST_REQUESTS = 100_000
+MOST_REPLICAS = 1000
 
 MODEL = "Model"
 NETWORK = "Network"
@@ -183,6 +185,25 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds for requests to finish at the end.", rich_help_panel=LOAD)
     ] = 30.0,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_REPLICAS,
+            help="Servers that share the load, each with the whole model; more than one run on Ray.",
+            rich_help_panel=LOAD,
+        ),
+    ] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_REPLICAS,
+            help="As many, while they are busy.",
+            show_default="--replicas",
+            rich_help_panel=LOAD,
+        ),
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
 ) -> None:
     """Serve a model with OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/models, and /docs for the rest.
@@ -203,6 +224,11 @@ def serve(
             raise InputError(f"--{option} {value} must be a finite number")
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise InputError("--ssl-certfile and --ssl-keyfile go together")
+    many = replicas if max_replicas is None else max_replicas
+    if many < replicas:
+        raise InputError(f"--max-replicas {max_replicas} must be at least --replicas, {replicas}")
+    if many > 1 and (uds is not None or port == 0):
+        raise InputError("--replicas listen on a --port of their own, on no Unix socket")
     keys = _api_keys(api_key_file)
     folder = or_pocket(model)
     names = tuple(name or [folder.resolve().name if model is not None else "pocket"])
@@ -210,7 +236,7 @@ def serve(
         from magicpig.server.app import ServerOptions, create_app
         from magicpig.server.metrics import Metrics
         from magicpig.server.middleware import JsonLines
-        from magicpig.server.model import ModelOptions, open_network
+        from magicpig.server.model import ModelOptions, open_engine, open_network
         from magicpig.server.run import Server
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: pip install 'magicpig[serve]'") from None
@@ -243,6 +269,24 @@ def serve(
         rope_scaling,
         trust_remote_code,
     )
+    if not keys and uds is None and not _is_loopback(host):
+        logging.getLogger("magicpig.server").warning("%s is open to others, and no API key is needed", host)
+    server_options = ServerOptions(names, keys, tuple(cors_origin or ()), int(max_body * 2**20), root_path)
+    if many > 1:
+        _run_on_ray(
+            partial(open_engine, model_options, config),
+            options,
+            server_options,
+            group,
+            low=replicas,
+            high=many,
+            drain=drain,
+            host=host,
+            port=port,
+            ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
+            ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
+        )
+        return
     with Console(stderr=True).status("Loading the model"):
         network, tokenizer = open_network(model_options, 1 if group is None else group.size)
         if group is not None and group.rank > 0:
@@ -250,13 +294,7 @@ def serve(
             return
         metrics = Metrics()
         engine = checked(Engine, network, tokenizer, config, options, observer=metrics, group=group)
-    if not keys and uds is None and not _is_loopback(host):
-        logging.getLogger("magicpig.server").warning("%s is open to others, and no API key is needed", host)
-    app = create_app(
-        engine,
-        ServerOptions(names, keys, tuple(cors_origin or ()), int(max_body * 2**20), root_path),
-        metrics,
-    )
+    app = create_app(engine, server_options, metrics)
     network_options: dict[str, Any] = {"host": host, "port": port, "ws": "none", "root_path": root_path}
     if uds is not None:
         network_options["uds"] = str(uds)
@@ -269,6 +307,16 @@ def serve(
         engine.close()
     if group is not None and engine.failure is not None:
         raise engine.failure
+
+
+def _run_on_ray(make: Any, engine: Any, server: Any, group: Any, **options: Any) -> None:
+    if group is not None:
+        raise InputError("--replicas: torchrun has started ranks; a replica is one process")
+    try:
+        from magicpig.server import ray
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed: pip install 'magicpig[ray]'") from None
+    ray.run(make, engine, server, ray.ReplicaOptions(**options))
 
 
 def _api_keys(path: Path | None) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ class Answers:
         try:
             async for prompt, delta in self.stream:
                 if delta.error is not None:
-                    yield _event(as_api_error(delta.error).body())
+                    yield event(as_api_error(delta.error).body())
                     break
                 index = prompt * self.stream.requests[prompt].sampling.n + delta.index
                 if delta.report is not None:
@@ -110,10 +110,10 @@ class Answers:
                 begun.add(index)
                 seen = {} if delta.glance is None else {"magicpig": asdict(delta.glance)}
                 for choices in [[choice] for choice in chunks] or ([[]] if seen else []):
-                    yield _event({**self._head(name), "choices": choices, **extra, **seen})
+                    yield event({**self._head(name), "choices": choices, **extra, **seen})
             else:
                 if self.include_usage:
-                    yield _event({**self._head(name), "choices": [], "usage": usage.as_dict()})
+                    yield event({**self._head(name), "choices": [], "usage": usage.as_dict()})
             yield b"data: [DONE]\n\n"
         finally:
             self.stream.close()
@@ -242,5 +242,6 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else logprob if math.isfinite(logprob) else -9999.0
 
 
-def _event(data: dict[str, Any]) -> bytes:
+def event(data: dict[str, Any]) -> bytes:
+    """A server-sent event."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

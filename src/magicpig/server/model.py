@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from magicpig import generation
+from magicpig.config import Config
+from magicpig.engine.engine import Engine
+from magicpig.engine.observer import Observer
+from magicpig.engine.options import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,8 @@ def open_network(options: ModelOptions, ranks: int = 1) -> tuple[Any, Any]:
     if options.chat_template is not None:
         opened.tokenizer.chat_template = options.chat_template
     return generation.load(opened, dtype=options.dtype, ranks=ranks), opened.tokenizer
+
+
+def open_engine(model: ModelOptions, config: Config, options: EngineOptions, observer: Observer) -> Engine:
+    """An engine of one process."""
+    return Engine(*open_network(model), config, options, observer=observer)
