@@ -44,6 +44,18 @@ def test_a_sample_of_next_to_nothing():
     assert said(replace(thin, indexed=8, sampled_share_mean=1.0)) is None  # there are no more
 
 
+def test_an_epsilon_that_asks_for_most_keys_is_said_to():
+    greedy = [replace(GOOD, layer=layer, sampled_share_mean=share) for layer, share in ((4, 0.96), (5, 1.0), (6, 0.3))]
+    assert said(*greedy) is None  # so they were told
+    assert said(*greedy, config=Config(epsilon=0.05)) == (
+        "an epsilon of 0.05 is nearly full attention here: layers 4, 5 read 96% to 100% of the keys, which sampling "
+        "makes slower. To mend it, raise epsilon, or keep these layers exact (dense_layers), or let `magicpig tune` "
+        "choose."
+    )
+    assert said(greedy[2], DENSE, config=Config(epsilon=0.05)) is None
+    assert "layer 4 read 96%" in said(greedy[0], config=Config(layers={4: {"epsilon": 0.05}}))
+
+
 def test_samplers_that_predict_nothing_are_left_alone():
     silent = {"predicted_error_mean": None, "predicted_error_p95": None, "predicted_error_max": None}
     assert said(replace(GOOD, **silent, predicted_error_unknown=None, sampled_share_mean=1e-4)) is None

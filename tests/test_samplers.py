@@ -49,7 +49,7 @@ def draw(
     config: Config, query: Tensor, keys: list[Tensor], *, position: int, scale: float, sinks: int = 0
 ) -> list[Sample]:
     """The rows that the heads (H, D) read of keys, piece by piece, but for the first `sinks`."""
-    sampler = samplers.sampler_of(IndexSpec.of(config, query.shape[1]), query.shape[1])
+    sampler = samplers.sampler_of(IndexSpec.of(config), query.shape[1])
     body = samplers.Body(keys, sinks, position)
     return sampler.draw(query, body, DrawPolicy.of(config), scale=scale, softcap=None)
 

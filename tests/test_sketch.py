@@ -205,7 +205,7 @@ def test_epsilon_draws_more_until_the_prediction_is_small_enough(isa):
     settings = {"sampler": "sketch", "budget": 30, "epsilon": 0.05, "sinks": 3, "recent": 20, "block": 32}
     _, _, info = attend(query[:, :, None].double(), keys[None].double(), values[None].double(), **settings)
     assert float(info.predicted_error.max()) <= 0.05
-    assert [len(info.ids[0][4 * g]) for g in range(2)] == pytest.approx([len(ids) for ids in drawn[0.05]], rel=0.05)
+    assert [len(info.ids[0][4 * g]) for g in range(2)] == pytest.approx([len(ids) for ids in drawn[0.05]], rel=0.25)
 
 
 def test_predictions_are_counted():

@@ -8,12 +8,13 @@ from magicpig.wording import counted
 
 WORST_ERROR = 0.3  # of a layer's output: from there on, the answer may be another one
 FEWEST_ROWS = 16  # drawn by a head in a step
+LARGEST_SHARE = 0.5  # of the keys, read for an epsilon: then full attention would be faster
 MOST_UNKNOWN = 0.25  # share of steps and heads that drew nothing to judge by
 _NAMED = 8  # layers in a sentence
 
 
 class SamplingWarning(UserWarning):
-    """Attention was sampled in a way that can hardly have worked: too few keys, or errors that are too large."""
+    """Attention was sampled in a way that can hardly have worked: too few keys, too many, or errors too large."""
 
 
 def advice(report: CacheReport, config: Config) -> str | None:
@@ -24,7 +25,7 @@ def advice(report: CacheReport, config: Config) -> str | None:
     wrong = [layer for layer in report.layers if _error(layer) > WORST_ERROR]
     thin = [layer for layer in report.layers if layer not in wrong and _is_thin(layer)]
     if not wrong and not thin:
-        return None
+        return _too_much(report, config)
     parts = []
     if wrong:
         worst = max(_error(layer) for layer in wrong)
@@ -33,6 +34,24 @@ def advice(report: CacheReport, config: Config) -> str | None:
         rows = min(_rows(layer) for layer in thin)
         parts.append(f"{_names(thin)} drew next to nothing, as few as {counted(round(rows), 'key')} a step")
     return f"sampled attention is too coarse here: {'; '.join(parts)}. {_remedy(config, [*wrong, *thin])}"
+
+
+def _too_much(report: CacheReport, config: Config) -> str | None:
+    """What to say where an epsilon asks for so many keys that all might as well be read."""
+    full = [
+        layer
+        for layer in report.layers
+        if config.of_layer(layer.layer).epsilon is not None and (layer.sampled_share_mean or 0.0) > LARGEST_SHARE
+    ]
+    if not full:
+        return None
+    shares = [layer.sampled_share_mean or 0.0 for layer in full]
+    epsilon = config.of_layer(full[0].layer).epsilon
+    return (
+        f"an epsilon of {epsilon:g} is nearly full attention here: {_names(full)} read {min(shares):.0%} to "
+        f"{max(shares):.0%} of the keys, which sampling makes slower. To mend it, raise epsilon, or keep these layers "
+        "exact (dense_layers), or let `magicpig tune` choose."
+    )
 
 
 def _remedy(config: Config, layers: list[LayerReport]) -> str:

@@ -26,8 +26,7 @@ NAMED_BY = {"lsh": ("K", "L"), "full": (), "window": ()}
 INDEX_SETTINGS = {"lsh": ("centre", "K", "L", "seed"), "sketch": ("centre", "bits")}
 """The settings that an index depends on, by sampler. All randomness of hashing is in its directions. The rotation of
 sketches is the same for every seed: what is random is where a draw starts."""
-SKETCH_BYTES = 32  # the most that the codes of a key take with the default bits, unless there must be two
-CANDIDATES = 4  # that a sketch draws for a row
+CANDIDATES = 2  # that a sketch draws for a row
 MOST_TOKENS = 2**40  # more than any memory holds; larger numbers would not fit the kernels' integers
 BY_LAYER = ("sampler", "budget", "candidates", "bits", "epsilon", "centre", "K", "L", "min_hits")
 """The settings that a layer may have of its own."""
@@ -57,13 +56,13 @@ class Config(BaseModel):
         le=MOST_TOKENS,
         allow_inf_nan=False,
         description="Keys that a sketch draws first, to draw the budget from them by the logits that they really have. "
-        "Below 1, a share of the keys; by default 4 times the budget. Where that is no more, all are read.",
+        "Below 1, a share of the keys; by default twice the budget. Where that is no more, all are read.",
     )
-    bits: int | None = Field(
-        None,
+    bits: int = Field(
+        2,
         ge=1,
         le=4,
-        description="Bits of a coordinate in a sketch. By default 4 to 2, as many as fit in 32 bytes of a key.",
+        description="Bits of a coordinate in a sketch: more of them miss fewer keys, for more memory.",
     )
     epsilon: float | None = Field(
         None,
@@ -205,10 +204,6 @@ class Config(BaseModel):
             return self.candidates
         share = self.budget < 1 <= CANDIDATES * self.budget
         return MOST_TOKENS if share else CANDIDATES * self.budget
-
-    def sketch_bits(self, head_dim: int) -> int:
-        """Bits of a coordinate in a sketch of keys of this length. Short keys need more, since fewer errors cancel."""
-        return self.bits if self.bits is not None else max(2, min(4, 8 * SKETCH_BYTES // head_dim))
 
 
 def parse_sampler(text: str) -> dict[str, Any]:

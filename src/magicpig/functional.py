@@ -27,7 +27,7 @@ def attend(
     sampler: SamplerName | None = None,
     budget: float = 512,
     candidates: float | None = None,
-    bits: int | None = None,
+    bits: int = 2,
     epsilon: float | None = None,
     centre: bool = True,
     kv_dtype: KVDtype = "model",
@@ -102,7 +102,7 @@ def _attend_reference(
     query: Tensor, keys: Tensor, values: Tensor, config: Config, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, StepInfo]:
     (_, _, N, D), states, samples, errors = keys.shape, [], [], []
-    sampler, policy = sampler_of(IndexSpec.of(config, D), D), Policy.of(config, sampled=config.samples)
+    sampler, policy = sampler_of(IndexSpec.of(config), D), Policy.of(config, sampled=config.samples)
     end = policy.index_end(N, config.block)
     for q, k, v in zip(query[:, :, 0], keys, values, strict=True):
         if config.kv_dtype == "int8":

@@ -31,13 +31,11 @@ class IndexSpec:
     seed: int | None = None
 
     @classmethod
-    def of(cls, config: Config, head_dim: int, *, sampled: bool = True) -> IndexSpec:
+    def of(cls, config: Config, *, sampled: bool = True) -> IndexSpec:
         """The spec of one layer (`Config.of_layer`). sampled: False for a layer that stays exact."""
         sampler = config.sampler if sampled else EXACT.sampler
         known = INDEX_SETTINGS.get(sampler, ())
-        values = config.model_dump(include=set(known)) | (
-            {"bits": config.sketch_bits(head_dim)} if "bits" in known else {}
-        )
+        values = config.model_dump(include=set(known))
         centre = config.centre if "centre" in known or config.kv_dtype == "int8" else True
         return cls(sampler, config.kv_dtype, config.block, **{**values, "centre": centre})
 

@@ -170,6 +170,6 @@ def test_queries_are_hashed_as_keys_are(D, isa, dtype):
 
 
 def test_one_sampler_serves_every_store_of_a_setting():
-    first, again, other = (IndexSpec.of(Config(K=10, L=20, seed=seed), 64) for seed in (0, 0, 1))
+    first, again, other = (IndexSpec.of(Config(K=10, L=20, seed=seed)) for seed in (0, 0, 1))
     assert sampler_of(first, 64) is sampler_of(again, 64)
     assert sampler_of(first, 64) is not sampler_of(other, 64)

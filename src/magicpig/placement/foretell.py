@@ -98,7 +98,7 @@ def foretell(
     Raises ArgumentError for sizes below 1, and for samplers that have no steps on an accelerator.
     """
     head_dim = sizes.layers[0].head_dim
-    if not isinstance(sampler_of(IndexSpec.of(config, head_dim, sampled=True), head_dim), Sketch):
+    if not isinstance(sampler_of(IndexSpec.of(config, sampled=True), head_dim), Sketch):
         raise ArgumentError(f"sampler={config.sampler!r} has no steps on an accelerator; allowed: 'sketch'")
     if context < 1 or batch < 1 or vram < 1 or ram < 1:
         raise ArgumentError(f"context={context}, batch={batch}, vram={vram} and ram={ram} must be at least 1")

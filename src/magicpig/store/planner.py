@@ -109,7 +109,7 @@ def _transient(layer: LayerShape, config: Config, tokens: int, dtype: torch.dtyp
 
 
 def _spec(layer: LayerShape, config: Config) -> IndexSpec:
-    return IndexSpec.of(config, layer.head_dim, sampled=layer.sampled)
+    return IndexSpec.of(config, sampled=layer.sampled)
 
 
 def _costs(layer: LayerShape, dtype: torch.dtype) -> Costs:

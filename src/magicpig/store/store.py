@@ -88,7 +88,7 @@ class KVStore:
     def _configure(self, config: Config, sampled: bool) -> None:
         self.config = config
         self.policy = Policy.of(config, sampled=sampled and config.samples)
-        self.spec = IndexSpec.of(config, self.head_dim, sampled=self.policy.sampled)
+        self.spec = IndexSpec.of(config, sampled=self.policy.sampled)
         self.sampler: Sampler = sampler_of(self.spec, self.head_dim, self.kernels)
         stored = torch.int8 if config.kv_dtype == "int8" else self.dtype
         self.layout = RowLayout(self.head_dim, self.dtype, stored, self.kernels)

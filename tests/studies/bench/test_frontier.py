@@ -44,7 +44,7 @@ def test_a_point_per_setting():
     for point in (small, large, lsh, oracle):
         assert (point.source, point.layer, point.tokens) == ("made up", 3, 900)
         assert 0 < point.error < point.error_p95
-    assert (small.bits, small.budget, small.K, small.L) == (4, 32, None, None)
+    assert (small.bits, small.budget, small.K, small.L) == (2, 32, None, None)
     assert (lsh.bits, lsh.budget, lsh.K, lsh.L) == (None, None, 5, 30)
     assert small.sampled_share == pytest.approx(32 / 764, rel=0.05)
     assert large.error < small.error
@@ -77,12 +77,11 @@ def test_layers_of_a_capture_become_one_point():
 
 
 def test_the_default_width_of_a_sketch_is_bold():
-    # Heads of 32 have four bits by default.
-    rows = [dataclasses.asdict(point) for point in measured("sketch:32,bits=2,sketch:64,bits=2,sketch:32,sketch:64")]
+    rows = [dataclasses.asdict(point) for point in measured("sketch:32,bits=4,sketch:64,bits=4,sketch:32,sketch:64")]
     with style():
         bold = [line for line in plot_frontier(rows).axes[1].get_lines() if line.get_label() == LOOKS["sketch"].label]
     (line,) = bold
-    default = [row["error"] for row in rows if row["bits"] == 4]
+    default = [row["error"] for row in rows if row["bits"] == 2]
     assert sorted(line.get_ydata()) == sorted(default)
 
 

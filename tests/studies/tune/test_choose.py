@@ -111,7 +111,7 @@ def test_errors_that_were_foreseen():
 
 def test_settings_are_named_in_full_whatever_the_defaults_are():
     assert settings_of(EXACT) == {"sampler": "full"}
-    assert settings_of(Config()) == {"sampler": "sketch", "budget": 512}
+    assert settings_of(Config()) == {"sampler": "sketch", "budget": 512, "bits": 2}
     assert settings_of(Config(sampler="lsh")) == {"sampler": "lsh", "K": 10, "L": 150}
     assert settings_of(Config(min_hits=3, centre=False, seed=4)) == {
         "sampler": "lsh",
@@ -134,7 +134,7 @@ def test_goals_that_make_no_sense(pair):
     [
         (EXACT, "full attention"),
         (Config(K=9, L=120), "lsh 9,120"),
-        (Config(), "sketch 512"),
+        (Config(), "sketch 512, 2 bit"),
         (sketch(512), "sketch 512, 2 bit"),
         (sketch(128, bits=3, epsilon=0.075), "sketch 128, 3 bit to 7.5%"),
     ],

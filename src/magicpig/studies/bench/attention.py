@@ -171,7 +171,7 @@ class _Bench(Layer):
             K=config.K if lsh else None,
             L=config.L if lsh else None,
             budget=config.budget if sketch else None,
-            bits=config.sketch_bits(self.shape.head_dim) if sketch else None,
+            bits=config.bits if sketch else None,
             kv_dtype=config.kv_dtype,
             step_ms=median["step"],
             exact_ms=median["exact"],

@@ -134,7 +134,7 @@ def _point(source: str, number: int | None, layer: Layer, method: Method, dense:
         sampler=config.sampler,
         K=config.K if config.hashes else None,
         L=config.L if config.hashes else None,
-        bits=config.sketch_bits(layer.data[0].keys.shape[2]) if config.sketches else None,
+        bits=config.bits if config.sketches else None,
         head_dim=layer.data[0].keys.shape[2],
         budget=None if config.hashes else config.budget,
         error=float(errors.mean()),

@@ -156,7 +156,7 @@ class Layer:
         """Whether a setting reads less than everything: no budget is as large as the body, nor is there none."""
         body, policy = self.body(config), DrawPolicy.of(config)
         head_dim = self.data[0].keys.shape[2]
-        return body > 0 and sampler_of(IndexSpec.of(config, head_dim), head_dim).leaves_out(policy, body)
+        return body > 0 and sampler_of(IndexSpec.of(config), head_dim).leaves_out(policy, body)
 
     def step(self, stores: list[KVStore], step: int) -> Tensor:
         """One decode step: appends its token and attends. Returns (B, H, D)."""

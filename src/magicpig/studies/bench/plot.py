@@ -83,7 +83,7 @@ def _plot_curves(axes: Axes, points: Rows, name: str) -> None:
             if point["sampler"] == sampler:
                 curves.setdefault(point["bits"] or point["K"], []).append(point)
         for setting, curve in sorted(curves.items(), key=lambda item: str(item[0])):
-            aside = curve[0]["bits"] not in (None, Config().sketch_bits(curve[0]["head_dim"]))
+            aside = curve[0]["bits"] not in (None, Config().bits)
             _plot_curve(axes, sampler, sorted(curve, key=_setting), name, aside=aside)
             if setting is not None and name == "index_bytes_per_key":  # there each curve has its own place
                 last = max(curve, key=lambda point: point["error"])

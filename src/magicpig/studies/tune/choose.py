@@ -119,7 +119,7 @@ def p95(errors: Tensor) -> float:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What `Config.layers` has to say of a layer that is to be read in this way."""
-    own, named = {}, ("sampler", *config.named_by)
+    own, named = {}, ("sampler", *config.named_by, *(("bits",) if config.sketches else ()))
     for name in BY_LAYER:
         value = getattr(config, name)
         if name in named or value != Config.model_fields[name].default:

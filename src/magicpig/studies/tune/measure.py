@@ -105,8 +105,6 @@ class Trials:
 
     def sampled(self, config: Config) -> Measured:
         """One setting that samples."""
-        if config.sketches:
-            config = config.model_copy(update={"bits": config.sketch_bits(self.attention.keys.shape[2])})
         store = self._indexed(config)
         errors, predicted = self._decode(store)
         share = store.stats.mean_share

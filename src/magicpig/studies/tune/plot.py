@@ -81,7 +81,6 @@ def _look(config: Config) -> Look:
     """How a setting's family is plotted: the settings on one curve differ in how many rows they read."""
     if config.hashes:
         return Look("LSH sampling", BLUE, "o")
-    assert config.bits is not None  # what was measured says it
     colour, marker, dashes = BITS[config.bits]
     if config.epsilon is not None:
         return Look(f"{config.bits} bits, by predicted error", colour, "x", "")

@@ -63,8 +63,7 @@ def name(config: Config) -> str:
     if config.hashes:
         return f"lsh {config.K},{config.L}"
     grows = "" if config.epsilon is None else f" to {100 * config.epsilon:g}%"
-    bits = "" if config.bits is None else f", {config.bits} bit"
-    return f"sketch {config.budget:g}{bits}{grows}"
+    return f"sketch {config.budget:g}, {config.bits} bit{grows}"
 
 
 def rounded(value: float) -> float:
