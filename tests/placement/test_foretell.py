@@ -34,11 +34,13 @@ def test_times_are_the_bytes_over_the_speeds() -> None:
     assert found["exact"].step_s == pytest.approx(weights + TOKENS * 8 * row * 4 / EXACT.gpu)
     recent = TOKENS - (TOKENS - 64) // 256 * 256
     window = 4 * 8 * row * (4 + recent) / EXACT.gpu
-    drawn = 4 * 8 * 512 * row
+    candidates = Config().drawn_candidates
+    drawn = 4 * 8 * (candidates + 512) / 2 * row  # keys of the ones, values of the others
+    sent = 4 * 8 * candidates * row
     on_gpu = weights + window + (one.index + drawn) / EXACT.gpu
     assert found["gpu"].step_s == pytest.approx(on_gpu)
     # The window is attended to while rows are gathered, which takes longer.
-    trip = 4 * (8 * 512 * 4 / EXACT.link) + drawn / EXACT.rows + drawn / EXACT.link
+    trip = 4 * (8 * candidates * 4 / EXACT.link) + sent / EXACT.rows + sent / EXACT.link
     assert found["gpu_index"].step_s == pytest.approx(on_gpu - window + trip)
     state = 32 * (2 * 128 + 1) * 4 * 4 / EXACT.link
     answer = one.index / EXACT.host + drawn / EXACT.rows

@@ -20,7 +20,7 @@ from magicpig.placement.schedule import Slot, by_turns, round_trip
 from magicpig.placement.simulated import Simulated
 from magicpig.samplers import sampler_of
 from magicpig.samplers.sketch import Sketch
-from magicpig.settings import IndexSpec, Policy
+from magicpig.settings import DrawPolicy, IndexSpec, Policy
 from magicpig.store.planner import LayerShape, plan
 from magicpig.types import MemoryUse
 
@@ -163,8 +163,8 @@ class _Nothing(NamedTuple):
 
 @dataclass(frozen=True)
 class _Traffic:
-    """Of a layer and a sequence: bytes of the sketches, of the rows that are drawn, and of those that always are read;
-    the sizes of what is asked and answered.
+    """Of a layer and a sequence: bytes of the sketches, of what is read of rows (keys of candidates, values of what is
+    drawn of them), and of the rows that always are read; the sizes of what is asked and answered.
     """
 
     index: float
@@ -183,13 +183,15 @@ def _traffic(
     seen = min(context, layer.window or context)
     if end <= policy.sinks:
         return _Traffic(0, 0, seen * layer.kv_heads * row, 0, 0)
-    budget = config.budget if config.budget >= 1 else config.budget * (end - policy.sinks)
-    drawn = layer.kv_heads * min(budget, end - policy.sinks)
+    draws, body = DrawPolicy.of(config), end - policy.sinks
+    drawn = layer.kv_heads * draws.budget_for(body)
+    candidates = layer.kv_heads * draws.candidates_for(body, draws.budget_for(body))
+    read = (candidates + drawn) * row / 2
     window = (policy.sinks + context - end) * layer.kv_heads * row
     heads = layer.query_heads or layer.kv_heads
     if place == "host":
-        return _Traffic(index_bytes, drawn * row, window, heads * layer.head_dim * 4, heads * (layer.head_dim + 1) * 4)
-    return _Traffic(index_bytes, drawn * row, window, round(drawn) * 4, round(drawn * row))
+        return _Traffic(index_bytes, read, window, heads * layer.head_dim * 4, heads * (layer.head_dim + 1) * 4)
+    return _Traffic(index_bytes, read, window, candidates * 4, candidates * row)
 
 
 def _simulated(
@@ -223,11 +225,14 @@ def _simulated(
                 for what in ("select", "window", "merge"):
                     device.launch("compute", f"{what}{name}", _nothing)
                 continue
-            gather = own * traffic.rows / speeds.rows
             if place == "host":
-                costs["select"], costs["sample"], costs["merge"] = 0.0, own * traffic.index / speeds.host + gather, 0.0
+                sample = own * (traffic.index / speeds.host + traffic.rows / speeds.rows)
+                costs["select"], costs["sample"], costs["merge"] = 0.0, sample, 0.0
             else:
-                costs["select"], costs["gather"] = own * traffic.index / speeds.gpu, gather
+                costs["select"], costs["gather"] = (
+                    own * traffic.index / speeds.gpu,
+                    own * traffic.answered / speeds.rows,
+                )
                 costs["merge"] = own * traffic.rows / speeds.gpu
             slot = Slot(*(
                 device.buffer(f"{what}{name}", [own * size], torch.uint8, pinned=pinned)
