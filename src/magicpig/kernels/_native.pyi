@@ -22,6 +22,10 @@ MAX_THREADS: int = 1024
 
 LEAST_STRIDE: int = 8
 
+MAX_LINEAR: int = 16
+
+BYTE_LANE: int = 64
+
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...
 def isa_levels(supported_only: bool) -> list[str]: ...
@@ -209,6 +213,19 @@ def weigh_rows(
     scale: float,
     softcap: float,
     weights: int,
+) -> None: ...
+def linear(
+    dtype: int,
+    numbers: int,
+    scales: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    bias: int,
+    x_dtype: int,
+    x: int,
+    vectors: int,
+    out: int,
 ) -> None: ...
 
 class LshSampler:

@@ -23,6 +23,8 @@ BLOCK_ROWS = 4096  # of one block of a store
 SEGMENT_ROWS = 65536  # keys of one segment of tables: ids have 16 bits
 SKETCH_KEYS = 64  # of one block of a sketch
 LEAST_STRIDE = 8  # keys that have a centre in common, at least
+BYTE_LANE = 64  # rows of a matrix of weights in int8 are padded to a multiple of this
+MAX_LINEAR = 16  # vectors that are multiplied by a matrix of weights at a time
 MAX_HEAD_DIM = 512
 MAX_GROUP = 256  # query heads of one key/value head
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -302,6 +304,10 @@ class Kernels(Protocol):
     def extend(self, a: Segment, b: Segment) -> Segment: ...
     def shorten(self, a: Segment, count: int) -> Segment: ...
     def lookup(self, query_codes: Tensor, segment: Segment, head: int, min_hits: int) -> Tensor: ...
+
+    # --- weights ---
+
+    def linear(self, x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor: ...
 
     # --- sketch, score, draw ---
 

@@ -18,9 +18,11 @@ from magicpig.kernels import _native
 from magicpig.kernels._native import HitLaw, LshSampler, SketchSampler, StoreView
 from magicpig.kernels.base import (
     BLOCK_ROWS,
+    BYTE_LANE,
     LANE,
     LEAST_STRIDE,
     MAX_HEAD_DIM,
+    MAX_LINEAR,
     SEGMENT_ROWS,
     SKETCH_KEYS,
     Draw,
@@ -51,6 +53,7 @@ _ROW_CODES = {**_CODES, torch.int8: 3}
 # The forms of base.py are those of kernels.h.
 assert (BLOCK_ROWS, SEGMENT_ROWS, SKETCH_KEYS) == (_native.BLOCK_ROWS, _native.SEGMENT_ROWS, _native.SKETCH_KEYS)
 assert (LANE, LEAST_STRIDE, MAX_HEAD_DIM) == (_native.LANE, _native.LEAST_STRIDE, _native.MAX_DIM)
+assert (BYTE_LANE, MAX_LINEAR) == (_native.BYTE_LANE, _native.MAX_LINEAR)
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -597,6 +600,36 @@ def merge(states: Sequence[AttentionState]) -> AttentionState:
     output, lse = _zeros(heads, width), _zeros(heads)
     _native.merge(len(states), heads, width, outputs.data_ptr(), lses.data_ptr(), output.data_ptr(), lse.data_ptr())
     return AttentionState(output[:, :D], lse)
+
+
+def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x (V, K), of at most `MAX_LINEAR` vectors, times weight (N, K) transposed, plus bias (N,): (V, N) in x's dtype.
+
+    scales: (N,) float32, of a weight in int8, whose rows are padded to a multiple of `BYTE_LANE`. bias: in x's dtype.
+    All are contiguous. Sums are float32; with VNNI and of int8, x is rounded to 16 bits and a scale for 256 numbers.
+    """
+    (vectors, columns), (rows, stride) = x.shape, weight.shape
+    lane = 1 if scales is None else BYTE_LANE
+    _require(vectors <= MAX_LINEAR, f"{vectors} vectors are too many; allowed: {MAX_LINEAR}")
+    _require(stride == -(-columns // lane) * lane, f"weight has shape ({rows}, {stride}), x has {columns} columns")
+    _require((weight.dtype == torch.int8) == (scales is not None), "weights in int8 have scales, others have none")
+    _require(bias is None or bias.dtype == x.dtype, "bias and x are of different dtypes")
+    _require(x.is_contiguous() and weight.is_contiguous(), "x and weight must be contiguous")
+    out = torch.empty(vectors, rows, dtype=x.dtype, device="cpu")
+    _native.linear(
+        row_code(weight.dtype),
+        weight.data_ptr(),
+        _address(scales),
+        rows,
+        columns,
+        stride,
+        0 if bias is None else bias.data_ptr(),
+        dtype_code(x.dtype),
+        x.data_ptr(),
+        vectors,
+        out.data_ptr(),
+    )
+    return out
 
 
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ from magicpig.kernels.base import (
     stride_shift,
 )
 from magicpig.kernels.hash.reference import hash_vectors, make_planes
+from magicpig.kernels.linear import reference as layers
 from magicpig.kernels.rows.reference import halves, to_bytes
 from magicpig.kernels.sketch import reference as sketches
 from magicpig.kernels.tables import reference as tables
@@ -441,6 +442,11 @@ def attend_hashed(
     if offsets is not None:
         logits = logits + offsets.double()[ids // keys_of_a_centre]
     return _float(_softmax(_capped(logits, softcap) - log_u, values)), log_u.float()
+
+
+def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x (V, K) times weight (N, K or padded) transposed, its rows times scales (N,) if any, plus bias (N,): (V, N)."""
+    return layers.linear(x, weight, scales, bias)
 
 
 def merge(states: Sequence[AttentionState]) -> AttentionState:

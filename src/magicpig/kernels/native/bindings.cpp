@@ -15,6 +15,7 @@
 
 #include "errors.h"
 #include "kernels.h"
+#include "linear.h"
 #include "memory.h"
 #include "parallel.h"
 #include "rows.h"
@@ -383,6 +384,8 @@ NB_MODULE(_native, m) {
   m.attr("SKETCH_KEYS") = kSketchKeys;
   m.attr("MAX_THREADS") = kMaxThreads;
   m.attr("LEAST_STRIDE") = kLeastStride;
+  m.attr("MAX_LINEAR") = kMaxLinear;
+  m.attr("BYTE_LANE") = kByteLane;
 
   m.def("isa", [] { return kernels().name; });
   m.def("use_isa", [](const std::string& name) { use_level(name.c_str()); }, "name"_a);
@@ -523,6 +526,16 @@ NB_MODULE(_native, m) {
         "position"_a, "phase"_a, Unlocked());
   m.def("weigh_rows", &weigh_rows, "dtype"_a, "dim"_a, "blocks"_a, "ids"_a, "count"_a, "log_u"_a, "queries"_a,
         "heads"_a, "offsets"_a, "scale"_a, "softcap"_a, "weights"_a, Unlocked());
+
+  m.def(
+      "linear",
+      [](int dtype, Address numbers, Address scales, int64_t rows, int64_t columns, int64_t stride, Address bias,
+         int x_dtype, Address x, int vectors, Address out) {
+        linear({row_dtype_of(dtype), at<const void>(numbers), at<const float>(scales), rows, columns, stride},
+               at<const void>(bias), dtype_of(x_dtype), at<const void>(x), vectors, at<void>(out));
+      },
+      "dtype"_a, "numbers"_a, "scales"_a, "rows"_a, "columns"_a, "stride"_a, "bias"_a, "x_dtype"_a, "x"_a, "vectors"_a,
+      "out"_a, Unlocked());
 
   nb::class_<LshSampler>(m, "LshSampler")
       .def(

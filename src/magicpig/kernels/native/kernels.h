@@ -34,6 +34,9 @@ constexpr int kSketchKeys = 64;  // keys of one block of a sketch
 constexpr int kSumKeys = 16;     // keys whose weights are summed, so that a walk along them can skip these
 constexpr int kLookupSlack = 4;  // ids that `lookup` may write past those it returns
 constexpr int kLeastStride = 8;  // keys of a sketch that have a centre in common, at least; a power of two
+constexpr int kMaxLinear = 16;   // vectors that are multiplied by a matrix of weights at a time
+constexpr int kByteLane = 64;    // a row of weights in bytes takes a multiple of this many
+constexpr int kByteBlock = 256;  // numbers of a vector that have a scale in common where bytes are multiplied
 
 // The hash directions, packed: [tile][pair of dims][64 directions][2] bfloat16.
 struct Directions {
@@ -136,6 +139,15 @@ struct ScoreSum {
   double base, sum;
 };
 
+// Weights [rows][columns], `stride` elements from one row to the next. In bytes, row r counts scales[r] times, and its
+// stride is a multiple of kByteLane.
+struct Matrix {
+  Dtype dtype;
+  const void* numbers;
+  const float* scales;  // null: not in bytes
+  int64_t rows, columns, stride;
+};
+
 struct Kernels {
   const char* name;
 
@@ -196,6 +208,13 @@ struct Kernels {
   // has room for as many floats.
   void (*weigh_logits)(int64_t count, int heads, const float* logits, int64_t per_head, const float* log_u,
                        float* shares, uint32_t* weights, uint32_t* sums);
+
+  // A vector as `multiply` takes it for matrices of that dtype, and what that takes: a multiple of four bytes.
+  size_t (*factor_bytes)(Dtype dtype, int64_t columns);
+  void (*to_factors)(Dtype dtype, const float* x, int64_t columns, void* factors);
+  // Products [vector][last - first] of the rows `first` to `last` with at most kMaxLinear vectors.
+  void (*multiply)(const Matrix& matrix, int64_t first, int64_t last, const void* factors, int vectors,
+                   float* products);
 };
 
 // The levels this build holds, best first, and whether this machine can run each.

@@ -13,6 +13,7 @@ using namespace magicpig;
 
 #include "attend/attend.inl.h"
 #include "hash/hash.inl.h"
+#include "linear/linear.inl.h"
 #include "rows/rows.inl.h"
 #include "tables/lookup.inl.h"
 // After those whose helpers it shares.
@@ -73,9 +74,9 @@ void dot_vectors(Dtype dtype, int dim, const void* const* vectors, int64_t count
   });
 }
 
-constexpr Kernels kTable{MAGICPIG_LEVEL, hash,          lookup,          to_float,    from_float,
-                         to_bytes,       to_lane_order, from_lane_order, attend_rows, attend_sample,
-                         score_rows,     attend_scored, dot_vectors,     merge,       rotate,
-                         pack,           sum_powers,    weigh,           weigh_logits};
+constexpr Kernels kTable{
+    MAGICPIG_LEVEL, hash,          lookup,       to_float,      from_float,  to_bytes, to_lane_order, from_lane_order,
+    attend_rows,    attend_sample, score_rows,   attend_scored, dot_vectors, merge,    rotate,        pack,
+    sum_powers,     weigh,         weigh_logits, factor_bytes,  to_factors,  multiply};
 
 }  // namespace

@@ -1,0 +1,1 @@
+"""The verb linear: a few vectors times a matrix of weights."""
