@@ -38,6 +38,7 @@ NUMBERS = {
     "test_sampling.py",
     "test_sketch.py",
     "test_store.py",
+    "test_weights.py",
 }
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from magicpig.integrations.transformers.attach import attach, detach
     from magicpig.integrations.transformers.cache import MagicPigCache
     from magicpig.integrations.transformers.errors import UnsupportedModelError
+    from magicpig.weights import use_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "detach",
     "load",
     "open_model",
+    "use_weights",
 ]
 
 # Imported when first asked for: torch and transformers take seconds, and `magicpig --help` needs neither.
@@ -50,6 +52,7 @@ _HOMES = {
     "detach": "magicpig.integrations.transformers",
     "load": "magicpig.generation",
     "open_model": "magicpig.generation",
+    "use_weights": "magicpig.weights",
 }
 
 

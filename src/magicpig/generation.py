@@ -42,6 +42,7 @@ from magicpig.integrations.transformers.compat import cache_argument, cache_of
 from magicpig.integrations.transformers.shapes import layer_shapes, scale_positions, token_limit
 from magicpig.model_dir import ModelError, brings_code, check_directory, gguf_file
 from magicpig.text_stream import Detokenizer, StopStrings
+from magicpig.weights import FORMS, use_weights
 from magicpig.wording import counted, printable, shown
 
 GREEDY = ("temperature", "top_p", "top_k")  # means nothing to it
@@ -76,7 +77,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Model:
-    """A local model directory, looked into: everything but the weights. adapter, rope_scaling: as in `open_model`."""
+    """A local model directory, looked into: everything but the weights. Settings are those of `open_model`."""
 
     directory: Path
     config: Any
@@ -85,6 +86,13 @@ class Model:
     max_length: int | None = None
     adapter: Path | None = None
     rope_scaling: str | None = None
+    weights: str = "auto"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `open_model` was given beside the directory."""
+        names = ("trust_remote_code", "max_length", "adapter", "rope_scaling", "weights")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def limit(self) -> int | None:
@@ -129,6 +137,7 @@ def open_model(
     max_length: int | None = None,
     adapter: Path | str | None = None,
     rope_scaling: str | None = None,
+    weights: str = "auto",
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Model:
     """Read configuration and tokenizer of a local model; nothing is ever downloaded. `load` makes the network of it.
@@ -139,9 +148,12 @@ def open_model(
     adapter: the directory of a PEFT adapter that changes weights (LoRA and its kind), which `load` merges into them.
     rope_scaling: as "yarn:4", a kind of `shapes.ROPE_SCALING` and a factor, for texts longer than the model was made
     for.
+    weights: what `load` keeps the weights of linear layers in, as `weights.use_weights`.
 
     Raises ModelError if anything about it is wrong.
     """
+    if weights not in FORMS:
+        raise ArgumentError(f"weights={weights!r} is not one of {', '.join(FORMS)}")
     directory = Path(path)
     file = gguf_file(directory)
     if file is not None:
@@ -162,6 +174,7 @@ def open_model(
         max_length,
         None if adapter is None else Path(adapter),
         rope_scaling,
+        weights,
     )
 
 
@@ -277,12 +290,15 @@ def load(model: Model, *, dtype: str = "auto", ranks: int = 1) -> Any:
         raise ModelError(f"{model.directory}: {len(missing)} weights are missing, the first is {missing[0]}")
     if model.adapter is not None:
         network = adapters.merged(network, model.adapter)
-    return network.eval()
+    # Of several ranks, each has parts of matrices, which torch knows how to multiply.
+    return use_weights(network.eval(), model.weights) if ranks == 1 else network.eval()
 
 
 def _check_split(model: Model, ranks: int) -> None:
     if model.adapter is not None:
         raise ArgumentError(f"adapter={model.adapter}: merge it first; {ranks} processes cannot")
+    if model.weights != "auto":
+        raise ArgumentError(f"weights={model.weights!r}: {ranks} processes share weights as they are stored; auto does")
     for shape in layer_shapes(model.config, Config()):
         if shape.kv_heads % ranks:
             raise ArgumentError(f"{ranks} ranks cannot share {shape.kv_heads} kv heads; their number must divide them")

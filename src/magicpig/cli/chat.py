@@ -6,7 +6,7 @@ import queue
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,16 +15,13 @@ from magicpig.cli.errors import InputError
 from magicpig.cli.files import read_text
 from magicpig.cli.options import (
     MOST_TOKENS,
-    Adapter,
     Dtype,
     ModelDtype,
-    RopeScaling,
     System,
-    TrustRemoteCode,
     checked,
     or_pocket,
 )
-from magicpig.cli.settings import takes_config
+from magicpig.cli.settings import takes_config, takes_opening
 from magicpig.config import Config
 from magicpig.errors import MagicPigError
 
@@ -41,6 +38,7 @@ HELP = """\
 
 
 @takes_config
+@takes_opening
 def chat(
     context: typer.Context,
     *,
@@ -54,9 +52,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.0,
     config: Config,
     dtype: ModelDtype = Dtype.auto,
-    adapter: Adapter = None,
-    rope_scaling: RopeScaling = None,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
 ) -> None:
     """Talk with a local model. Type /help for what else can be said."""
     folder = or_pocket(model)
@@ -66,9 +62,7 @@ def chat(
 
     with notes.status("Loading the model"):
         generation.silence_transformers()
-        opened = generation.open_model(
-            folder, trust_remote_code=trust_remote_code, adapter=adapter, rope_scaling=rope_scaling
-        )
+        opened = generation.open_model(folder, **opening)
         engine = checked(Engine, generation.load(opened, dtype=dtype.value), opened.tokenizer, config)
     session = Session(engine, system=system, max_tokens=max_tokens, temperature=temperature)
     if doc is not None:

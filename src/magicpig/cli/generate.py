@@ -15,18 +15,15 @@ from magicpig.cli.errors import InputError
 from magicpig.cli.files import STDIO, OutputFile, read_text
 from magicpig.cli.options import (
     MOST_TOKENS,
-    Adapter,
     Dtype,
     ModelDtype,
     ModelOrPocket,
     PrefillChunk,
-    RopeScaling,
-    TrustRemoteCode,
     checked,
     or_pocket,
 )
 from magicpig.cli.report import cache_as_dict, prefill_progress
-from magicpig.cli.settings import takes_config
+from magicpig.cli.settings import takes_config, takes_opening
 from magicpig.config import Config
 from magicpig.machine import versions
 from magicpig.wording import counted, printable
@@ -43,6 +40,7 @@ RESULT = "Output"
 
 
 @takes_config
+@takes_opening
 def generate(
     context: typer.Context,
     *,
@@ -102,9 +100,7 @@ def generate(
     config: Config,
     dtype: ModelDtype = Dtype.auto,
     prefill_chunk: PrefillChunk = 1024,
-    adapter: Adapter = None,
-    rope_scaling: RopeScaling = None,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON object; all else goes to stderr.", rich_help_panel=RESULT),
@@ -139,12 +135,7 @@ def generate(
         raise InputError("--stop is empty")
 
     notes = Console(stderr=True)
-    opening: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
-        "max_length": max_length,
-        "adapter": adapter,
-        "rope_scaling": rope_scaling,
-    }
+    opening = opening | {"max_length": max_length}
     if jsonl is not None and output is not None:
         from magicpig.cli.generate_lines import answer_file
 
@@ -223,8 +214,9 @@ def generate(
             "chat": chat or system is not None,
             "system": system,
             "stop": stop or [],
-            "rope_scaling": rope_scaling,
-            "adapter": None if adapter is None else adapter.name,
+            "rope_scaling": opening["rope_scaling"],
+            "weights": opening["weights"],
+            "adapter": None if opening["adapter"] is None else opening["adapter"].name,
         }
         answer = json.dumps(_as_dict(result, settings), indent=2)
         if as_json:

@@ -29,6 +29,14 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Weights(str, Enum):
+    """What the weights of linear layers are kept in; auto is as they are stored."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 ModelOrPocket = Annotated[
     Path | None,
     typer.Option(
@@ -45,6 +53,9 @@ RopeScaling = Annotated[
         help="Read longer texts than the model was made for: linear, dynamic or yarn and a factor, as yarn:4.",
         metavar="KIND:FACTOR",
     ),
+]
+KeptWeights = Annotated[
+    Weights, typer.Option(help="What linear layers keep their weights in; int8 is half as much to read for each token.")
 ]
 System = Annotated[str | None, typer.Option(help="What the model is told before all else.")]
 MOST_TOKENS = 2**40

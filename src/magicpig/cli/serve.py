@@ -18,15 +18,12 @@ from magicpig.cli.errors import InputError
 from magicpig.cli.files import read_text
 from magicpig.cli.options import (
     MOST_TOKENS,
-    Adapter,
     Dtype,
     ModelDtype,
-    RopeScaling,
-    TrustRemoteCode,
     checked,
     or_pocket,
 )
-from magicpig.cli.settings import takes_config
+from magicpig.cli.settings import takes_config, takes_opening
 from magicpig.config import Config
 from magicpig.wording import printable
 
@@ -61,6 +58,7 @@ def _take_settings(context: typer.Context, path: Path | None) -> Path | None:
 
 
 @takes_config
+@takes_opening
 def serve(
     context: typer.Context,
     *,
@@ -85,9 +83,7 @@ def serve(
         Path | None,
         typer.Option(help="A Jinja file, in place of the tokenizer's own template.", rich_help_panel=MODEL),
     ] = None,
-    adapter: Adapter = None,
-    rope_scaling: RopeScaling = None,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
     config: Config,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=NETWORK)
@@ -265,9 +261,7 @@ def serve(
         folder,
         dtype.value,
         None if chat_template is None else read_text(chat_template),
-        adapter,
-        rope_scaling,
-        trust_remote_code,
+        opening,
     )
     if not keys and uds is None and not _is_loopback(host):
         logging.getLogger("magicpig.server").warning("%s is open to others, and no API key is needed", host)

@@ -1,4 +1,7 @@
-"""Options made from the fields of `Config`, where each setting is described, with its range and its default."""
+"""Options that several commands have: from the fields of `Config`, and of how a model is opened.
+
+Each setting of `Config` is described there, with its range and its default.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ import typer
 from pydantic.fields import FieldInfo
 
 from magicpig.cli.errors import InputError
-from magicpig.cli.options import checked, whole_numbers
+from magicpig.cli.options import (
+    Adapter,
+    KeptWeights,
+    RopeScaling,
+    TrustRemoteCode,
+    Weights,
+    checked,
+    whole_numbers,
+)
 from magicpig.config import SAMPLERS, Config
 from magicpig.config_file import load_config
 
@@ -54,6 +65,21 @@ def takes_settings(*names: str, **defaults: Any) -> Callable[[Callable[..., None
         return _with_options(command, "settings", options, lambda _, own: own)
 
     return decorate
+
+
+def takes_opening(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `opening` becomes the options of how a model is opened, those of `open_model`."""
+    options = [
+        _parameter("weights", KeptWeights, Weights.auto),
+        _parameter("adapter", Adapter, None),
+        _parameter("rope_scaling", RopeScaling, None),
+        _parameter("trust_remote_code", TrustRemoteCode, False),
+    ]
+
+    def opening(_: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        return own | {"weights": own["weights"].value}
+
+    return _with_options(command, "opening", options, opening)
 
 
 def config_from(context: typer.Context, file: Path | None, **settings: Any) -> Config:

@@ -26,7 +26,8 @@ class LLM:
     """A model that answers many prompts at once, each with its own settings, as it would answer each alone.
 
     model: the directory of a transformers model, a GGUF file, or a network in evaluation mode and then `tokenizer` too.
-    config: how answers attend. dtype: of the weights, of a directory. options: by name, those of `EngineOptions`.
+    config: how answers attend. dtype, weights: what a model of a directory computes in, and what its linear layers keep
+    their weights in (`weights.use_weights`). options: by name, those of `EngineOptions`.
     Raises ModelError for directories that cannot be used, UnsupportedModelError for models that cannot.
 
     Use it in a `with` statement, or call `close`, to get a network back as it was.
@@ -39,11 +40,12 @@ class LLM:
         config: Config | None = None,
         *,
         dtype: str = "auto",
+        weights: str = "auto",
         observer: Observer | None = None,
         **options: Any,
     ) -> None:
         if isinstance(model, (str, Path)):
-            opened = open_model(model)
+            opened = open_model(model, weights=weights)
             tokenizer = opened.tokenizer if tokenizer is None else tokenizer
             model = load(opened, dtype=dtype)
         elif tokenizer is None:

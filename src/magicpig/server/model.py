@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,18 @@ from magicpig.engine.options import EngineOptions
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """directory: of a transformers model. chat_template: Jinja, in place of its own. The others: see `open_model`."""
+    """directory: of a transformers model. chat_template: Jinja, in place of its own. opening: see `open_model`."""
 
     directory: Path
     dtype: str = "auto"
     chat_template: str | None = None
-    adapter: Path | None = None
-    rope_scaling: str | None = None
-    trust_remote_code: bool = False
+    opening: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_network(options: ModelOptions, ranks: int = 1) -> tuple[Any, Any]:
     """The network and its tokenizer. ranks: as in `generation.load`. Raises ModelError, MemoryError as that does."""
     generation.silence_transformers()
-    opened = generation.open_model(
-        options.directory,
-        trust_remote_code=options.trust_remote_code,
-        adapter=options.adapter,
-        rope_scaling=options.rope_scaling,
-    )
+    opened = generation.open_model(options.directory, **options.opening)
     if options.chat_template is not None:
         opened.tokenizer.chat_template = options.chat_template
     return generation.load(opened, dtype=options.dtype, ranks=ranks), opened.tokenizer

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from magicpig.cli.files import STDIO, OutputFile
-from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, Dtype, checked
+from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, Dtype, KeptWeights, Weights, checked
 from magicpig.cli.settings import takes_settings
 from magicpig.cli.studies.bench_options import (
     Contexts,
@@ -45,6 +45,7 @@ def decode(
     samplers: Samplers = "full,lsh,sketch",
     settings: dict[str, Any],
     dtype: Annotated[Dtype, typer.Option(help="Of weights, keys and values.")] = Dtype.bfloat16,
+    weights: KeptWeights = Weights.auto,
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Tokens of an answer that are timed.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Answers of each sampler, in turns.")] = 3,
     threads: Threads = None,
@@ -71,7 +72,15 @@ def decode(
         from magicpig.studies.bench.decode import Decoder, describe
 
         silence_transformers()
-        decoder = checked(Decoder, shape, layers=layers, dtype=torch_dtype(dtype), longest=max(contexts), steps=steps)
+        decoder = checked(
+            Decoder,
+            shape,
+            layers=layers,
+            dtype=torch_dtype(dtype),
+            longest=max(contexts),
+            steps=steps,
+            weights=weights.value,
+        )
         for tokens in contexts:
             checked(decoder.check, tokens, compared)
         if threads is not None:
@@ -89,8 +98,8 @@ def decode(
     console.print(
         f"[dim]ms per token, medians of {repeats * steps} tokens; ours: Python of this package, per layer in "
         f"microseconds; loop: transformers' around the forward pass; {shape}, {decoder.layers} layers, random weights, "
-        f"{dtype.value}; {described['isa']}, {described['threads']} threads ({described['pool']} pool), "
-        f"{described['machine']}"
+        f"{dtype.value}, weights {weights.value}; {described['isa']}, {described['threads']} threads "
+        f"({described['pool']} pool), {described['machine']}"
     )
 
 

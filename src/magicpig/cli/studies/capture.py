@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,19 +20,21 @@ from magicpig.cli.options import (
     ModelDtype,
     ModelOrPocket,
     PrefillChunk,
-    TrustRemoteCode,
     checked,
     or_pocket,
     whole_numbers,
 )
 from magicpig.cli.report import prefill_progress
+from magicpig.cli.settings import takes_opening
 from magicpig.machine import versions
 
 TEXT = "What the model reads"
 TASK_LENGTH = 16384
 
 
+@takes_opening
 def capture(
+    *,
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     model: ModelOrPocket = None,
     text: Annotated[
@@ -73,7 +75,7 @@ def capture(
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Keep the queries of this many last tokens.")] = 8,
     dtype: ModelDtype = Dtype.auto,
     prefill_chunk: PrefillChunk = 1024,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
 ) -> None:
     """Keep what attention computes with while a local model reads a text.
 
@@ -103,7 +105,7 @@ def capture(
             from magicpig.studies.evaluation.tasks import generate
 
             generation.silence_transformers()
-            opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+            opened = generation.open_model(directory, **opening)
             if content is not None:
                 ids = generation.encode(opened, content, most=wanted)
             else:

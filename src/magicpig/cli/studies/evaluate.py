@@ -24,10 +24,9 @@ from magicpig.cli.options import (
     Dtype,
     ModelDtype,
     ModelOrPocket,
-    TrustRemoteCode,
     or_pocket,
 )
-from magicpig.cli.settings import takes_settings
+from magicpig.cli.settings import takes_opening, takes_settings
 from magicpig.cli.studies.command import StudyCommand
 from magicpig.cli.studies.progress import run_evaluation
 
@@ -60,6 +59,7 @@ class ChatTemplate(str, Enum):
 
 @evaluate.command(cls=StudyCommand)
 @takes_settings("dense_layers", "exact_below", exact_below=0)
+@takes_opening
 def ruler(
     *,
     out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
@@ -115,7 +115,7 @@ def ruler(
         int,
         typer.Option(min=1, max=MOST_JOBS, help="Processes that share samples and processors.", rich_help_panel=HOW),
     ] = 1,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
     filler: Annotated[
         Path | None,
         typer.Option(help="A UTF-8 text to hide needles in, instead of made-up text.", rich_help_panel=DATA),
@@ -140,7 +140,7 @@ def ruler(
         from magicpig.studies.evaluation import run
 
         generation.silence_transformers()
-        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+        opened = generation.open_model(directory, **opening)
         templated = chat_template is ChatTemplate.auto and bool(opened.tokenizer.chat_template)
         matrix = matrices.Matrix(
             *chosen,
@@ -158,6 +158,7 @@ def ruler(
 
 @evaluate.command(cls=StudyCommand)
 @takes_settings("dense_layers", "exact_below", exact_below=0)
+@takes_opening
 def perplexity(
     *,
     out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
@@ -188,7 +189,7 @@ def perplexity(
     prefill_chunk: Annotated[
         int, typer.Option(min=64, max=MOST_TOKENS, help="Tokens read at a time.", rich_help_panel=HOW)
     ] = 1024,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
 ) -> None:
     """How much samplers change what a model says next, along real texts.
 
@@ -208,13 +209,15 @@ def perplexity(
         from magicpig import generation
 
         generation.silence_transformers()
-        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+        opened = generation.open_model(directory, **opening)
     how = {"dtype": dtype.value, "chunk": prefill_chunk}
     _show(run_evaluation(study.evaluate, opened, plan, out, notes, **how))
 
 
 @evaluate.command(cls=StudyCommand)
+@takes_opening
 def recall(
+    *,
     out: Annotated[Path, typer.Option(help="The results file, JSON lines. A run goes on where it was stopped.")],
     model: ModelOrPocket = None,
     text: Annotated[
@@ -235,7 +238,7 @@ def recall(
     ] = "full,window,lsh,sketch",
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the needles.", rich_help_panel=WHAT)] = 0,
     dtype: ModelDtype = Dtype.auto,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
 ) -> None:
     """Whether a model finds again what stands in its own answer, far behind the prompt.
 
@@ -254,7 +257,7 @@ def recall(
         from magicpig import generation
 
         generation.silence_transformers()
-        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+        opened = generation.open_model(directory, **opening)
     _show(run_evaluation(study.evaluate, opened, plan, out, notes, dtype=dtype.value))
 
 
@@ -307,7 +310,9 @@ def tasks(
 
 
 @evaluate.command("lm-eval", cls=StudyCommand)
+@takes_opening
 def lm_eval(
+    *,
     model: Annotated[Path | None, typer.Option(help="Directory of a transformers model.")] = None,
     tasks: Annotated[
         str, typer.Option(help="Our tasks and groups of them, and lm-evaluation-harness' own, separated by commas.")
@@ -326,7 +331,7 @@ def lm_eval(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Wrap prompts as a user's message for a chat model.")] = False,
     dtype: ModelDtype = Dtype.auto,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
     export: Annotated[
         Path | None, typer.Option(help="Only write our tasks to this directory, for lm_eval --include_path.")
     ] = None,
@@ -362,7 +367,7 @@ def lm_eval(
 
     with OutputFile(output) as file:
         results = harness.run(
-            open_model(model, trust_remote_code=trust_remote_code),
+            open_model(model, **opening),
             tasks,
             config=method.config,
             limit=limit,

@@ -21,10 +21,9 @@ from magicpig.cli.options import (
     Dtype,
     ModelDtype,
     ModelOrPocket,
-    TrustRemoteCode,
     or_pocket,
 )
-from magicpig.cli.settings import takes_settings
+from magicpig.cli.settings import takes_opening, takes_settings
 from magicpig.cli.studies.progress import run_evaluation, work_progress
 from magicpig.wording import counted
 
@@ -52,6 +51,7 @@ class Look:
 
 
 @takes_settings("dense_layers")
+@takes_opening
 def figures(
     *,
     out: Annotated[Path, typer.Option(help="Directory for the pictures and numbers; made if it is missing.")],
@@ -87,7 +87,7 @@ def figures(
     ] = False,
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Queries per text.", rich_help_panel=ATTENTION)] = 8,
     dtype: ModelDtype = Dtype.auto,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
 ) -> None:
     """Plot what the method rests on, measured on a local model: PNG, SVG and the numbers behind them as JSON lines.
 
@@ -126,7 +126,7 @@ def figures(
         from magicpig import generation
 
         generation.silence_transformers()
-        opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+        opened = generation.open_model(directory, **opening)
         chat = bool(opened.tokenizer.chat_template)
         compared, ablation = replace(compared, chat=chat), replace(ablation, chat=chat)
     from magicpig.studies.evaluation.run import evaluate

@@ -20,10 +20,10 @@ from magicpig.cli.options import (
     ModelDtype,
     ModelOrPocket,
     PrefillChunk,
-    TrustRemoteCode,
     checked,
     or_pocket,
 )
+from magicpig.cli.settings import takes_opening
 from magicpig.cli.studies.bench_options import methods
 from magicpig.cli.studies.progress import work_progress
 from magicpig.config import NATIVE, Config
@@ -36,7 +36,9 @@ PLOTS = (".png", ".svg")
 P95 = 2.0  # times the mean, unless the user says
 
 
+@takes_opening
 def tune(
+    *,
     text: Annotated[Path, typer.Option(help="A UTF-8 text file to read; - is standard input.")],
     epsilon: Annotated[
         float,
@@ -66,7 +68,7 @@ def tune(
     repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Time them this often.")] = 1,
     dtype: ModelDtype = Dtype.auto,
     prefill_chunk: PrefillChunk = 1024,
-    trust_remote_code: TrustRemoteCode = False,
+    opening: dict[str, Any],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with all that was measured; all else goes to stderr.")
     ] = False,
@@ -101,7 +103,7 @@ def tune(
 
             generation.silence_transformers()
             goal = checked(Goal, epsilon, P95 * epsilon if p95 is None else p95)
-            opened = generation.open_model(directory, trust_remote_code=trust_remote_code)
+            opened = generation.open_model(directory, **opening)
             ids = generation.encode(opened, content, most=wanted)
             _check_tokens(len(ids), wanted, steps)
             configs = candidates(epsilon, len(ids)) if asked is None else asked

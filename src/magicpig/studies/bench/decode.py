@@ -35,6 +35,7 @@ from magicpig.studies.bench.shapes import settings
 from magicpig.studies.bench.synthetic import synthetic_context
 from magicpig.studies.evaluation.matrix import Method
 from magicpig.studies.provenance import provenance
+from magicpig.weights import use_weights
 
 _NOISE = 1 << 20  # random numbers that are made; matrices repeat them
 _COMFORT = 0.75  # of the free memory, which other programs use, too
@@ -111,6 +112,7 @@ def describe(decoder: Decoder, shape: str, repeats: int) -> dict[str, object]:
         "sizes": settings(shape, decoder.layers),
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "weights": f"uniform, {_NOISE} random numbers repeated; norms 1",
+        "weights_kept_in": decoder.weights,
         "repeats": repeats,
         "steps": decoder.steps,
     }
@@ -119,9 +121,18 @@ def describe(decoder: Decoder, shape: str, repeats: int) -> dict[str, object]:
 class Decoder:
     """A model of random weights that generates behind synthetic contexts, by several samplers in turns."""
 
-    def __init__(self, name: str, *, layers: int | None, dtype: torch.dtype, longest: int, steps: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        layers: int | None,
+        dtype: torch.dtype,
+        longest: int,
+        steps: int,
+        weights: str = "auto",
+    ) -> None:
         config = model_config(name, layers, longest + steps + 2)
-        self.model_config, self.dtype, self.steps = config, dtype, steps
+        self.model_config, self.dtype, self.steps, self.weights = config, dtype, steps, weights
         self._model: PreTrainedModel | None = None
 
     @property
@@ -180,7 +191,7 @@ class Decoder:
         """
         groups = self.check(context, methods)
         if self._model is None:
-            self._model = attach(random_model(self.model_config, self.dtype), EXACT)
+            self._model = attach(use_weights(random_model(self.model_config, self.dtype), self.weights), EXACT)
         bases = {kv_dtype: self._filled(context, _exact(kv_dtype)) for kv_dtype in _kinds(methods)}
         results: dict[str, Result] = {}
         for group in groups:

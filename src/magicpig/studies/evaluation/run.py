@@ -60,7 +60,7 @@ def evaluate(
             for cell in todo:
                 file.append(examiner.lines(cell, on_step))
         elif todo:
-            prepare = partial(_examine, model.directory, model.trust_remote_code, matrix, dtype, chunk, jobs)
+            prepare = partial(_examine, model.directory, model.settings, matrix, dtype, chunk, jobs)
             for (task, length, index), lines in zip(todo, in_order(prepare, todo, jobs), strict=True):
                 file.append(lines)
                 on_step(f"{task} {length} #{index}", length * (1 + len(runs)))
@@ -98,11 +98,11 @@ class Examiner:
 
 
 def _examine(
-    directory: Path, trust_remote_code: bool, matrix: Matrix, dtype: str, chunk: int, jobs: int
+    directory: Path, settings: dict[str, Any], matrix: Matrix, dtype: str, chunk: int, jobs: int
 ) -> Callable[[tuple[str, int, int]], list[dict[str, Any]]]:
     silence_transformers()
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    model = open_model(directory, trust_remote_code=trust_remote_code)
+    model = open_model(directory, **settings)
     return Examiner(model, matrix, dtype, chunk, copies=jobs).lines
 
 
@@ -194,9 +194,15 @@ def _settings(model: Model, matrix: Matrix, dtype: str, chunk: int) -> dict[str,
 
 
 def identity(model: Model) -> dict[str, str]:
-    """Which weights these are: the name of their directory, and a checksum."""
-    weights = sorted(model.directory.glob("*.safetensors"))
-    return {"name": model.directory.resolve().name, "sha256": checksum(weights)}
+    """Which weights these are: the name of their directory, a checksum, and what is changed about them."""
+    known = {"name": model.directory.resolve().name, "sha256": checksum(sorted(model.directory.glob("*.safetensors")))}
+    if model.adapter is not None:
+        known["adapter"] = checksum(sorted(model.adapter.glob("adapter_model.*")))
+    if model.rope_scaling is not None:
+        known["rope_scaling"] = model.rope_scaling
+    if model.weights != "auto":
+        known["weights"] = model.weights
+    return known
 
 
 def _check_memory(network: Any, matrix: Matrix, copies: int) -> None:

@@ -1,0 +1,132 @@
+"""Linear layers that read their weights at the speed of memory when a few tokens come at a time, as decoding has it.
+
+One token needs every weight once, so reading them is what it costs. torch multiplies a few vectors far slower than
+memory allows; `Kernels.linear` does not. More vectors, as of a prompt, are torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from magicpig.errors import ArgumentError
+from magicpig.kernels.base import DTYPES, MAX_LINEAR, load_kernels
+from magicpig.kernels.linear.reference import pack
+
+Network = TypeVar("Network", bound=nn.Module)
+
+FORMS = ("auto", "bf16", "int8")
+_FAST = (torch.bfloat16, torch.float16)  # float32 is where torch is as fast
+_FEW = 4  # vectors up to which these are faster than torch, which needs nothing to be unpacked (docs/log.md)
+
+
+def use_weights(network: Network, form: str = "auto") -> Network:
+    """Gives the linear layers of a network on the CPU, in evaluation mode, their weights in another form; in place.
+
+    form: one of `FORMS`. "auto": as they are. "bf16": rounded to bfloat16. "int8": whole numbers with one scale per
+    output channel. Layers compute in the dtype of what they are given all the same. Embeddings, and matrices that are
+    no `torch.nn.Linear`, such as the experts of a mixture, stay as they are; an output layer that shares its weights
+    with the embeddings gets its own. A network in other than its own weights can neither be saved nor trained.
+    Returns the network. Raises ArgumentError for another form.
+    """
+    if form not in FORMS:
+        raise ArgumentError(f"weights={form!r} is not one of {', '.join(FORMS)}")
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, FastLinear):
+                setattr(module, name, _in_form(child, form))
+    return network
+
+
+def _in_form(layer: nn.Linear, form: str) -> nn.Module:
+    weight = layer.weight.detach()
+    if weight.device.type != "cpu":
+        return layer
+    if form == "int8":
+        return PackedLinear(*pack(weight), layer.in_features, layer.bias)
+    if form == "bf16" and weight.dtype != torch.bfloat16:
+        return PackedLinear(weight.to(torch.bfloat16), None, layer.in_features, layer.bias)
+    if weight.dtype in _FAST:
+        layer.__class__ = FastLinear  # hooks, names and shared parameters stay
+    return layer
+
+
+class FastLinear(nn.Linear):
+    """`torch.nn.Linear`, which asks the kernels where a few vectors come and nothing is differentiated."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if (
+            weight.dtype != input.dtype
+            or weight.device.type != "cpu"
+            or not weight.is_contiguous()
+            or not _few(input, self.in_features, _FEW)
+            or (torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad))
+        ):
+            return super().forward(input)
+        return _multiplied(input, weight, None, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights are kept in bfloat16, or in int8 with scales, whatever it computes in.
+
+    numbers: (N, K) bfloat16, or (N, K padded) int8 with scales (N,) float32, as of `Kernels.linear`. bias: (N,).
+    """
+
+    numbers: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, numbers: Tensor, scales: Tensor | None, in_features: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, len(numbers)
+        self.register_buffer("numbers", numbers)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _few(input, self.in_features, MAX_LINEAR) and not (torch.is_grad_enabled() and input.requires_grad):
+            return _multiplied(input, self.numbers, self.scales, self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return functional.linear(input, self.unpacked(input.dtype), bias)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weights (N, K) as floats."""
+        plain = self.numbers[:, : self.in_features]
+        if self.scales is None:
+            return plain.to(dtype)
+        weight = torch.empty(plain.shape, dtype=dtype, device=plain.device)
+        return torch.mul(plain, self.scales[:, None], out=weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, numbers={self.numbers.dtype}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        # Another dtype is for what is computed in, not for what weights are kept in.
+        before = self.numbers.dtype, self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.numbers = self.numbers.to(before[0])
+        if before[1] is not None:
+            self.scales = before[1].to(self.numbers.device)
+        return self
+
+
+def _few(input: Tensor, columns: int, most: int) -> bool:
+    """Whether these are at most so many vectors on the CPU, of which nothing but the product is asked."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype in DTYPES
+        and input.shape[-1] == columns
+        and 0 < input.numel() <= most * columns
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _multiplied(input: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = input.reshape(-1, input.shape[-1]).contiguous()
+    bias = None if bias is None else bias.detach().to(x.dtype)
+    return load_kernels().linear(x, weight.detach(), scales, bias).view(*input.shape[:-1], len(weight))
