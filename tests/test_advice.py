@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from magicpig import SamplingWarning, attach
 from magicpig.advice import advice
 from magicpig.config import Config
-from magicpig.report import CacheReport, LayerReport
+from magicpig.report import LayerReport
 
 GOOD = LayerReport(3, "sampled", 8192, 8000, 0.06, 0.1, 0.03, 0.08, 0.2, 0.0, 10**6, 10**5, 10**6, 10**5)
 DENSE = LayerReport(0, "dense", 8192, 0, None, None, None, None, None, None, 10**6, 0, 10**6, 10**6)
@@ -18,7 +18,7 @@ SKETCH, LSH = Config(), Config(sampler="lsh")
 
 
 def said(*layers, config=SKETCH):
-    return advice(CacheReport(layers), config)
+    return advice(layers, config)
 
 
 def test_what_works_is_passed_over():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import gguf as format_
@@ -137,6 +139,26 @@ def test_it_is_converted_once(file, monkeypatch):
     assert gguf.converted(file, stages.append) == first
     (file.parent / "moved").mkdir()
     assert gguf.converted(file.rename(file.parent / "moved" / file.name)) == first
+
+
+def test_a_file_is_not_read_again_to_find_it(file, monkeypatch):
+    first = gguf.converted(file)
+    monkeypatch.setattr(gguf, "checksum", lambda _: pytest.fail("read again"))
+    assert gguf.converted(file) == first
+
+
+def test_what_a_killed_conversion_left_is_removed(file):
+    directory = gguf.converted(file)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    left = directory.parent / f".{directory.name}.{process.pid}.part"
+    (left / "some").mkdir(parents=True)
+    running = directory.parent / f".{directory.name}.{os.getppid()}.part"
+    running.mkdir()
+    shutil.rmtree(directory)
+    assert gguf.converted(file) == directory
+    assert not left.exists()
+    assert running.exists()
 
 
 def test_another_content_is_another_model(file, network, tmp_path):

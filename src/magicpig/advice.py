@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 from magicpig.config import Config
-from magicpig.report import CacheReport, LayerReport
 from magicpig.wording import counted
 
 WORST_ERROR = 0.3  # of a layer's output: from there on, the answer may be another one
@@ -17,15 +19,31 @@ class SamplingWarning(UserWarning):
     """Attention was sampled in a way that can hardly have worked: too few keys, too many, or errors too large."""
 
 
-def advice(report: CacheReport, config: Config) -> str | None:
+class SampledLayer(Protocol):
+    """What steps say of a layer; the fields are those of a `LayerReport`."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def indexed(self) -> int: ...
+    @property
+    def sampled_share_mean(self) -> float | None: ...
+    @property
+    def predicted_error_mean(self) -> float | None: ...
+    @property
+    def predicted_error_unknown(self) -> float | None: ...
+
+
+def advice(layers: Iterable[SampledLayer], config: Config) -> str | None:
     """One paragraph on what sampled steps say of themselves: what is wrong, and what to do. None where nothing is.
 
     config: the settings of the cache that was reported on.
     """
-    wrong = [layer for layer in report.layers if _error(layer) > WORST_ERROR]
-    thin = [layer for layer in report.layers if layer not in wrong and _is_thin(layer)]
+    every = list(layers)
+    wrong = [layer for layer in every if _error(layer) > WORST_ERROR]
+    thin = [layer for layer in every if layer not in wrong and _is_thin(layer)]
     if not wrong and not thin:
-        return _too_much(report, config)
+        return _too_much(every, config)
     parts = []
     if wrong:
         worst = max(_error(layer) for layer in wrong)
@@ -36,11 +54,11 @@ def advice(report: CacheReport, config: Config) -> str | None:
     return f"sampled attention is too coarse here: {'; '.join(parts)}. {_remedy(config, [*wrong, *thin])}"
 
 
-def _too_much(report: CacheReport, config: Config) -> str | None:
+def _too_much(layers: list[SampledLayer], config: Config) -> str | None:
     """What to say where an epsilon asks for so many keys that all might as well be read."""
     full = [
         layer
-        for layer in report.layers
+        for layer in layers
         if config.of_layer(layer.layer).epsilon is not None and (layer.sampled_share_mean or 0.0) > LARGEST_SHARE
     ]
     if not full:
@@ -54,7 +72,7 @@ def _too_much(report: CacheReport, config: Config) -> str | None:
     )
 
 
-def _remedy(config: Config, layers: list[LayerReport]) -> str:
+def _remedy(config: Config, layers: list[SampledLayer]) -> str:
     exact = ", ".join(str(layer.layer) for layer in layers[:_NAMED])
     more = (
         f"lower K (now {config.K}), raise L (now {config.L}), or take sampler='sketch'"
@@ -66,15 +84,15 @@ def _remedy(config: Config, layers: list[LayerReport]) -> str:
     return f"To mend it, {more}{rest}, or let `magicpig tune` choose."
 
 
-def _error(layer: LayerReport) -> float:
+def _error(layer: SampledLayer) -> float:
     return layer.predicted_error_mean or 0.0
 
 
-def _rows(layer: LayerReport) -> float:
+def _rows(layer: SampledLayer) -> float:
     return (layer.sampled_share_mean or 0.0) * layer.indexed
 
 
-def _is_thin(layer: LayerReport) -> bool:
+def _is_thin(layer: SampledLayer) -> bool:
     # Those that predict nothing draw what they were told to.
     if layer.sampled_share_mean is None or layer.predicted_error_unknown is None:
         return False
@@ -82,7 +100,7 @@ def _is_thin(layer: LayerReport) -> bool:
     return few or layer.predicted_error_unknown > MOST_UNKNOWN
 
 
-def _names(layers: list[LayerReport]) -> str:
+def _names(layers: list[SampledLayer]) -> str:
     if len(layers) == 1:
         return f"layer {layers[0].layer}"
     named = ", ".join(str(layer.layer) for layer in layers[:_NAMED])

@@ -374,7 +374,7 @@ def generate(
     finally:
         hook.remove()
     times, report = watch.times, cache_of(output).report()
-    if (said := advice(report, config)) is not None:
+    if (said := advice(report.layers, config)) is not None:
         on_note(said)
     return Generation(
         text=watch.text,

@@ -6,6 +6,7 @@ everything that works on a model directory works on a file, and the second start
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,10 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from magicpig import machine
 from magicpig.model_dir import ModelError, checksum
+from magicpig.store.disk import forget_abandoned
 from magicpig.wording import printable
 
 ABOUT = "gguf.json"  # beside the weights: which file they are from
 MAGIC = b"GGUF"
+_BEGINNING = 1 << 20  # bytes: names and settings, and the first weights
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # how llama.cpp names the parts of a split file
 _KEPT = {"F32": "float32", "F16": "float16"}  # the others fit into bfloat16, which is half as large as float32
 
@@ -35,18 +38,25 @@ def cache_directory() -> Path:
 
 
 def converted(file: Path, on_stage: Callable[[str], None] = lambda stage: None) -> Path:
-    """The model directory that ``file`` was converted to, by its content; converts it if there is none yet.
+    """The model directory that ``file`` was converted to; converts it if there is none yet.
 
-    on_stage is called with a sentence at each stage of a conversion. Raises ModelError as `convert`.
+    It is found by what the file begins with, its size and when it was changed: to read all of it takes longer than to
+    open the model. on_stage is called with a sentence at each stage of a conversion. Raises ModelError as `convert`.
     """
     check(file)
-    digest = checksum([file])
     # The last part is what the model is called.
-    directory = cache_directory() / "gguf" / digest[:16] / (file.stem or "model")
+    directory = cache_directory() / "gguf" / _identity(file) / (file.stem or "model")
     if not (directory / ABOUT).is_file():
         on_stage(f"Converting {file.name}, which is done once, into {directory}")
-        _convert(file, digest, directory, on_stage)
+        convert(file, directory, on_stage=on_stage)
     return directory
+
+
+def _identity(file: Path) -> str:
+    with file.open("rb") as opened:
+        known = opened.read(_BEGINNING)
+    about = file.stat()
+    return hashlib.sha256(known + f"{about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:16]
 
 
 def convert(file: Path, directory: Path, *, on_stage: Callable[[str], None] = lambda stage: None) -> None:
@@ -57,10 +67,6 @@ def convert(file: Path, directory: Path, *, on_stage: Callable[[str], None] = la
     MemoryError.
     """
     check(file)
-    _convert(file, checksum([file]), directory, on_stage)
-
-
-def _convert(file: Path, digest: str, directory: Path, on_stage: Callable[[str], None]) -> None:
     if directory.exists():
         raise ModelError(f"{directory} is there already; choose another place for what {file.name} becomes")
     # transformers takes a file in a directory, and a name without its folder.
@@ -86,7 +92,7 @@ def _convert(file: Path, digest: str, directory: Path, on_stage: Callable[[str],
         vars(network.config).pop("quantization_config", None)
         about = {
             "source": file.name,
-            "sha256": digest,
+            "sha256": checksum([file]),
             "dtype": dtype,
             "versions": machine.versions(),
         }
@@ -132,6 +138,7 @@ def _dtype(file: Path) -> str:
 
 def _write(network: Any, tokenizer: Any, about: dict[str, Any], directory: Path) -> None:
     aside = directory.with_name(f".{directory.name[:100]}.{os.getpid()}.part")
+    forget_abandoned(aside.parent, directory.name[:100])
     aside.mkdir(parents=True)
     try:
         network.save_pretrained(aside)

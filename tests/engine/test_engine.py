@@ -68,6 +68,19 @@ def test_concurrent_ragged_and_chunked_requests_are_answered_as_alone(kind, conf
     assert (sampled.rows_share_mean is not None) == (config is SKETCH)
 
 
+def test_settings_that_do_not_work_are_told_once(llm, prompts, caplog):
+    nothing = Config(K=16, L=2, min_hits=2, exact_below=0, block=8, recent=8)  # two of two tables of 65536 buckets
+    with llm("llama", nothing) as many:
+        many.generate(prompts[-1:] * 2, drawn(), progress=False)
+    told = [each.getMessage() for each in caplog.records if each.name == "magicpig.engine"]
+    assert len(told) == 1
+    assert "drew next to nothing" in told[0]
+    caplog.clear()
+    with llm("llama", FULL) as many:
+        many.generate(prompts[-1:], drawn(), progress=False)
+    assert not caplog.records
+
+
 def test_sink_logits_and_windows(llm, prompts, alone):
     expected = [alone("gpt_oss", LSH, prompt) for prompt in prompts[:3]]
     with llm("gpt_oss", LSH, token_budget=16, running=4) as many:

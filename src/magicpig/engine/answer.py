@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from magicpig.engine.runner import SequenceState, Work
 from magicpig.engine.sampling import TokenSampler, logprobs
 from magicpig.engine.scheduler import Phase, Piece, Task
 from magicpig.report import PredictedErrors
+from magicpig.store import KVStore
 from magicpig.text_stream import Detokenizer, StopStrings
 
 LOGPROB_CHUNK = 128  # tokens of a prompt whose logits are there at once
@@ -142,6 +144,31 @@ class Answer(Task):
 
     def _wants_prompt_logprobs(self, piece: Piece) -> bool:
         return self.needs_prompt_logits and piece.phase is Phase.PREFILL
+
+
+@dataclass(frozen=True)
+class StoreSample:
+    """What the steps of one layer say of themselves, as `advice` asks it."""
+
+    layer: int
+    indexed: int
+    sampled_share_mean: float | None
+    predicted_error_mean: float | None
+    predicted_error_unknown: float | None
+
+
+def samples(state: SequenceState) -> list[StoreSample]:
+    """Of each layer that has drawn something."""
+    found = []
+    for index, store in enumerate(state.layers):
+        if not isinstance(store, KVStore) or not store.stats.body_rows:
+            continue
+        errors = store.stats.predicted
+        known = errors.count + errors.unknown
+        unknown = errors.unknown / known if known and store.sampler.predicts else None
+        error = errors.mean if errors.count and store.sampler.predicts else None
+        found.append(StoreSample(index, store.body, store.stats.mean_share, error, unknown))
+    return found
 
 
 def measure(state: SequenceState) -> dict[str, Any]:

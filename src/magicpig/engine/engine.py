@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magicpig.advice import advice
 from magicpig.config import Config
-from magicpig.engine.answer import Answer, Deliver, answer_of
+from magicpig.engine.answer import Answer, Deliver, answer_of, samples
 from magicpig.engine.errors import RequestTimeoutError, ShuttingDownError, StepError
 from magicpig.engine.grammar import Grammar
 from magicpig.engine.intake import Intake
@@ -92,6 +93,7 @@ class Engine:
         self._accepting, self._stopping = True, False
         self._observed = (0, 0, 0, 0)
         self.failure: Exception | None = None  # that has ended the thread of `start`
+        self._advised = False  # that settings do not work
 
     # --- what callers do, from any thread -----------------------------------------------------------------------------
 
@@ -376,12 +378,21 @@ class Engine:
     def _end(self, answer: Answer, finish: FinishReason, error: MagicPigError | None = None) -> None:
         self.scheduler.finish(answer)
         report = answer.report(self._clock())
+        self._advise(answer)
         answer.state = None
         self.runner.forget()
         self._deliver(answer, Delta(answer.index, finish=finish, report=report, error=error))
         self.observer.on_end(answer.request, answer.index, finish, report)
         if all(other.status is Status.DONE for other in self._family(answer)):
             del self._requests[answer.request.id]
+
+    def _advise(self, answer: Answer) -> None:
+        """Says once what samples say of themselves, if that is bad."""
+        if self._advised or answer.state is None:
+            return
+        if (said := advice(samples(answer.state), answer.state.config)) is not None:
+            self._advised = True
+            logger.warning("%s", said)
 
     def _deliver(self, answer: Answer, delta: Delta) -> None:
         try:

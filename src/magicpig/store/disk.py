@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -243,12 +244,15 @@ def _digest(fd: int, size: int) -> bytes:
 
 
 def forget_abandoned(folder: Path, name: str = "*") -> None:
-    """Removes what processes left in a folder that were stopped while they wrote a file of that name."""
+    """Removes what processes left in a folder that were stopped while they wrote a file or directory of that name."""
     for aside in list(folder.glob(f".{name}.*.part")):
         number = aside.name.removesuffix(".part").rpartition(".")[2]
         if number.isdigit() and not _alive(int(number)):
-            with contextlib.suppress(OSError):
-                aside.unlink()
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    aside.unlink()
 
 
 def _alive(pid: int) -> bool:

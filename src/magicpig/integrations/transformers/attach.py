@@ -237,7 +237,7 @@ def _warn(attached: _Attachment, prepared: dict[str, Any]) -> None:
     cache = prepared.get(compat.CACHE)
     if attached.warned or not isinstance(cache, MagicPigCache):
         return
-    if (said := advice(cache.report(), cache.config)) is not None:
+    if (said := advice(cache.report().layers, cache.config)) is not None:
         attached.warned = True
         warnings.warn(said, SamplingWarning, stacklevel=4)
 
