@@ -39,6 +39,7 @@ COMMANDS = [
     ["bench", "engine"],
     ["bench", "frontier"],
     ["bench", "placements"],
+    ["bench", "prefill"],
     ["bench", "serving", "--url", "http://127.0.0.1:9/v1", "--requests", "1"],
     ["bench", "warm"],
     ["eval", "ruler", "--out", "missing/out"],
@@ -55,7 +56,7 @@ COMMANDS = [
     ["cache", "verify", "--cache-dir", "missing"],
 ]
 GROUPS = {
-    "bench": "attention, certificates, decode, engine, frontier, placements, serving, warm",
+    "bench": "attention, certificates, decode, engine, frontier, placements, prefill, serving, warm",
     "eval": "ruler, perplexity, recall, show",
     "pocket": "train, card",
 }

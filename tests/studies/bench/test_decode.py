@@ -71,7 +71,7 @@ def test_rows_of_each_kind_are_there_once():
 def test_the_parts_of_a_token_are_all_of_it():
     made = decoder()
     made.measure(300, METHODS[:1], repeats=1)
-    cache = made._filled(300, EXACT)
+    cache = made.filled(300, EXACT)
     clock = Clocks()
     made._generate(cache, 300, clock)
     assert cache.get_seq_length() == 300

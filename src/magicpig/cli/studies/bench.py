@@ -11,10 +11,11 @@ from magicpig.cli.studies.bench_decode import decode
 from magicpig.cli.studies.bench_engine import engine
 from magicpig.cli.studies.bench_frontier import frontier
 from magicpig.cli.studies.bench_placements import placements
+from magicpig.cli.studies.bench_prefill import prefill
 from magicpig.cli.studies.bench_serving import serving
 from magicpig.cli.studies.bench_warm import warm
 from magicpig.cli.studies.command import StudyCommand
 
 measure = typer.Typer(cls=CommandGroup, help="Measure, in a way that can be repeated and compared.")
-for command in (attention, certificates, decode, engine, frontier, placements, serving, warm):
+for command in (attention, certificates, decode, engine, frontier, placements, prefill, serving, warm):
     measure.command(cls=StudyCommand)(command)

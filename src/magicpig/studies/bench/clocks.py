@@ -80,6 +80,20 @@ class Clocks:
         self._puts = 0
 
     @contextmanager
+    def on(self, owner: Any, name: str, part: str) -> Iterator[None]:
+        """Puts the clock of ``part`` on a function of a class or module, and takes it away again."""
+        before = getattr(owner, name)
+        setattr(owner, name, self.around(part, before))
+        try:
+            yield
+        finally:
+            setattr(owner, name, before)
+
+    def spent(self, part: str) -> float:
+        """Seconds in this part since the last token."""
+        return self._spent[part]
+
+    @contextmanager
     def running(self, model: PreTrainedModel) -> Iterator[None]:
         """Puts the clocks where they belong, and takes them away again."""
         with ExitStack() as undo:
@@ -91,8 +105,7 @@ class Clocks:
                 (KVStore, "make_room", "index"),
                 (_native, "decode_step", "attention"),
             ):
-                undo.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, self.around(part, getattr(owner, name)))
+                undo.enter_context(self.on(owner, name, part))
             model.__dict__["forward"] = self.around("weights", model.forward)
             undo.callback(model.__dict__.pop, "forward")
             yield

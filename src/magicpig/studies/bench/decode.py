@@ -190,16 +190,21 @@ class Decoder:
         on_round is called after every answer. Raises what `check` raises, before anything is made.
         """
         groups = self.check(context, methods)
-        if self._model is None:
-            self._model = attach(use_weights(random_model(self.model_config, self.dtype), self.weights), EXACT)
-        bases = {kv_dtype: self._filled(context, _exact(kv_dtype)) for kv_dtype in _kinds(methods)}
+        self.model()
+        bases = {kv_dtype: self.filled(context, _exact(kv_dtype)) for kv_dtype in _kinds(methods)}
         results: dict[str, Result] = {}
         for group in groups:
             for result in self._in_turns(bases, group, context, repeats, on_round):
                 results.setdefault(result.name, result)  # full attention is in every group
         return list(results.values())
 
-    def _filled(self, context: int, exact: Config) -> MagicPigCache:
+    def model(self) -> PreTrainedModel:
+        """The model, attached; made when it is first asked for."""
+        if self._model is None:
+            self._model = attach(use_weights(random_model(self.model_config, self.dtype), self.weights), EXACT)
+        return self._model
+
+    def filled(self, context: int, exact: Config) -> MagicPigCache:
         """A cache that holds a synthetic context in every layer, indexed by nothing yet."""
         shapes = layer_shapes(self.model_config, EXACT)
         heads, D = shapes[0].kv_heads, shapes[0].head_dim
@@ -242,11 +247,11 @@ class Decoder:
         ]
 
     def _generate(self, cache: MagicPigCache, context: int, clock: Clocks) -> None:
-        assert self._model is not None
+        model = self.model()
         prompt = torch.zeros(1, context + 1, dtype=torch.int64, device="cpu")
         prompt[0, -1] = 1 + context % 7  # any word
-        with clock.running(self._model):
-            self._model.generate(  # type: ignore[operator]
+        with clock.running(model):
+            model.generate(  # type: ignore[operator]
                 prompt,
                 **cache_argument(cache),
                 max_new_tokens=self.steps + 1,

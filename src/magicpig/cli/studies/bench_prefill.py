@@ -1,0 +1,108 @@
+"""`magicpig bench prefill`: tokens per second of reading a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from magicpig.cli.files import STDIO, OutputFile
+from magicpig.cli.options import MOST_REPEATS, MOST_TOKENS, Dtype, KeptWeights, Weights, checked
+from magicpig.cli.studies.bench_options import (
+    Contexts,
+    JsonFile,
+    Threads,
+    say_if_busy,
+    short_length,
+    torch_dtype,
+    write_results,
+)
+from magicpig.model_dir import MOST_PARTS
+from magicpig.studies.bench.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from magicpig.studies.bench.prefill import Result
+
+
+def prefill(
+    *,
+    shape: Annotated[str, typer.Option(help=f"A model's sizes: {', '.join(SHAPES)}.")] = "llama-3.2-1b",
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_PARTS, help="Its first so many layers. [default: all]")
+    ] = None,
+    context: Contexts = "1K,8K,32K",
+    tokens: Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="New tokens that are read at a time.")] = 1024,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights, keys and values.")] = Dtype.bfloat16,
+    weights: KeptWeights = Weights.auto,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Passes at each depth.")] = 3,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Tokens per second of reading a prompt of a model's shape, at several depths of it.
+
+    Weights are random and what was read before is made up, so there is nothing to download. The rate of attention is
+    told beside that of a plain product of matrices, which it cannot exceed. Medians, threads pinned to cores.
+    """
+    to_stdout = json_file == STDIO
+    console = Console(stderr=to_stdout)
+    from magicpig.studies.bench.shapes import settings as shape_settings
+    from magicpig.studies.evaluation.matrix import parse_lengths
+
+    checked(shape_settings, shape, layers)
+    contexts = parse_lengths(context, "--context")
+    with OutputFile(None if to_stdout else json_file) as file:
+        import torch
+
+        from magicpig.generation import silence_transformers
+        from magicpig.studies.bench.decode import Decoder, describe
+        from magicpig.studies.bench.prefill import measure
+
+        silence_transformers()
+        decoder = checked(
+            Decoder,
+            shape,
+            layers=layers,
+            dtype=torch_dtype(dtype),
+            longest=max(contexts),
+            steps=tokens,
+            weights=weights.value,
+        )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        results = []
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("Reading", total=None)
+            for depth in contexts:
+                results.append(
+                    checked(measure, decoder, depth, tokens, repeats=repeats, on_round=lambda: progress.advance(task))
+                )
+        described = describe(decoder, shape, repeats)
+        write_results(described, [asdict(result) for result in results], file, to_stdout=to_stdout)
+    console.print(_table(results))
+    say_if_busy(console, results)
+    console.print(
+        f"[dim]medians of {repeats} passes of {tokens} tokens; rates in 10^9 operations a second; {shape}, "
+        f"{decoder.layers} layers, random weights, {dtype.value}, weights {weights.value}; {described['isa']}, "
+        f"{described['threads']} threads ({described['pool']} pool), {described['machine']}"
+    )
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in ("depth", "tokens/s", "ms a pass", "attention", "its rate", "a product's"):
+        table.add_column(name if name == "depth" else f"  {name}", justify="right", no_wrap=True)
+    for each in results:
+        table.add_row(
+            short_length(each.context),
+            f"[bold]{each.tokens_per_s:,.1f}",
+            f"{each.pass_ms:,.0f}",
+            f"{each.attention_ms:,.0f}",
+            f"{each.attention_gflops:,.0f}",
+            f"{each.product_gflops:,.0f}",
+        )
+    return table
