@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import magicpig.cli.threads as pinning
@@ -552,7 +552,7 @@ def test_generation_settings_that_are_wrong(settings, broken):
 
 
 def test_a_chat_template_that_does_not_end(broken, monkeypatch):
-    monkeypatch.setattr(generation, "TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr("magicpig.generation.prompt.TEMPLATE_SECONDS", 1)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (broken / "chat_template.jinja").write_text(loop)
     assert_refused(generate(broken, "--chat"), broken, "the chat template fails: it was not done after 1 seconds")
@@ -641,7 +641,7 @@ def test_bad_environment(variable):
 @pytest.mark.parametrize("bound", ["available_memory", "cgroup_limit"])
 def test_weights_larger_than_memory(bound, model_dir, monkeypatch):
     monkeypatch.setattr(machine, bound, lambda: 1000)
-    monkeypatch.setattr(generation.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert_refused(generate(model_dir), model_dir, "the weights take", "0.0 GiB")
 
 

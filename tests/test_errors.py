@@ -12,7 +12,7 @@ from magicpig.errors import MagicPigError
 SOURCE = Path(magicpig.__file__).parent
 FOREIGN = {  # not for users: control flow inside one module
     "magicpig.studies.evaluation.results._FieldError",
-    "magicpig.generation._TimeIsUpError",
+    "magicpig.generation.prompt._TimeIsUpError",
 }
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from magicpig import machine
 from magicpig.model_dir import ModelError, checksum
 from magicpig.store.disk import forget_abandoned
-from magicpig.wording import printable
+from magicpig.wording import one_line
 
 ABOUT = "gguf.json"  # beside the weights: which file they are from
 MAGIC = b"GGUF"
@@ -130,7 +130,7 @@ def _dtype(file: Path) -> str:
         for tensor in GGUFReader(file).tensors:
             counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
     except Exception as error:  # a damaged file surfaces as many types
-        raise ModelError(f"{file}: a damaged GGUF file: {_one_line(error)}") from error
+        raise ModelError(f"{file}: a damaged GGUF file: {one_line(error)}") from error
     if not counts:
         raise ModelError(f"{file}: a GGUF file without weights, such as those of a vocabulary")
     return _KEPT.get(max(counts, key=lambda name: counts[name]), "bfloat16")
@@ -160,8 +160,4 @@ def _said(file: Path, what: str, reader: Callable[..., Any], *arguments: Any, **
     except MemoryError:
         raise
     except Exception as error:
-        raise ModelError(f"{file}: cannot read the {what}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return printable(str(error) or type(error).__name__, 200)
+        raise ModelError(f"{file}: cannot read the {what}: {one_line(error)}") from error

@@ -29,5 +29,10 @@ def printable(text: str, longest: int | None = None) -> str:
     return "".join(each if each.isprintable() else _escaped(each) for each in " ".join(text.split()))
 
 
+def one_line(error: Exception) -> str:
+    """What the error of another library says, as a part of a message."""
+    return printable(str(error) or type(error).__name__, 200)
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
