@@ -85,7 +85,7 @@ def test_segments_of_any_length_and_phase_side_by_side() -> None:
     assert result.errors == [None] * 5
 
 
-@pytest.mark.parametrize("phase", [Phase.STORE, Phase.PREFILL, Phase.DECODE])
+@pytest.mark.parametrize("phase", [Phase.STORE, Phase.PREFILL, Phase.DECODE, Phase.VERIFY])
 @pytest.mark.parametrize("kv_dtype", ["model", "int8"])
 def test_a_segment_that_fails_at_its_last_token_leaves_nothing_behind(phase: Phase, kv_dtype: str) -> None:
     store = filled(Config(budget=64, kv_dtype=kv_dtype), 2500)
@@ -98,6 +98,37 @@ def test_a_segment_that_fails_at_its_last_token_leaves_nothing_behind(phase: Pha
     assert result.output[:300].isnan().all()
     assert result.output[300].isfinite().all()
     assert all(torch.equal(x, y) for x, y in zip(held(store), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"softcap": 5.0, "sink_logits": torch.linspace(-1, 1, H)}], ids=["plain", "capped"]
+)
+@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
+@pytest.mark.parametrize("before", [0, 1, 255, 4094, 6143])
+def test_verified_tokens_are_those_of_full_attention_to_the_bit(before: int, kv_dtype: str, rule: dict) -> None:
+    """What was drafted before leaves no trace; the eleven tokens cross the end of a stride, and of a block."""
+    config = Config(budget=64, kv_dtype=kv_dtype)
+    store = KVStore(G, D, torch.bfloat16, config, layer=1) if before == 0 else filled(config, before)
+    if before:
+        full = store.fork(config.changed({"sampler": "full"}))
+    else:
+        full = KVStore(G, D, torch.bfloat16, config.changed({"sampler": "full"}), layer=1)
+    drafted, new = new_tokens(9), new_tokens(11)
+    attend_layer([Segment(store, 0, 9, Phase.DECODE)], *drafted, scale=SCALE, **rule)
+    store.crop(before)
+    verified = attend_layer([Segment(store, 0, 11, Phase.VERIFY)], *new, scale=SCALE, **rule)
+    for t in range(11):
+        one = attend_layer([Segment(full, 0, 1, Phase.DECODE)], *(x[t : t + 1] for x in new), scale=SCALE, **rule)
+        assert torch.equal(one.output[0], verified.output[t]), t
+        assert torch.equal(one.lse[0], verified.lse[t]), t
+    assert all(torch.equal(x, y) for x, y in zip(held(store), held(full), strict=True))
+    # And both go on alike.
+    last = new_tokens(1)
+    for each in (store, full):
+        each.settle()
+    states = [attend_layer([Segment(each, 0, 1, Phase.VERIFY)], *last, scale=SCALE, **rule) for each in (store, full)]
+    assert torch.equal(states[0].output, states[1].output)
+    assert store.stats.steps == 9
 
 
 def test_a_sequence_that_finds_no_memory_fails_alone() -> None:

@@ -26,12 +26,14 @@ from magicpig.types import AttentionState, Sample, StepInfo
 
 class Phase(Enum):
     """What becomes of new tokens. STORE: they are kept, and their outputs are zeros. PREFILL: they attend exactly, all
-    at once. DECODE: one after the other, each over an index of those before it.
+    at once. DECODE: one after the other, each over an index of those before it. VERIFY: all at once, to the bit as if
+    each had been decoded without a sampler; for few tokens, all of whose outputs matter.
     """
 
     STORE = "store"
     PREFILL = "prefill"
     DECODE = "decode"
+    VERIFY = "verify"
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def _read(
     try:
         if segment.phase is Phase.STORE:
             segment.store.append(k, v)
+        elif segment.phase is Phase.VERIFY:
+            _verify(at, segment.store, query, keys, values, result, rule)
         else:
             state = prefill(q, k, v, segment.store, **rule)
             result.output[at], result.lse[at] = state.output.transpose(0, 1), state.lse.T
@@ -119,6 +123,26 @@ def _read(
         segment.store.crop(length)
         result.errors[i] = error
         result.output[at] = math.nan
+
+
+def _verify(
+    at: slice, store: KVStore, query: Tensor, keys: Tensor, values: Tensor, result: LayerResult, rule: dict[str, Any]
+) -> None:
+    """Step by step in what is computed, but the rows of a stride of the store are read once for all tokens."""
+    softcap = _checked_softcap(rule["softcap"])
+    begin = at.start
+    while begin < at.stop:
+        store.make_room()
+        end = min(at.stop, begin + store.room)
+        q, k, v = (x[begin:end].contiguous() for x in (query, keys, values))
+        views = store.exact_views(end - begin)
+        own = {"scale": rule["scale"], "softcap": softcap, "sink_logits": rule["sink_logits"]}
+        step = store.kernels.decode_step(views, q, k, v, **own)
+        if (errors := errors_of(step.faults)) is not None:
+            raise next(error for error in errors if error is not None)
+        store.grow(end - begin)
+        result.output[begin:end], result.lse[begin:end] = step.output, step.lse
+        begin = end
 
 
 def _decode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from magicpig.cli.files import STDIO, OutputFile, read_text
 from magicpig.cli.options import (
     MOST_TOKENS,
     Dtype,
+    Mode,
     ModelDtype,
     ModelOrPocket,
     PrefillChunk,
@@ -80,6 +82,13 @@ def generate(
             rich_help_panel=ANSWER,
         ),
     ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="sampled: attend by samples. lossless: only draft by them, and answer what full attention answers.",
+            rich_help_panel=ANSWER,
+        ),
+    ] = Mode.sampled,
     temperature: Annotated[
         float,
         typer.Option(
@@ -133,6 +142,10 @@ def generate(
         raise InputError("--prompt is not valid UTF-8")
     if stop is not None and not all(stop):
         raise InputError("--stop is empty")
+    if mode is Mode.lossless and jsonl is not None:
+        raise InputError("--mode lossless answers one prompt; leave it or --jsonl out")
+    if mode is Mode.lossless and not config.samples:
+        raise InputError(f"--mode lossless drafts by sampling, but --sampler {config.sampler} reads every key")
 
     notes = Console(stderr=True)
     opening = opening | {"max_length": max_length}
@@ -169,6 +182,8 @@ def generate(
             generation.silence_transformers()
             opened = generation.open_model(directory, **opening)
             checked(MagicPigCache, opened.config, config)  # has the model these layers?
+            if mode is Mode.lossless:
+                checked(generation.check_lossless, config, opened.config)
             ids = generation.encode(
                 opened,
                 text,
@@ -196,6 +211,7 @@ def generate(
                 ids,
                 config,
                 max_new_tokens=max_new_tokens,
+                mode=mode.value,
                 temperature=temperature,
                 top_p=top_p,
                 stop=stop or (),
@@ -208,6 +224,7 @@ def generate(
         settings = config.model_dump(mode="json") | {
             "dtype": str(network.dtype).removeprefix("torch."),
             "max_new_tokens": max_new_tokens,
+            "mode": mode.value,
             "temperature": temperature,
             "top_p": top_p,
             "prefill_chunk": prefill_chunk,
@@ -261,6 +278,7 @@ def _as_dict(result: Generation, settings: dict[str, Any]) -> dict[str, Any]:
         "decode_s": result.decode_s,
         "decode_steps": result.decode_steps,
         "decode_tokens_per_s": result.decode_tokens_per_s,
+        "drafts": None if result.drafts is None else {**asdict(result.drafts), "acceptance": result.drafts.acceptance},
         "cache": cache_as_dict(result.cache),
         "settings": settings,
         "isa": library.isa(),
@@ -284,6 +302,11 @@ def _summary(result: Generation) -> Table:
     if result.decode_tokens_per_s is not None:
         answer += f", then {result.decode_tokens_per_s:,.1f} tokens/s"
     table.add_row("answer", answer)
+    if result.drafts is not None:
+        share = result.drafts.acceptance
+        judged = "" if share is None else f", {share:.1%} accepted"
+        drafted = counted(result.drafts.drafted, "token")
+        table.add_row("drafted", f"{drafted}{judged}; exact passes: {result.drafts.passes:,}")
     mean, largest = cache.sampled_share_mean, cache.sampled_share_max
     if mean is None or largest is None:
         table.add_row("keys sampled", "none: every key was read")

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Mode(str, Enum):
+    """How an answer is written: `magicpig.generation.MODES`."""
+
+    sampled = "sampled"
+    lossless = "lossless"
+
+
 class Dtype(str, Enum):
     """Floating point types; auto is what a model's weights are stored in."""
 

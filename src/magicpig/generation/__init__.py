@@ -6,13 +6,18 @@ them.
 """
 
 from magicpig.generation.answer import Generation, generate
+from magicpig.generation.lossless import MODES, Drafts
+from magicpig.generation.lossless import check as check_lossless
 from magicpig.generation.model import Model, end_tokens, load, open_model, silence_transformers, stop_tokens
 from magicpig.generation.passes import fill, greedy, read
 from magicpig.generation.prompt import encode, encode_in_two
 
 __all__ = [
+    "MODES",
+    "Drafts",
     "Generation",
     "Model",
+    "check_lossless",
     "encode",
     "encode_in_two",
     "end_tokens",

@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from magicpig.advice import SamplingWarning, advice
 from magicpig.config import Config
-from magicpig.errors import MagicPigError
+from magicpig.errors import ArgumentError, MagicPigError
+from magicpig.generation.lossless import MODES, Decoding, Drafts, check, why_not_to_the_bit
 from magicpig.generation.passes import even_chunk, finite
 from magicpig.integrations.transformers import CacheReport, attach
 from magicpig.integrations.transformers.compat import cache_of
@@ -56,6 +57,7 @@ HARMLESS = {  # settings that models have and transformers always takes, or that
 class Generation:
     """What came out, and what it took.
 
+    drafts: in lossless mode, what became of what sampling drafted; `cache` is then about the drafts.
     first_step_s: seconds of the first decode step, which also builds the index; None with fewer than two new tokens.
     decode_s, decode_steps: the steps after that one.
     """
@@ -68,6 +70,7 @@ class Generation:
     decode_s: float
     decode_steps: int
     cache: CacheReport
+    drafts: Drafts | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -86,6 +89,7 @@ def generate(
     config: Config,
     *,
     max_new_tokens: int,
+    mode: str = "sampled",
     temperature: float = 0.0,
     top_p: float = 1.0,
     stop: Sequence[str] = (),
@@ -99,14 +103,25 @@ def generate(
 
     What the model's generation_config.json says is heeded, but for `OVERRULED`; on_note is called with a sentence if
     that makes a difference, and with one of `advice` if the samples say that they are bad.
-    Raises ModelError for settings in it that transformers refuses.
+    Raises ModelError for settings in it that transformers refuses, and ArgumentError and UnsupportedModelError for what
+    lossless mode cannot do.
 
+    mode: one of `MODES`. "lossless" gives the tokens of full attention, or with a temperature tokens that are
+    distributed as its are, and samples only to draft them (lossless.py); on_note is told where that holds up to
+    rounding alone.
     stop: texts that end the answer and are no part of it; those in generation_config.json, which also end it, are.
     chunk: the prompt is read this many tokens at a time. max_length: as in `attach`.
     on_prefill is called with the number of prompt tokens read by each chunk, on_text with every piece of new text.
     """
-    attach(network, config, max_length=max_length)
+    if mode not in MODES:
+        raise ArgumentError(f"mode={shown(mode)}: must be one of {', '.join(MODES)}")
     watch = _Watch(tokenizer, on_text, stop)
+    lossless = Decoding(watch) if mode == "lossless" else None
+    if lossless is not None:
+        check(config, network.config)
+        if (reason := why_not_to_the_bit(network)) is not None:
+            on_note(reason)
+    attach(network, config, max_length=max_length)
     torch.manual_seed(config.seed)
     # None switches off what the model's own generation settings may say.
     sampling: dict[str, Any] = (
@@ -138,12 +153,13 @@ def generate(
                 streamer=watch,
                 stopping_criteria=StoppingCriteriaList([_AtStop(watch)]),
                 return_dict_in_generate=True,  # with the cache that `attach` made
+                **({} if lossless is None else {"custom_generate": lossless}),
                 **sampling,
             )
     finally:
         hook.remove()
     times, report = watch.times, cache_of(output).report()
-    if (said := advice(report.layers, config)) is not None:
+    if lossless is None and (said := advice(report.layers, config)) is not None:
         on_note(said)
     return Generation(
         text=watch.text,
@@ -154,6 +170,7 @@ def generate(
         decode_s=times[-1] - times[1] if len(times) > 1 else 0.0,
         decode_steps=max(len(times) - 2, 0),
         cache=report,
+        drafts=None if lossless is None else lossless.drafts,
     )
 
 

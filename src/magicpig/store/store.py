@@ -15,6 +15,7 @@ Knows nothing of attention.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,15 +93,7 @@ class KVStore:
         self.sampler: Sampler = sampler_of(self.spec, self.head_dim, self.kernels)
         stored = torch.int8 if config.kv_dtype == "int8" else self.dtype
         self.layout = RowLayout(self.head_dim, self.dtype, stored, self.kernels)
-        self.view = self.kernels.make_view(
-            self.layout.stored,
-            self.kv_heads,
-            self.head_dim,
-            config.sinks,
-            self.spec.stride,
-            layer=self.layer,
-            first_head=self.first_head,
-        )
+        self.view = self._new_view()
         self.index: Index = self.sampler.empty()
         self.draw = DrawPolicy.of(config)
         self._schedule()
@@ -219,6 +212,29 @@ class KVStore:
             view.body_rows += self.body * len(sample_sizes)
             self.count_drawn(sample_sizes)
             self.kernels.count_predicted(view, predicted)
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit into the growing stride after `make_room`."""
+        return self._flushed + self.spec.stride - self.length
+
+    def exact_views(self, count: int) -> list[Any]:
+        """For each of the next `count` tokens, at most `room`, the view in which it comes next and all rows are exact.
+
+        They share this store's rows, tail included: a step that appends a token to each of them, in their order, writes
+        what `count` steps would have written one after the other. `grow` then says that it was done.
+        """
+        views = []
+        for ahead in range(count):
+            view = self._new_view()
+            self._set_rows(view)
+            view.length = self.length + ahead
+            views.append(view)
+        return views
+
+    def grow(self, count: int) -> None:
+        """Counts tokens that were written behind `length` through `exact_views`."""
+        self.view.length += count
 
     def memories(self) -> tuple[list[Memory], list[Memory]]:
         """What is held for rows and for the index, shared parts included."""
@@ -467,6 +483,11 @@ class KVStore:
         if keys.shape[1] < 1:
             raise ArgumentError(f"keys has shape {tuple(keys.shape)}; there must be at least one token")
 
+    def _new_view(self) -> Any:
+        place = {"layer": self.layer, "first_head": self.first_head}
+        stride, sinks = self.spec.stride, self.config.sinks
+        return self.kernels.make_view(self.layout.stored, self.kv_heads, self.head_dim, sinks, stride, **place)
+
     def _new_rows(self, capacity: int) -> Memory:
         return self.arena.empty((self.kv_heads, capacity, self.layout.width), self.layout.stored)
 
@@ -476,8 +497,11 @@ class KVStore:
     def _connect(self) -> None:
         """Tells the kernels where the rows are."""
         self.writable_to = 0
+        self._set_rows(self.view)
+
+    def _set_rows(self, view: Any) -> None:
         self.kernels.set_rows(
-            self.view,
+            view,
             [block.rows for block in self._blocks],
             [block.centre for block in self._blocks if block.centre is not None],
             None if self._tail is None else self._tail.rows,

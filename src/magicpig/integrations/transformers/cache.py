@@ -38,8 +38,8 @@ class MagicPigCache(Cache):
 
     model_config: the model's; config: ours. Layers of sliding attention keep the stock cache of transformers.
     arena: where the memory of stores comes from, with its limit if it has one.
-    A pass of a single token is decoding, one of several is prefill, which is exact; `decoding` and `prefilling` say
-    otherwise.
+    A pass of a single token is decoding, one of several is prefill, which is exact; `decoding`, `prefilling` and
+    `verifying` say otherwise.
     Every sequence of the batch has a store of its own per layer, so its result does not depend on the others.
     Raises UnsupportedModelError for models with layers of any other kind; ValueError for settings of layers that the
     model has not got.
@@ -120,6 +120,12 @@ class MagicPigCache(Cache):
         for store in self._stores():
             store.settle()
 
+    @property
+    def samples(self) -> bool:
+        """Whether the next decode step samples in some layer."""
+        stores = self._stores()
+        return any(store.policy.index_end(store.length + 1, store.spec.stride) > 0 for store in stores)
+
     def draw_by(self, policy: DrawPolicy, sequence: int | None = None) -> None:
         """From the next step on, one sequence of the batch, or all of them, draws by other settings."""
         for layer in self._own():
@@ -148,6 +154,12 @@ class MagicPigCache(Cache):
     def prefilling(self) -> Iterator[None]:
         """Inside, passes of a single token are prefill, too: exact."""
         with self._phase(Phase.PREFILL):
+            yield
+
+    @contextmanager
+    def verifying(self) -> Iterator[None]:
+        """Inside, passes attend exactly, each token to the bit as in a pass of its own without a sampler."""
+        with self._phase(Phase.VERIFY):
             yield
 
     @contextmanager

@@ -232,7 +232,9 @@ class MagicPigLayer(CacheLayerMixin):
         # Where nothing would be sampled both are the same attention, and prefill takes all tokens at once.
         if decode and (count == 1 or store.policy.index_end(store.length + count - 1, store.spec.stride) > 0):
             return Phase.DECODE
-        return Phase.STORE if self.phase is Phase.STORE else Phase.PREFILL
+        if self.phase is Phase.STORE or self.phase is Phase.VERIFY:
+            return self.phase
+        return Phase.PREFILL
 
     def _failed(self, errors: dict[int, MagicPigError | None]) -> None:
         """Notes which sequences have failed; raises where none is left."""

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 
 #include "parallel.h"
@@ -9,6 +10,16 @@ namespace magicpig {
 namespace {
 
 std::atomic<bool> poison{false};
+
+// Sequences that have rows in common, as copies of one prompt or the tokens of a draft, read them one after the other,
+// while they are in a cache. Only where all is exact: sketches stay pair by pair.
+void share_rows(Plan& plan) {
+  const auto exact = [&](const Unit& unit) { return unit.work == Work::exact && !plan.sampling(unit.sequence); };
+  if (plan.sequences == 1 || !std::all_of(plan.units.begin(), plan.units.end(), exact)) return;
+  std::stable_sort(plan.order.begin(), plan.order.end(), [&](int a, int b) {
+    return std::less<>{}(plan.first_row(plan.units[a]), plan.first_row(plan.units[b]));
+  });
+}
 
 }  // namespace
 
@@ -20,6 +31,12 @@ const float* Plan::row_offsets_of(int64_t q) const {
   const int64_t b = q / step.query_heads;
   if (stores[b]->row_centres.empty()) return nullptr;
   return row_offsets + row_offsets_at[b] + q % step.query_heads * static_cast<int64_t>(stores[b]->blocks.size());
+}
+
+const char* Plan::first_row(const Unit& unit) const {
+  const StoreView& store = *stores[unit.sequence];
+  if (unit.work != Work::exact || sampling(unit.sequence)) return nullptr;
+  return unit.begin < store.tail_from ? store.row(unit.begin, unit.head) : store.tail_row(unit.begin, unit.head);
 }
 
 void lay_out(Plan& plan) {
@@ -79,18 +96,26 @@ void make_units(Plan& plan) {
   // sketches are in memory at a time.
   std::stable_partition(plan.order.begin(), plan.order.end(),
                         [&](int u) { return plan.units[u].work == Work::lookup; });
+  share_rows(plan);
 }
 
 // A pair with a sketch is best left to one thread, in whose caches its weights then are, as long as there are pairs for
-// all threads: the last are shared.
+// all threads: the last are shared. So are the units that read the same rows.
 void make_tasks(Plan& plan) {
   const int count = static_cast<int>(plan.units.size());
   for (int i = 0; i < count;) {
     plan.tasks.push_back(i);
     const Unit& unit = plan.units[plan.order[i]];
     const int64_t pair = plan.pair_of(unit);
-    const int units = plan.end_unit(pair) - plan.pairs[pair].first_unit;
-    i += plan.scans(pair) && units * threads() <= count - i ? units : 1;
+    int units = plan.end_unit(pair) - plan.pairs[pair].first_unit;
+    if (!plan.scans(pair)) {
+      units = 1;
+      while (i + units < count && plan.first_row(unit) != nullptr &&
+             plan.first_row(unit) == plan.first_row(plan.units[plan.order[i + units]])) {
+        ++units;
+      }
+    }
+    i += units * threads() <= count - i ? units : 1;
   }
   plan.tasks.push_back(count);
 }

@@ -103,6 +103,8 @@ struct Plan {
   Prepared prepared(int64_t b) const { return step.prepared == nullptr ? Prepared{} : step.prepared[b]; }
   // What a centre [dim] adds to the logits of a query.
   float offset(const float* natural, const float* centre) const;
+  // Where the rows of a unit begin, of exact ones of sequences that attend to all rows; else null.
+  const char* first_row(const Unit& unit) const;
   // Of query q, what joins its logits of the rows of each block, or null: nothing.
   const float* row_offsets_of(int64_t q) const;
 };
