@@ -6,6 +6,7 @@ from torch import Tensor
 
 from magicpig import Config
 from magicpig.attention import prefill
+from magicpig.kernels.base import load_kernels
 from magicpig.store import KVStore
 
 SCALE = 0.3
@@ -43,9 +44,10 @@ def tensors(H: int, G: int, T: int, N: int, D: int, dtype: torch.dtype = torch.f
     return torch.randn(H, T, D).to(dtype), torch.randn(G, N, D).to(dtype), torch.randn(G, N, D).to(dtype)
 
 
-@pytest.fixture(params=["flash", "plain"])
+@pytest.fixture(params=["own", "flash", "plain"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to the same attention: torch's private operator, and the fallback in small slices of queries."""
+    """The ways to the same attention: the kernel, torch's private operator, the fallback in small slices of queries."""
+    monkeypatch.setattr(load_kernels(), "prefers_many", lambda *_, **__: request.param == "own")
     if request.param == "plain":
         monkeypatch.setattr(prefill, "_flash_op", None)
         monkeypatch.setattr(prefill, "LOGITS_AT_ONCE", 3000)

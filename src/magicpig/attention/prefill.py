@@ -18,6 +18,7 @@ from torch import Tensor
 
 from magicpig.errors import ArgumentError
 from magicpig.kernels.attend.reference import merge, with_sink_logits
+from magicpig.kernels.base import DTYPES, load_kernels
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
 
@@ -220,9 +221,22 @@ def _attend(
 
     mask: (T, n), True where visible. The state is in float32, or float64 for float64 queries.
     """
+    kernels = load_kernels()
+    suits = mask is None and _suits_kernel(query, keys, values)
+    if suits and kernels.prefers_many(query.dtype, capped=rule.softcap is not None):
+        softcap = rule.softcap or 0.0
+        return kernels.attend_many(query, keys, values, scale=rule.scale, softcap=softcap, causal=causal)
     if rule.softcap is None and _flash_op is not None and _suits_flash(query, keys, values):
         return _flash(query, keys, values, rule.scale, causal, mask)
     return _plain(query, keys, values, rule, causal, mask)
+
+
+def _suits_kernel(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return (
+        query.dtype in DTYPES
+        and _suits_flash(query, keys, values)
+        and all(x.stride(2) == 1 for x in (query, keys, values))
+    )
 
 
 def _suits_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:

@@ -214,6 +214,27 @@ def weigh_rows(
     softcap: float,
     weights: int,
 ) -> None: ...
+def flash_form() -> str: ...
+def use_tiles(on: bool) -> None: ...
+def attend_many(
+    dtype: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    tokens: int,
+    keys: int,
+    query: int,
+    query_strides: tuple[int, int],
+    key: int,
+    key_strides: tuple[int, int],
+    value: int,
+    value_strides: tuple[int, int],
+    causal: bool,
+    scale: float,
+    softcap: float,
+    output: int,
+    lse: int,
+) -> None: ...
 def linear(
     dtype: int,
     numbers: int,

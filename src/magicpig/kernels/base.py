@@ -362,6 +362,11 @@ class Kernels(Protocol):
 
     # --- attend, merge, and all of it in one ---
 
+    def attend_many(
+        self, query: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float = 0.0, causal: bool = False
+    ) -> AttentionState: ...
+    def prefers_many(self, dtype: torch.dtype, *, capped: bool) -> bool: ...
+
     def attend_rows(
         self, query: Tensor, rows: Tensor, *, scale: float, offset: Tensor | None = None, softcap: float = 0.0
     ) -> AttentionState: ...

@@ -590,6 +590,49 @@ def attend_hashed(
     return AttentionState(output[0, : len(query)], lse[0]), log_u
 
 
+def attend_many(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float = 0.0, causal: bool = False
+) -> AttentionState:
+    """Exact attention of query (H, T, D) over keys and values (G, n, D): output (H, T, D) and lse (H, T), float32.
+
+    All of one dtype, contiguous in the last dimension. causal: query t sees the keys up to t alone. Keys, values and
+    the terms of the softmax are multiplied as bfloat16 where they are such and the processor multiplies pairs of them.
+    """
+    (H, T, D), (G, n, _) = query.shape, keys.shape
+    _require(H % G == 0 and keys.shape == values.shape and keys.shape[2] == D, "query, keys and values do not fit")
+    _require(query.dtype == keys.dtype == values.dtype, "query, keys and values are of different dtypes")
+    _require(all(x.stride(2) == 1 for x in (query, keys, values)), "rows must be contiguous in the last dimension")
+    output, lse = _nothing(H, T, D), _nothing(H, T)
+    _native.attend_many(
+        dtype_code(query.dtype),
+        H,
+        G,
+        D,
+        T,
+        n,
+        query.data_ptr(),
+        (query.stride(0), query.stride(1)),
+        keys.data_ptr(),
+        (keys.stride(0), keys.stride(1)),
+        values.data_ptr(),
+        (values.stride(0), values.stride(1)),
+        causal,
+        scale,
+        softcap,
+        output.data_ptr(),
+        lse.data_ptr(),
+    )
+    return AttentionState(output, lse)
+
+
+def prefers_many(dtype: torch.dtype, *, capped: bool) -> bool:
+    """Whether `attend_many` is faster than torch here, whose fused attention knows no softcap (docs/log.md)."""
+    form = _native.flash_form()
+    if capped:
+        return form != "portable"
+    return dtype == torch.float32 and form in ("avx512", "avx512bf16", "amx")
+
+
 def merge(states: Sequence[AttentionState]) -> AttentionState:
     """Attention over the union of disjoint sets of keys, from float32 states (H, D), (H,) over each."""
     heads, D = states[0].output.shape

@@ -32,6 +32,7 @@ from magicpig.kernels.base import (
     sketch_words,
     stride_shift,
 )
+from magicpig.kernels.flash import reference as many
 from magicpig.kernels.hash.reference import hash_vectors, make_planes
 from magicpig.kernels.linear import reference as layers
 from magicpig.kernels.rows.reference import halves, to_bytes
@@ -447,6 +448,22 @@ def attend_hashed(
 def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (V, K) times weight (N, K or padded) transposed, its rows times scales (N,) if any, plus bias (N,): (V, N)."""
     return layers.linear(x, weight, scales, bias)
+
+
+def attend_many(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, softcap: float = 0.0, causal: bool = False
+) -> AttentionState:
+    """Exact attention of query (H, T, D) over keys and values (G, n, D): output (H, T, D) and lse (H, T), float32."""
+    state = many.attend_many(
+        query.double(), keys.double(), values.double(), scale=scale, softcap=softcap, causal=causal
+    )
+    return _float(state)
+
+
+def prefers_many(dtype: torch.dtype, *, capped: bool) -> bool:
+    """Never: torch is faster."""
+    del dtype, capped
+    return False
 
 
 def merge(states: Sequence[AttentionState]) -> AttentionState:

@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "errors.h"
+#include "flash.h"
 #include "kernels.h"
 #include "linear.h"
 #include "memory.h"
@@ -527,6 +528,36 @@ NB_MODULE(_native, m) {
   m.def("weigh_rows", &weigh_rows, "dtype"_a, "dim"_a, "blocks"_a, "ids"_a, "count"_a, "log_u"_a, "queries"_a,
         "heads"_a, "offsets"_a, "scale"_a, "softcap"_a, "weights"_a, Unlocked());
 
+  m.def("flash_form", [] { return flash_kernels().name; });
+  m.def("use_tiles", &use_tiles, "on"_a);
+  m.def(
+      "attend_many",
+      [](int dtype, int heads, int kv_heads, int dim, int64_t tokens, int64_t keys, Address query,
+         std::tuple<int64_t, int64_t> query_strides, Address key, std::tuple<int64_t, int64_t> key_strides,
+         Address value, std::tuple<int64_t, int64_t> value_strides, bool causal, float scale, float softcap,
+         Address output, Address lse) {
+        const auto& [q0, q1] = query_strides;
+        const auto& [k0, k1] = key_strides;
+        const auto& [v0, v1] = value_strides;
+        attend_many({dtype_of(dtype),
+                     heads,
+                     kv_heads,
+                     dim,
+                     tokens,
+                     keys,
+                     at<const void>(query),
+                     at<const void>(key),
+                     at<const void>(value),
+                     {q0, q1},
+                     {k0, k1},
+                     {v0, v1},
+                     causal,
+                     {scale, softcap}},
+                    at<float>(output), at<float>(lse));
+      },
+      "dtype"_a, "heads"_a, "kv_heads"_a, "dim"_a, "tokens"_a, "keys"_a, "query"_a, "query_strides"_a, "key"_a,
+      "key_strides"_a, "value"_a, "value_strides"_a, "causal"_a, "scale"_a, "softcap"_a, "output"_a, "lse"_a,
+      Unlocked());
   m.def(
       "linear",
       [](int dtype, Address numbers, Address scales, int64_t rows, int64_t columns, int64_t stride, Address bias,
