@@ -165,7 +165,7 @@ format: setup
 # For every Python that the package supports. Which index it asks is the affair of whoever runs it.
 constraints: $(STAMPS)/venv
 	$(PIP) install --upgrade uv
-	$(BIN)/uv pip compile --quiet --universal --upgrade --extra dev --extra serve --extra studies \
+	$(BIN)/uv pip compile --quiet --universal --upgrade --extra dev --extra serve --extra studies --extra ray \
 	  --no-annotate --no-emit-index-url --python-version 3.10 --custom-compile-command 'make constraints' \
 	  --output-file requirements/constraints.txt pyproject.toml requirements/build.in
 
