@@ -8,7 +8,6 @@ import pytest
 import torch
 from scipy import stats
 from torch import nn
-from torch.nn import functional
 from typer.testing import CliRunner
 
 from magicpig import Config, MagicPigCache, attach, detach, generation
@@ -16,10 +15,11 @@ from magicpig.cli import app
 from magicpig.cli.options import Mode
 from magicpig.errors import ArgumentError
 from magicpig.generation.lossless import Decoding, Pace, _judged, _judged_by_chance, check, why_not_to_the_bit
+from magicpig.generation.rowwise import MOST_ROWS, foreign_products, rowwise
 from magicpig.integrations.transformers import UnsupportedModelError
 from magicpig.integrations.transformers.compat import cache_argument
-from magicpig.integrations.transformers.rowwise import MOST_ROWS, foreign_products, rowwise
 from magicpig.studies import pocket
+from magicpig.weights import use_weights
 
 WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(58))]
 SMALL = {"recent": 8, "block": 16, "exact_below": 0, "sinks": 2}
@@ -203,14 +203,20 @@ def test_as_much_is_drafted_as_is_accepted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64), (250, 96), (96, 1536), (520, 2048)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_rows_of_a_linear_layer_are_what_they_are_alone(shape, dtype, bias):
-    layer = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
+@pytest.mark.parametrize("form", [None, "auto", "bf16", "int8"])
+@torch.no_grad()
+def test_rows_of_a_linear_layer_are_what_they_are_alone(shape, dtype, bias, form):
+    network = nn.Sequential(nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype))
+    if form is not None:
+        use_weights(network, form)
+    layer = network[0]
     x = torch.randn(1, MOST_ROWS + 3, shape[1]).to(dtype)
-    alone = torch.cat([functional.linear(row[None, None], layer.weight, layer.bias) for row in x[0]], 1)
-    with rowwise(nn.Sequential(layer)):
+    alone, all_of_them = torch.cat([layer(row[None, None].clone()) for row in x[0]], 1), layer(x)
+    assert foreign_products(network) == []
+    with rowwise(network):
         for rows in range(1, MOST_ROWS + 1):
             assert torch.equal(layer(x[:, :rows]), alone[:, :rows]), rows
-        assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))  # as ever
+        assert torch.equal(layer(x), all_of_them)  # as ever
     assert "forward" not in vars(layer)
 
 

@@ -58,16 +58,18 @@ class FastLinear(nn.Linear):
     """`torch.nn.Linear`, which asks the kernels where a few vectors come and nothing is differentiated."""
 
     def forward(self, input: Tensor) -> Tensor:
+        return _multiplied(input, self.weight, None, self.bias) if self.is_fast(input) else super().forward(input)
+
+    def is_fast(self, input: Tensor) -> bool:
+        """Whether the kernels multiply these vectors."""
         weight = self.weight
-        if (
-            weight.dtype != input.dtype
-            or weight.device.type != "cpu"
-            or not weight.is_contiguous()
-            or not _few(input, self.in_features, _FEW)
-            or (torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad))
-        ):
-            return super().forward(input)
-        return _multiplied(input, weight, None, self.bias)
+        return (
+            weight.dtype == input.dtype
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and _few(input, self.in_features, _FEW)
+            and not (torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad))
+        )
 
 
 class PackedLinear(nn.Module):
@@ -87,8 +89,12 @@ class PackedLinear(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
+    def is_fast(self, input: Tensor) -> bool:
+        """Whether the kernels multiply these vectors."""
+        return _few(input, self.in_features, MAX_LINEAR) and not (torch.is_grad_enabled() and input.requires_grad)
+
     def forward(self, input: Tensor) -> Tensor:
-        if _few(input, self.in_features, MAX_LINEAR) and not (torch.is_grad_enabled() and input.requires_grad):
+        if self.is_fast(input):
             return _multiplied(input, self.numbers, self.scales, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return functional.linear(input, self.unpacked(input.dtype), bias)
@@ -112,6 +118,16 @@ class PackedLinear(nn.Module):
         if before[1] is not None:
             self.scales = before[1].to(self.numbers.device)
         return self
+
+
+def rows_alike(layer: nn.Module, input: Tensor) -> int:
+    """How many of the vectors (..., n, K) a linear layer may be given at a time, to be computed as each of them alone.
+
+    To the bit: `Kernels.linear` sums each vector by itself, in one order. torch promises nothing of that: 1.
+    """
+    if not isinstance(layer, (FastLinear, PackedLinear)) or not layer.is_fast(input[..., :1, :]):
+        return 1
+    return _FEW if isinstance(layer, FastLinear) else MAX_LINEAR
 
 
 def _few(input: Tensor, columns: int, most: int) -> bool:

@@ -5,7 +5,7 @@ that attends exactly, each token to the bit as full attention computes it alone.
 are those of the exact pass. Others are kept by the rejection rule of speculative sampling (Leviathan, Kalman and Matias
 2023, arXiv 2211.17192), which leaves the distribution that of the exact pass. Its last row gives one token more.
 
-What is computed by rows of its own is in `integrations/transformers/rowwise.py` and in `Phase.VERIFY` of
+What is computed by rows of its own is in rowwise.py and in `Phase.VERIFY` of
 attention/step.py. Knows nothing of text.
 """
 
@@ -22,10 +22,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from magicpig.config import Config
 from magicpig.errors import ArgumentError
+from magicpig.generation.rowwise import MOST_ROWS, foreign_products, rowwise
 from magicpig.integrations.transformers import MagicPigCache, UnsupportedModelError
 from magicpig.integrations.transformers.compat import cache_argument, take_cache
 from magicpig.integrations.transformers.layer import MagicPigLayer
-from magicpig.integrations.transformers.rowwise import MOST_ROWS, foreign_products, rowwise
 
 MODES = ("sampled", "lossless")
 """How an answer is written: "sampled" attends by samples, "lossless" only drafts by them."""
