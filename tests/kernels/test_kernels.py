@@ -74,13 +74,17 @@ def test_both_take_the_same_step_over_one_store(config: Config, softcap: float |
         if config.sketches and any(not torch.equal(*ids) for ids in zip(a.ids[0], b.ids[0], strict=True)):
             apart += 1  # a coordinate of the query, or a weight, within rounding of the next whole number
             continue
-        # Of a row of whole numbers within rounding of the next ones, the two may keep either.
-        assert_close(state, right, 2e-4 if config.kv_dtype == "int8" and own.flushed >= 448 else 1e-5)
+        # Of a row of whole numbers within rounding of the next ones, the two may keep either: in one of the values that
+        # is a part in 127, times what the row has of a small sample, and another logit moves all probabilities a little.
+        rounded = config.kv_dtype == "int8" and own.flushed >= 448
+        assert_close(state, right, 1e-3 if rounded else 1e-5)
         for h in range(G * R):
             assert torch.equal(a.ids[0][h], b.ids[0][h])
-            torch.testing.assert_close(a.log_u[0][h], b.log_u[0][h], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(a.log_u[0][h], b.log_u[0][h], rtol=1e-4, atol=2e-2 if rounded else 1e-5)
         assert torch.equal(a.rows, b.rows)
-        torch.testing.assert_close(a.predicted_error, b.predicted_error, rtol=1e-3, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(
+            a.predicted_error, b.predicted_error, rtol=5e-2 if rounded else 1e-3, atol=1e-6, equal_nan=True
+        )
     assert apart <= 2
     one, two = own.stats, other.stats
     assert (one.steps, one.body_rows) == (two.steps, two.body_rows)

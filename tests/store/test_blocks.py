@@ -84,15 +84,15 @@ def test_what_is_drawn_may_change_at_any_step() -> None:
 
     assert drawn() == [64] * H
     ids = attend_stores(query, [store], scale=D**-0.5)[1].ids[0][0]
-    store.draw = DrawPolicy(64, 256, None, 2, seed=1)
+    store.draw = DrawPolicy(64, 128, None, 2, seed=1)
     assert not torch.equal(attend_stores(query, [store], scale=D**-0.5)[1].ids[0][0], ids)
-    store.draw = DrawPolicy(300, 1200, None, 2, seed=0)
+    store.draw = DrawPolicy(300, 600, None, 2, seed=0)
     assert drawn() == [300] * H
-    store.draw = DrawPolicy(64, 256, None, 2, seed=0)
+    store.draw = DrawPolicy(64, 128, None, 2, seed=0)
     assert torch.equal(attend_stores(query, [store], scale=D**-0.5)[1].ids[0][0], ids)
     assert arena.used == held
     with pytest.raises(ArgumentError, match=r"^min_hits=9 is out of range; allowed: 1 to L=8$"):
-        filled(10, arena, Config(K=4, L=8)).draw = DrawPolicy(64, 256, None, 9, seed=0)
+        filled(10, arena, Config(K=4, L=8)).draw = DrawPolicy(64, 128, None, 9, seed=0)
 
 
 @pytest.mark.parametrize(

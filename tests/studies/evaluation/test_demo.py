@@ -72,7 +72,7 @@ def test_what_was_read(result):
 def test_lengths_that_cannot_be(model):
     with pytest.raises(TaskError, match="length=100 is below the minimum"):
         demo.run(model, tokens=100)
-    with pytest.raises(generation.ModelError, match="limit is 8192"):
+    with pytest.raises(ModelError, match="limit is 8192"):
         demo.run(model, tokens=9000)
 
 
