@@ -75,7 +75,7 @@ def test_both_take_the_same_step_over_one_store(config: Config, softcap: float |
             apart += 1  # a coordinate of the query, or a weight, within rounding of the next whole number
             continue
         # Of a row of whole numbers within rounding of the next ones, the two may keep either: in one of the values that
-        # is a part in 127, times what the row has of a small sample, and another logit moves all probabilities a little.
+        # is a part in 127, times what the row has of a small sample, and another logit moves all probabilities.
         rounded = config.kv_dtype == "int8" and own.flushed >= 448
         assert_close(state, right, 1e-3 if rounded else 1e-5)
         for h in range(G * R):
