@@ -98,7 +98,7 @@ def test_the_same_kernels_elsewhere_draw_the_very_same_on_every_level(
 ) -> None:
     store = filled(CONFIGS[name], 9001)
     query = new_tokens(1)[0]
-    _, own = attend_stores(query, [store], scale=SCALE, placement=kind(load_kernels("cpu")))
+    _, own = attend_stores(query, [store], scale=SCALE, placement=kind(load_kernels()))
     _, right = attend_stores(query, [store], scale=SCALE)
     for h in range(G * R):
         assert len(right.ids[0][h]) > 0
