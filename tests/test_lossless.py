@@ -292,13 +292,13 @@ def test_modes_of_the_command_are_those_of_the_library():
 
 
 @pytest.mark.slow
-def test_two_hundred_answers_of_the_pocket_model():
+def test_answers_of_the_pocket_model():
     """128 tokens each, behind prompts of which most keys are sampled."""
     opened = generation.open_model(pocket.path())
     network = generation.load(opened)
     config = Config(exact_below=0, recent=32, budget=64, block=64)
     accepted = drafted = 0
-    for seed in range(200):
+    for seed in range(40):  # of 200, all were equal on 2026-11-28, in five minutes
         vocabulary = len(opened.tokenizer)
         ids = torch.randint(0, vocabulary, (400 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
         options = {"max_new_tokens": 128}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -50,7 +49,7 @@ def _rank(torchrun, rank):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_group_with_a_message_and_torchrun_starts_it_again(tmp_path):
+def test_a_killed_rank_ends_the_group_with_a_message(tmp_path):
     _save_tiny_model(tmp_path / "tiny")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,7 +57,7 @@ def test_a_killed_rank_ends_the_group_with_a_message_and_torchrun_starts_it_agai
     url = f"http://127.0.0.1:{port}"
     ask = {"prompt": list(range(2, 60)), "max_tokens": 1500, "ignore_eos": True, "stream": True}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "-m", "magicpig", "serve", str(tmp_path / "tiny"), "--port", str(port)]
+    command += ["--max-restarts", "0", "-m", "magicpig", "serve", str(tmp_path / "tiny"), "--port", str(port)]
     log = tmp_path / "log"
     with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr, env={**os.environ}) as torchrun:
         try:
@@ -71,13 +70,7 @@ def test_a_killed_rank_ends_the_group_with_a_message_and_torchrun_starts_it_agai
                 rest = list(lines)
             assert '"error"' in "".join(rest)
             assert rest[-2] == "data: [DONE]"
-            psutil.wait_procs([killed], timeout=30)
-            time.sleep(1)  # until torchrun has seen it
-            _wait_until_healthy(url)
-            short = {**ask, "max_tokens": 4, "stream": False}
-            assert httpx.post(f"{url}/v1/completions", json=short, timeout=60).status_code == 200
-            torchrun.send_signal(signal.SIGTERM)
-            torchrun.wait(60)
+            assert torchrun.wait(60) != 0
         finally:
             for child in [*psutil.Process(torchrun.pid).children(recursive=True)] if torchrun.poll() is None else []:
                 child.kill()
