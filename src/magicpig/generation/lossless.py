@@ -5,8 +5,7 @@ that attends exactly, each token to the bit as full attention computes it alone.
 are those of the exact pass. Others are kept by the rejection rule of speculative sampling (Leviathan, Kalman and Matias
 2023, arXiv 2211.17192), which leaves the distribution that of the exact pass. Its last row gives one token more.
 
-What is computed by rows of its own is in rowwise.py and in `Phase.VERIFY` of
-attention/step.py. Knows nothing of text.
+What is computed by rows of its own is in rowwise.py and in `Phase.VERIFY` of attention/step.py. Knows nothing of text.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from magicpig.kernels.algorithm import no_sample
 from magicpig.kernels.base import BLOCK_ROWS, SKETCH_KEYS, SampledHalf, padded
 from magicpig.kernels.sketch.reference import EXACT_SHARE, more_rows
 from magicpig.placement.base import LayerStep, Stepped, append, exact_pieces
-from magicpig.placement.device import Buffer, Device
+from magicpig.placement.device import Device
 from magicpig.placement.schedule import Slot, by_turns, round_trip
 from magicpig.placement.two_places import TwoPlaces
 from magicpig.samplers.sketch import Sketch, SketchIndex
@@ -117,7 +117,6 @@ class _Part:
         self.half: SampledHalf | None = None
         self.candidates: _Drawn | None = None
         self.drawn: _Drawn | None = None
-        self.error: Buffer | None = None
         self.device = device
 
     def run(self) -> Iterator[None]:
@@ -151,7 +150,7 @@ class _Part:
 
     def ask(self) -> None:
         if self.place.way == "host":
-            self.slot.asked.tensor.copy_((self.query @ self._rotation()).flatten(0, 1))
+            self.slot.asked.tensor.copy_((self.query @ self.held.rotation(self.sampler)).flatten(0, 1))
             return
         self._select()
         assert self.candidates is not None
@@ -223,7 +222,7 @@ class _Part:
             words, scales, centres = self.held.index
             self.weights = self.place.verbs.weigh(
                 self.query,
-                self.query @ self._rotation(),
+                self.query @ self.held.rotation(self.sampler),
                 words,
                 scales,
                 centres[..., : store.head_dim],
@@ -323,9 +322,6 @@ class _Part:
     def _first(self, g: int) -> int:
         """How many candidates a kv head draws: at least the rows that are drawn of them."""
         return max(self.wanted[g], self.store.draw.candidates_for(self.store.body, self.wanted[g]))
-
-    def _rotation(self) -> Tensor:
-        return self.held.rotation(self.sampler)
 
     def _slot(self) -> Slot:
         """New buffers: they are as large as this draw, and the allocator of the device has those of the last one."""

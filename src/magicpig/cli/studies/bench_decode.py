@@ -19,11 +19,12 @@ from magicpig.cli.studies.bench_options import (
     JsonFile,
     Samplers,
     Threads,
+    made_of,
+    made_up_model,
     methods,
     say_if_busy,
     say_if_slow_baseline,
     short_length,
-    torch_dtype,
     write_results,
 )
 from magicpig.config import EXACT, NATIVE
@@ -66,25 +67,11 @@ def decode(
     contexts = parse_lengths(context, "--context")
     compared = methods(samplers, (EXACT.sampler, *NATIVE), **settings)
     with OutputFile(None if to_stdout else json_file) as file:
-        import torch
+        from magicpig.studies.bench.decode import describe
 
-        from magicpig.generation import silence_transformers
-        from magicpig.studies.bench.decode import Decoder, describe
-
-        silence_transformers()
-        decoder = checked(
-            Decoder,
-            shape,
-            layers=layers,
-            dtype=torch_dtype(dtype),
-            longest=max(contexts),
-            steps=steps,
-            weights=weights.value,
-        )
+        decoder = made_up_model(shape, layers, dtype, weights, contexts=contexts, steps=steps, threads=threads)
         for tokens in contexts:
             checked(decoder.check, tokens, compared)
-        if threads is not None:
-            torch.set_num_threads(threads)
         results = []
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("Generating", total=None)
@@ -97,9 +84,7 @@ def decode(
     say_if_slow_baseline(console, ((each.read_ms, each.attention_ms) for each in results))
     console.print(
         f"[dim]ms per token, medians of {repeats * steps} tokens; ours: Python of this package, per layer in "
-        f"microseconds; loop: transformers' around the forward pass; {shape}, {decoder.layers} layers, random weights, "
-        f"{dtype.value}, weights {weights.value}; {described['isa']}, {described['threads']} threads "
-        f"({described['pool']} pool), {described['machine']}"
+        f"microseconds; loop: transformers' around the forward pass; " + made_of(decoder, dtype, described)
     )
 
 

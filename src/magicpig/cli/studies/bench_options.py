@@ -11,12 +11,13 @@ import typer
 
 from magicpig.cli.errors import InputError
 from magicpig.cli.files import OutputFile, check_readable
-from magicpig.cli.options import MOST_THREADS, MOST_TOKENS, Dtype
+from magicpig.cli.options import MOST_THREADS, MOST_TOKENS, Dtype, Weights, checked
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from magicpig.studies.bench.decode import Decoder
     from magicpig.studies.capture import Capture
     from magicpig.studies.evaluation.matrix import Method
 
@@ -125,6 +126,48 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
         raise InputError("--dtype auto is for models; choose float32, bfloat16 or float16")
     found: torch.dtype = getattr(torch, dtype.value)
     return found
+
+
+def made_up_model(
+    shape: str,
+    layers: int | None,
+    dtype: Dtype,
+    weights: Weights,
+    *,
+    contexts: Sequence[int],
+    steps: int,
+    threads: int | None,
+) -> Decoder:
+    """A model of that shape with random weights, for contexts up to the longest and `steps` tokens behind each.
+
+    It runs on `threads` threads. Raises InputError for what cannot be.
+    """
+    import torch
+
+    from magicpig.generation import silence_transformers
+    from magicpig.studies.bench.decode import Decoder
+
+    silence_transformers()
+    made: Decoder = checked(
+        Decoder,
+        shape,
+        layers=layers,
+        dtype=torch_dtype(dtype),
+        longest=max(contexts),
+        steps=steps,
+        weights=weights.value,
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return made
+
+
+def made_of(decoder: Decoder, dtype: Dtype, described: Mapping[str, Any]) -> str:
+    """The model of `made_up_model` and where it ran, for below a table. described: as `decode.describe` says."""
+    return (
+        f"{described['shape']}, {decoder.layers} layers, random weights, {dtype.value}, weights {decoder.weights}; "
+        f"{described['isa']}, {described['threads']} threads ({described['pool']} pool), {described['machine']}"
+    )
 
 
 def short_length(tokens: int) -> str:

@@ -17,9 +17,10 @@ from magicpig.cli.studies.bench_options import (
     Contexts,
     JsonFile,
     Threads,
+    made_of,
+    made_up_model,
     say_if_busy,
     short_length,
-    torch_dtype,
     write_results,
 )
 from magicpig.model_dir import MOST_PARTS
@@ -56,24 +57,10 @@ def prefill(
     checked(shape_settings, shape, layers)
     contexts = parse_lengths(context, "--context")
     with OutputFile(None if to_stdout else json_file) as file:
-        import torch
-
-        from magicpig.generation import silence_transformers
-        from magicpig.studies.bench.decode import Decoder, describe
+        from magicpig.studies.bench.decode import describe
         from magicpig.studies.bench.prefill import measure
 
-        silence_transformers()
-        decoder = checked(
-            Decoder,
-            shape,
-            layers=layers,
-            dtype=torch_dtype(dtype),
-            longest=max(contexts),
-            steps=tokens,
-            weights=weights.value,
-        )
-        if threads is not None:
-            torch.set_num_threads(threads)
+        decoder = made_up_model(shape, layers, dtype, weights, contexts=contexts, steps=tokens, threads=threads)
         results = []
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("Reading", total=None)
@@ -86,9 +73,8 @@ def prefill(
     console.print(_table(results))
     say_if_busy(console, results)
     console.print(
-        f"[dim]medians of {repeats} passes of {tokens} tokens; rates in 10^9 operations a second; {shape}, "
-        f"{decoder.layers} layers, random weights, {dtype.value}, weights {weights.value}; {described['isa']}, "
-        f"{described['threads']} threads ({described['pool']} pool), {described['machine']}"
+        f"[dim]medians of {repeats} passes of {tokens} tokens; rates in 10^9 operations a second; "
+        + made_of(decoder, dtype, described)
     )
 
 
