@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from torch.distributed import TCPStore
 
 from magicpig import Config
 from magicpig.store.planner import LayerShape
@@ -90,6 +92,45 @@ def test_two_ranks_answer_as_one_process(tmp_path, build, alone, prompts, tokeni
     assert all(
         got["cached"][2] > 100 for (kind, _), got in zip(CASES, found, strict=True) if kind in ("llama", "qwen3")
     )
+
+
+# Rank 0 comes first, and would find on the store where rank 1 of the start before has listened.
+MEETING = """
+import os, time
+from magicpig.engine.ranks import Group
+
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+    time.sleep(3)
+group = Group(patience=30)
+print(group.any([group.rank == 1]))
+os._exit(0)  # as if it had been killed
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_are_started_again_do_not_wait_for_those_before():
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    agent = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    for start in range(2):
+        env = os.environ | agent | {"TORCHELASTIC_RESTART_COUNT": str(start)}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", MEETING], env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(2)
+        ]
+        try:
+            assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["[True]\n"] * 2, f"start {start}"
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
 
 
 def test_a_rank_has_its_part_of_each_layer():

@@ -48,8 +48,13 @@ def _rank(torchrun, rank):
     raise AssertionError(f"there is no rank {rank}")
 
 
+def _answer(url, **more):
+    body = {"prompt": list(range(2, 60)), "max_tokens": 24, "ignore_eos": True, "seed": 5, "logprobs": 0, **more}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+
+
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_group_with_a_message(tmp_path):
+def test_a_killed_rank_ends_the_group_with_a_message_and_it_starts_again(tmp_path):
     _save_tiny_model(tmp_path / "tiny")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,22 +62,28 @@ def test_a_killed_rank_ends_the_group_with_a_message(tmp_path):
     url = f"http://127.0.0.1:{port}"
     ask = {"prompt": list(range(2, 60)), "max_tokens": 1500, "ignore_eos": True, "stream": True}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "0", "-m", "magicpig", "serve", str(tmp_path / "tiny"), "--port", str(port)]
+    command += ["--max-restarts", "1", "-m", "magicpig", "serve", str(tmp_path / "tiny"), "--port", str(port)]
     log = tmp_path / "log"
     with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr, env={**os.environ}) as torchrun:
         try:
             _wait_until_healthy(url)
-            with httpx.stream("POST", f"{url}/v1/completions", json=ask, timeout=60) as answer:
-                lines = answer.iter_lines()
-                assert next(lines).startswith("data: ")
-                killed = _rank(torchrun, 1)
-                killed.kill()
-                rest = list(lines)
-            assert '"error"' in "".join(rest)
-            assert rest[-2] == "data: [DONE]"
+            before = _answer(url)
+            for turn in range(2):
+                first = _rank(torchrun, 0)
+                with httpx.stream("POST", f"{url}/v1/completions", json=ask, timeout=60) as answer:
+                    lines = answer.iter_lines()
+                    assert next(lines).startswith("data: ")
+                    _rank(torchrun, 1).kill()
+                    rest = list(lines)
+                assert '"group_ended"' in "".join(rest)
+                assert rest[-2] == "data: [DONE]"
+                first.wait(60)
+                if turn == 0:  # torchrun may start it again once
+                    _wait_until_healthy(url)
+                    assert _answer(url) == before
             assert torchrun.wait(60) != 0
         finally:
             for child in [*psutil.Process(torchrun.pid).children(recursive=True)] if torchrun.poll() is None else []:
                 child.kill()
             torchrun.kill()
-    assert "rank 0 of 2 ends, since another one has ended" in log.read_text()
+    assert log.read_text().count("magicpig: error: rank 0 of 2 ends, since another one has ended") == 2

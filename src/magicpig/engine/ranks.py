@@ -5,7 +5,7 @@ keeps keys, values and indexes of its own kv heads. Rank 0 has the engine. What 
 ledger, which travels with the next step; by it the other ranks do the same to theirs. Which rows a head draws depends
 on where it stands in the model, so that the tokens are those of one process.
 
-A rank that is gone takes the group along: what the others have is of no use without it.
+A rank that is gone takes the group along: what the others have is of no use without it. torchrun starts it again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from magicpig.config import Config
 from magicpig.engine.runner import Outcome, Runner, SequenceState, Work
@@ -50,10 +51,16 @@ class Group:
         gpus = torch.cuda.is_available()
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(seconds=patience))
-        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        limit = timedelta(seconds=patience)
+        store, self.rank, self.size = next(rendezvous("env://", timeout=limit))
+        # torchrun keeps its store when it starts a group again; without names of their own the new ranks would find
+        # there where the old ones listened, and wait for these.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = distributed.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
         # Orders are no work for a GPU.
-        self._orders: Any = distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        self._orders: Any = distributed.new_group(backend="gloo", timeout=limit)
 
     @classmethod
     def of_environment(cls) -> Group | None:
