@@ -5,6 +5,7 @@ import json
 import pytest
 
 from magicpig.config import Config, parse_sampler
+from magicpig.samplers.sketch import candidates_for
 from magicpig.settings import DrawPolicy
 
 
@@ -225,21 +226,22 @@ def test_a_config_says_in_a_text_how_it_samples(config, text):
     ("settings", "body", "expected"),
     [
         ({}, 100_000, (512, 1024)),
-        ({}, 1000, (512, 1000)),
+        ({"candidates": 2000}, 1000, (512, 1000)),
         ({"budget": 0.1}, 1000, (100, 200)),
-        ({"budget": 0.6}, 1000, (600, 1000)),
+        ({"budget": 0.6}, 1000, (600, 1200)),  # that is, all
         ({"budget": 100, "candidates": 0.5}, 1000, (100, 500)),
         ({"budget": 0.001, "candidates": 0.001}, 10, (1, 1)),
-        ({"budget": 100, "candidates": 7}, 1000, (100, 7)),
+        ({"budget": 100, "candidates": 7}, 1000, (100, 100)),
     ],
     ids=str,
 )
-def test_candidates_are_twice_the_budget_unless_said_otherwise(settings, body, expected):
+def test_candidates_are_as_the_noise_asks_for_unless_said_otherwise(settings, body, expected):
     policy = DrawPolicy.of(Config(**settings))
     budget = policy.budget_for(body)
-    assert (budget, policy.candidates_for(body, budget)) == expected
+    assert (budget, candidates_for(policy, body, budget, 0.8)) == expected
     # More rows have as many more candidates.
-    assert policy.candidates_for(body, 2 * budget) == 2 * expected[1]
+    assert candidates_for(policy, body, 2 * budget, 0.8) == 2 * expected[1]
+    assert (candidates_for(policy, body, budget, 2.6) == 8 * budget) == ("candidates" not in settings)
 
 
 def test_settings_may_be_changed():

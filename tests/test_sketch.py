@@ -184,6 +184,19 @@ def test_positions_draw_differently_and_seeds_too():
     assert not torch.equal(attend_stores(query, [store], scale=0.125)[1].ids[0][0], first)
 
 
+@pytest.mark.parametrize("candidates", [1, 1.5, 2, 3, 4, 6, 8])
+def test_candidates_are_drawn_as_the_noise_of_a_head_asks_for(isa, candidates):
+    keys, values = context(2, 6000, 64)
+    own, query = make_store(keys, values), torch.randn(1, 8, 64)
+    noise = {1: 0.1, 1.5: 0.5, 2: 0.8, 3: 1.1, 4: 1.5, 6: 2.0, 8: 3.0}[candidates]  # what asks for that
+    for g, group in enumerate(query[0].split(4)):
+        group *= noise / own.index.noise(group, g, scale=0.125, sinks=3)
+    fixed = make_store(keys, values, candidates=60 * candidates)
+    (state, info), (right, told) = (attend_stores(query, [store], scale=0.125) for store in (own, fixed))
+    assert torch.equal(state.output, right.output)
+    assert all(torch.equal(*ids) for ids in zip(info.ids[0], told.ids[0], strict=True))
+
+
 def test_epsilon_draws_more_until_the_prediction_is_small_enough(isa):
     # Values around one: the error of a mean of m rows is about m ** -0.5.
     (keys, values), query = context(2, 6000, 64), 0.3 * torch.randn(1, 8, 64)

@@ -26,7 +26,6 @@ NAMED_BY = {"lsh": ("K", "L"), "full": (), "window": ()}
 INDEX_SETTINGS = {"lsh": ("centre", "K", "L", "seed"), "sketch": ("centre", "bits")}
 """The settings that an index depends on, by sampler. All randomness of hashing is in its directions. The rotation of
 sketches is the same for every seed: what is random is where a draw starts."""
-CANDIDATES = 2  # that a sketch draws for a row
 MOST_TOKENS = 2**40  # more than any memory holds; larger numbers would not fit the kernels' integers
 BY_LAYER = ("sampler", "budget", "candidates", "bits", "epsilon", "centre", "K", "L", "min_hits")
 """The settings that a layer may have of its own."""
@@ -56,7 +55,8 @@ class Config(BaseModel):
         le=MOST_TOKENS,
         allow_inf_nan=False,
         description="Keys that a sketch draws first, to draw the budget from them by the logits that they really have. "
-        "Below 1, a share of the keys; by default twice the budget. Where that is no more, all are read.",
+        "Below 1, a share of the keys. By default as many, up to eight for a row, as the noise of its scores asks for, "
+        "step by step. Where that is no more than the budget, all are read.",
     )
     bits: int = Field(
         2,
@@ -199,11 +199,8 @@ class Config(BaseModel):
 
     @property
     def drawn_candidates(self) -> float:
-        """Keys that a sketch draws first; below 1 a share of the keys."""
-        if self.candidates is not None:
-            return self.candidates
-        share = self.budget < 1 <= CANDIDATES * self.budget
-        return MOST_TOKENS if share else CANDIDATES * self.budget
+        """Keys that a sketch draws first; below 1 a share of the keys, and 0 as many as its noise asks for."""
+        return self.candidates or 0.0
 
 
 def parse_sampler(text: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class DrawPolicy:
     """How a step draws rows from an index: `Config`'s settings of the same names."""
 
     budget: float
-    candidates: float
+    candidates: float  # 0: by the noise of the sketch
     epsilon: float | None
     min_hits: int
     seed: int
@@ -63,8 +63,13 @@ class DrawPolicy:
         """How many of `body` rows the budget allows a head: at least one, and at most all."""
         return _count(self.budget, body)
 
-    def candidates_for(self, body: int, rows: int) -> int:
-        """How many of `body` keys a sketch draws first, to draw `rows` of them: as the budget is to its candidates."""
+    def candidates_for(self, body: int, rows: int) -> int | None:
+        """How many of `body` keys a sketch draws first, to draw `rows` of them: as the budget is to its candidates.
+
+        None where none are given.
+        """
+        if not self.candidates:
+            return None
         return -(-rows * _count(self.candidates, body) // self.budget_for(body))
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from magicpig import Config
 from magicpig.cli import app
 from magicpig.errors import ArgumentError
-from magicpig.placement.foretell import SPARE, Sizes, Speeds, choose, foretell
+from magicpig.kernels.sketch.reference import candidates_by_noise
+from magicpig.placement.foretell import SPARE, USUAL_NOISE, Sizes, Speeds, choose, foretell
 from magicpig.store.planner import LayerShape, plan
 
 LAYERS = [LayerShape(8, 128, True, query_heads=32)] * 4
@@ -34,7 +35,7 @@ def test_times_are_the_bytes_over_the_speeds() -> None:
     assert found["exact"].step_s == pytest.approx(weights + TOKENS * 8 * row * 4 / EXACT.gpu)
     recent = TOKENS - (TOKENS - 64) // 256 * 256
     window = 4 * 8 * row * (4 + recent) / EXACT.gpu
-    candidates = Config().drawn_candidates
+    candidates = candidates_by_noise(512, USUAL_NOISE)
     drawn = 4 * 8 * (candidates + 512) / 2 * row  # keys of the ones, values of the others
     sent = 4 * 8 * candidates * row
     on_gpu = weights + window + (one.index + drawn) / EXACT.gpu

@@ -96,7 +96,7 @@ def attend_sketch(
     *,
     bits: int,
     budget: int,
-    candidates: int,
+    candidates: int | None = None,
     sinks: int,
     recent: int,
     scale: float,
@@ -110,7 +110,8 @@ def attend_sketch(
 ) -> tuple[AttentionState, list[Sample]]:
     """Estimate attention from ``budget`` keys per key/value head, drawn in two phases.
 
-    ``candidates`` keys by what a sketch says of their logits; of these ``budget`` by the logits that they have.
+    ``candidates`` keys by what a sketch says of their logits; of these ``budget`` by the logits that they have. None:
+    so many as the noise of the sketch asks for, see `candidates_by_noise`.
 
     Shapes, ``sinks``, ``recent``, ``stride`` and what is returned as in `attend_lsh`; bits of a code are 1 to 4. The
     heads of a group share one sample. With ``epsilon`` larger samples are drawn until one predicts a smaller relative
@@ -138,6 +139,7 @@ def attend_sketch(
         )
         weights = sketch.weigh(scores, sinks)
         exact = attend(group, key[static], value[static], scale=scale, softcap=softcap)
+        noise = sketch.score_noise(group, codes.scales, bits, scale=scale, sinks=sinks)
 
         def logits(ids: Tensor, group: Tensor = group, key: Tensor = key) -> Tensor:
             return row_logits(group, key[ids], scale=scale, softcap=softcap)
@@ -149,7 +151,10 @@ def attend_sketch(
         while True:
             everything = rows > budget and rows > sketch.EXACT_SHARE * (end - sinks)
             if not everything:
-                found, log_u = sketch.draw(weights, logits, rows, -(-rows * candidates // budget), start)
+                wanted = (
+                    sketch.candidates_by_noise(rows, noise) if candidates is None else -(-rows * candidates // budget)
+                )
+                found, log_u = sketch.draw(weights, logits, rows, wanted, start)
             else:
                 found = torch.arange(sinks, end, dtype=torch.int64, device="cpu")
                 log_u = torch.zeros(end - sinks, dtype=torch.float64, device="cpu")

@@ -40,7 +40,7 @@ from magicpig.kernels.base import (
 )
 from magicpig.kernels.hash.reference import make_planes
 from magicpig.kernels.library import empty
-from magicpig.kernels.sketch.reference import EXACT_SHARE, LEVEL_DISTANCE, make_rotation
+from magicpig.kernels.sketch.reference import EXACT_SHARE, LEVEL_DISTANCE, LEVEL_NOISE, make_rotation
 from magicpig.types import AttentionState
 
 NAME = "cpu"
@@ -119,7 +119,7 @@ def set_policy(
     view: StoreView,
     *,
     budget: float = 512,
-    candidates: float = 2048,
+    candidates: float = 0.0,
     epsilon: float = 0.0,
     limit: float = EXACT_SHARE,
     seed: int = 0,
@@ -128,8 +128,9 @@ def set_policy(
     """How much a view's next steps draw, and by which luck.
 
     budget: rows of a kv head and step, of a sketch; below 1 a share of the body. candidates: keys that these are drawn
-    from, likewise. epsilon: predicted error that is small enough, or 0 to draw once. limit: share of the body; where
-    epsilon would take more, all of it is read. law: of hashing, which needs one.
+    from, likewise; 0 as many as the noise of the sketch asks for. epsilon: predicted error that is small enough, or 0
+    to draw once. limit: share of the body; where epsilon would take more, all of it is read. law: of hashing, which
+    needs one.
     """
     view.set_policy(budget, candidates, epsilon, limit, seed, law)
 
@@ -280,7 +281,8 @@ def set_segments(view: StoreView, segments: Sequence[Segment]) -> None:
 def make_sketcher(head_dim: int, bits: int, seed: int) -> SketchSampler:
     """The rotation of a setting."""
     rotation = make_rotation(head_dim, seed).contiguous()
-    return SketchSampler(head_dim, bits, LEVEL_DISTANCE[bits] / head_dim**0.5, rotation.data_ptr())
+    distance = LEVEL_DISTANCE[bits] / head_dim**0.5
+    return SketchSampler(head_dim, bits, distance, LEVEL_NOISE[bits], rotation.data_ptr())
 
 
 def rotate(query: Tensor, sampler: SketchSampler) -> Tensor:

@@ -84,7 +84,7 @@ class Rotation:
 @dataclass
 class _Policy:
     budget: float = 512
-    candidates: float = 2048
+    candidates: float = 0.0
     epsilon: float = 0.0
     limit: float = sketches.EXACT_SHARE
     seed: int = 0
@@ -184,7 +184,7 @@ def set_policy(
     view: View,
     *,
     budget: float = 512,
-    candidates: float = 2048,
+    candidates: float = 0.0,
     epsilon: float = 0.0,
     limit: float = sketches.EXACT_SHARE,
     seed: int = 0,
@@ -744,7 +744,9 @@ class _Heads:
         rotated = rotate(query, rotation) if self.prepared is None else self.prepared[heads.start : heads.stop]
         rule = view.stride, self.scale, self.softcap, view.sinks
         weights = _weigh(query, rotated, view.sketches, g, rotation, *rule).weights
-        budget, candidates = (_count(number, view.body) for number in (policy.budget, policy.candidates))
+        budget = _count(policy.budget, view.body)
+        scales = torch.cat([s.scales[g, : s.count] for s in view.sketches])
+        noise = sketches.score_noise(query, scales, rotation.bits, scale=self.scale, sinks=view.sinks)
         keys = self.rows[g][0]
 
         def logits(ids: Tensor) -> Tensor:
@@ -758,7 +760,11 @@ class _Heads:
             if rows > budget and rows > policy.limit * view.body:
                 ids = torch.arange(view.sinks, view.indexed_to, dtype=torch.int64, device="cpu")
                 return ids, torch.zeros(view.body, dtype=torch.float32, device="cpu")
-            ids, log_u = sketches.draw(weights, logits, rows, -(-rows * candidates // budget), start)
+            if policy.candidates:
+                candidates = -(-rows * _count(policy.candidates, view.body) // budget)
+            else:
+                candidates = sketches.candidates_by_noise(rows, noise)
+            ids, log_u = sketches.draw(weights, logits, rows, candidates, start)
             sample = ids, log_u.float()
             if policy.epsilon <= 0:
                 return sample

@@ -27,7 +27,7 @@ from magicpig.placement.base import LayerStep, Stepped, append, exact_pieces
 from magicpig.placement.device import Device
 from magicpig.placement.schedule import Slot, by_turns, round_trip
 from magicpig.placement.two_places import TwoPlaces
-from magicpig.samplers.sketch import Sketch, SketchIndex
+from magicpig.samplers.sketch import Sketch, SketchIndex, candidates_for
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample
 
@@ -112,6 +112,7 @@ class _Part:
         self.query = send(device, "query", step.query[b].float().reshape(G, self.R, D))
         self.rows, self.row_count = send_rows(device, self.store, window), sum(keys.shape[1] for keys, _ in window)
         self.wanted = [store_budget(self.store)] * G
+        self.noise = self._noise(step.query[b].float().reshape(G, self.R, D))
         self.weights: Tensor | None = None
         self.window: AttentionState | None = None
         self.half: SampledHalf | None = None
@@ -321,7 +322,16 @@ class _Part:
 
     def _first(self, g: int) -> int:
         """How many candidates a kv head draws: at least the rows that are drawn of them."""
-        return max(self.wanted[g], self.store.draw.candidates_for(self.store.body, self.wanted[g]))
+        return candidates_for(self.store.draw, self.store.body, self.wanted[g], self.noise[g])
+
+    def _noise(self, query: Tensor) -> list[float]:
+        """Of the scores of each kv head, which the host knows as well; query: (G, R, D)."""
+        index, rule = self.store.index, self.step.rule
+        if self.place.way == "host" or not self.store.body:
+            return []
+        assert isinstance(index, SketchIndex)
+        sinks = self.store.policy.sinks
+        return [index.noise(own, g, scale=rule.scale, sinks=sinks) for g, own in enumerate(query)]
 
     def _slot(self) -> Slot:
         """New buffers: they are as large as this draw, and the allocator of the device has those of the last one."""

@@ -19,7 +19,7 @@ from magicpig.kernels.base import padded
 from magicpig.placement.schedule import Slot, by_turns, round_trip
 from magicpig.placement.simulated import Simulated
 from magicpig.samplers import sampler_of
-from magicpig.samplers.sketch import Sketch
+from magicpig.samplers.sketch import Sketch, candidates_for
 from magicpig.settings import DrawPolicy, IndexSpec, Policy
 from magicpig.store.planner import LayerShape, plan
 from magicpig.types import MemoryUse
@@ -27,6 +27,7 @@ from magicpig.types import MemoryUse
 PlaceName = Literal["exact", "gpu", "gpu_index", "host"]
 """exact: attention over everything, in the memory of the GPU, to compare with."""
 PLACES: tuple[PlaceName, ...] = get_args(PlaceName)
+USUAL_NOISE = 0.8  # of the scores of a sketch, in nats: as of most heads of a trained model with two bits
 SPARE = 0.05  # of the GPU's memory, for activations and what libraries keep
 
 
@@ -185,7 +186,7 @@ def _traffic(
         return _Traffic(0, 0, seen * layer.kv_heads * row, 0, 0)
     draws, body = DrawPolicy.of(config), end - policy.sinks
     drawn = layer.kv_heads * draws.budget_for(body)
-    candidates = layer.kv_heads * draws.candidates_for(body, draws.budget_for(body))
+    candidates = layer.kv_heads * candidates_for(draws, body, draws.budget_for(body), USUAL_NOISE)
     read = (candidates + drawn) * row / 2
     window = (policy.sinks + context - end) * layer.kv_heads * row
     heads = layer.query_heads or layer.kv_heads

@@ -19,12 +19,18 @@ from torch import Tensor
 from magicpig.kernels import algorithm
 from magicpig.kernels.arena import Arena, Memory, block_capacity
 from magicpig.kernels.base import BLOCK_ROWS, SKETCH_KEYS, Kernels, SketchSegment, View, as_rows, sketch_shapes
-from magicpig.kernels.sketch.reference import EXACT_SHARE
+from magicpig.kernels.sketch.reference import EXACT_SHARE, candidates_by_noise, score_noise
 from magicpig.samplers.base import Context, Costs, Fetch, Found, Index, Rows, Sampler
 from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.types import AttentionState, Sample
 
 ROTATION_SEED = 0  # where a walk along the weights starts is random enough, and then all seeds share an index
+
+
+def candidates_for(policy: DrawPolicy, body: int, rows: int, noise: float) -> int:
+    """How many of `body` keys are drawn first, to draw `rows` of them. noise: of a score, see `score_noise`."""
+    given = policy.candidates_for(body, rows)
+    return max(rows, candidates_by_noise(rows, noise) if given is None else given)
 
 
 class _Block:
@@ -95,6 +101,11 @@ class SketchIndex(Index):
         """All of the sketch, by position."""
         parts = zip(self.blocks, self.counts(), strict=True)
         return [replace(block.segment, count=count) for block, count in parts]
+
+    def noise(self, query: Tensor, head: int, *, scale: float, sinks: int) -> float:
+        """Of the scores that the queries (R, D) of a kv head give its keys, in nats: see `score_noise`."""
+        scales = torch.cat([segment.scales[head, : segment.count] for segment in self.segments()])
+        return score_noise(query, scales, self._sampler.bits, scale=scale, sinks=sinks)
 
     def connect(self, kernels: Kernels, view: View) -> None:
         kernels.set_sketches(view, self.segments())
@@ -211,7 +222,8 @@ class Sketch(Sampler):
         """The sample of one kv head, its keys and its values."""
         body, softcap = context.end - context.sinks, context.softcap or 0.0
         rows = policy.budget_for(body) if rows is None else rows
-        candidates = policy.candidates_for(body, rows)
+        noise = index.noise(query, head, scale=context.scale, sinks=context.sinks)
+        candidates = candidates_for(policy, body, rows, noise)
         place: dict[str, Any] = {
             "seed": policy.seed,
             "layer": context.layer,
@@ -236,14 +248,15 @@ class Sketch(Sampler):
     def reference(
         self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context
     ) -> tuple[AttentionState, list[Sample]]:
-        budget = policy.budget_for(context.end - context.sinks)
+        body = context.end - context.sinks
+        budget = policy.budget_for(body)
         return algorithm.attend_sketch(
             query,
             keys,
             values,
             bits=self.bits,
             budget=budget,
-            candidates=policy.candidates_for(context.end - context.sinks, budget),
+            candidates=policy.candidates_for(body, budget),
             epsilon=policy.epsilon,
             sinks=context.sinks,
             recent=keys.shape[1] - context.end,

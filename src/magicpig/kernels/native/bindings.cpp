@@ -597,15 +597,15 @@ NB_MODULE(_native, m) {
       .def_ro("head_dim", &SketchSampler::head_dim)
       .def(
           "__init__",
-          [](SketchSampler* self, int head_dim, int bits, float distance, Address rotation) {
-            new (self) SketchSampler{head_dim, bits, distance, {}};
+          [](SketchSampler* self, int head_dim, int bits, float distance, double noise, Address rotation) {
+            new (self) SketchSampler{head_dim, bits, distance, noise, {}};
             self->rows.assign(static_cast<size_t>(head_dim) * self->dim(), 0.0f);
             for (int d = 0; d < head_dim; ++d) {
               std::copy_n(at<const float>(rotation) + static_cast<int64_t>(d) * head_dim, head_dim,
                           self->rows.begin() + static_cast<int64_t>(d) * self->dim());
             }
           },
-          "head_dim"_a, "bits"_a, "distance"_a, "rotation"_a);
+          "head_dim"_a, "bits"_a, "distance"_a, "noise"_a, "rotation"_a);
 
   nb::class_<StoreView>(m, "StoreView")
       .def(

@@ -56,6 +56,7 @@ struct Pair {
   std::mutex mutex;                    // of the next line
   std::unique_ptr<ScanMemory> memory;  // from its first scan to its draw
   WeightRule rule;                     // of its sketch
+  double scale_square;                 // of its keys in the sketch, the mean over a pilot
 };
 
 // Everything the tasks of one step share.

@@ -1,6 +1,7 @@
 // The sampled part of a step: look up and attend, or score, weigh, draw and attend.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "parallel.h"
 #include "plan.h"
@@ -139,6 +140,7 @@ void make_rules(Plan& plan) {
     for (int64_t i = 0; i < blocks; i += kPilotPart) parts.push_back({p, i, std::min(blocks, i + kPilotPart)});
   }
   std::vector<ScoreSum> sums(parts.size() * plan.group);
+  std::vector<double> squares(parts.size());
   parallel(static_cast<int64_t>(parts.size()), [&](int64_t i) {
     const Part& part = parts[i];
     const StoreView& store = plan.store_of(part.pair);
@@ -146,6 +148,7 @@ void make_rules(Plan& plan) {
     const std::vector<const float*> lanes = scored_lanes(plan, part.pair);
     sum_pilot({store.sketch->layout(), plan.dim, store.stride_shift, plan.group, rules.data(), lanes.data()},
               pieces[part.pair], pilot(part.pair), part.begin, part.end, sums.data() + i * plan.group);
+    squares[i] = sum_scale_squares(pieces[part.pair], pilot(part.pair), part.begin, part.end);
   });
   for (size_t i = 0; i < parts.size();) {
     const int64_t p = parts[i].pair;
@@ -153,6 +156,8 @@ void make_rules(Plan& plan) {
     while (end < parts.size() && parts[end].pair == p) ++end;
     plan.pairs[p].rule =
         weight_rule(score_rules(plan, p), sums.data() + i * plan.group, static_cast<int64_t>(end - i), pilot(p));
+    plan.pairs[p].scale_square =
+        std::accumulate(squares.begin() + i, squares.begin() + end, 0.0) / static_cast<double>(pilot(p).key_count());
     i = end;
   }
 }
@@ -200,6 +205,16 @@ struct DrawingGroup {
         head(static_cast<int>(pair % plan.heads)),
         first_query(plan.first_query(pair)) {
     for (int r = 0; r < plan.group; ++r) queries[r] = plan.lanes + (first_query + r) * plan.dim;
+  }
+
+  // How far scores are from logits: see score_noise in the reference.
+  double noise(double scale_square) const {
+    double squares = 0;
+    for (int r = 0; r < plan.group; ++r) {
+      const double norm = plan.norms[first_query + r];
+      squares += norm * norm;
+    }
+    return plan.step.rule.scale * std::sqrt(squares / plan.group * scale_square * store.sketch->noise);
   }
 
   uint64_t start(int phase, int64_t rows, uint64_t step) const {
@@ -266,7 +281,12 @@ void draw(const Plan& plan, int64_t index) {
   const DrawPolicy& policy = store.policy;
   const int64_t body = store.body();
   ScanMemory& memory = *pair.memory;
-  const int64_t budget = count_of(policy.budget, body), candidates = count_of(policy.candidates, body);
+  const int64_t budget = count_of(policy.budget, body);
+  const double noise = group.noise(pair.scale_square);
+  const auto candidates_of = [&](int64_t rows) {
+    if (policy.candidates <= 0) return candidates_by_noise(rows, noise);
+    return (rows * count_of(policy.candidates, body) + budget - 1) / budget;
+  };
   const int first_state = plan.units[pair.first_scan].first_state;
   State* states = plan.states + first_state;
   const double most = policy.limit * static_cast<double>(body);
@@ -282,11 +302,11 @@ void draw(const Plan& plan, int64_t index) {
       attend_positions(plan, index, store.sinks, store.indexed_to, states);
       break;
     }
-    const int64_t own_candidates = (rows * candidates + budget - 1) / budget, first = std::max(rows, own_candidates);
+    const int64_t candidates = candidates_of(rows), first = std::max(rows, candidates);
     memory.weights.settle_step(first);
     memory.weights.pick(group.start(1, first, memory.weights.step()), &memory.ids, &memory.log_u);
     group.score(memory);
-    if (own_candidates > rows) draw_again(group, rows, memory);
+    if (candidates > rows) draw_again(group, rows, memory);
     group.attend(memory, states);
     if (policy.epsilon <= 0) break;
     const float worst = worst_error(plan, index);

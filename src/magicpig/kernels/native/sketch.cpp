@@ -214,6 +214,29 @@ void sum_pilot(const ScoredGroup& group, const std::vector<SketchPiece>& pieces,
                        {nullptr, per_head, shift}, sums);
 }
 
+double sum_scale_squares(const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin, int64_t end) {
+  double total = 0;
+  auto piece = pieces.begin();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = pilot.block(i) * kSketchKeys;
+    while (first >= piece->first + piece->count) ++piece;
+    float scales[kSketchKeys];
+    kernels().to_float(Dtype::f16, piece->scales + first - piece->first, kSketchKeys, scales);
+    const int64_t from = std::max<int64_t>(0, pilot.sinks - first),
+                  to = std::min<int64_t>(kSketchKeys, pilot.keys - first);
+    for (int64_t j = from; j < to; ++j) total += static_cast<double>(scales[j]) * scales[j];
+  }
+  return total;
+}
+
+int64_t candidates_by_noise(int64_t rows, double noise) {
+  constexpr std::pair<double, int> kForTwoRows[] = {{0.3, 2}, {0.7, 3}, {0.95, 4}, {1.3, 6}, {1.8, 8}, {2.5, 12}};
+  for (const auto& [most, count] : kForTwoRows) {
+    if (noise <= most) return (rows * count + 1) / 2;
+  }
+  return rows * 8;
+}
+
 WeightRule weight_rule(const std::vector<ScoreRule>& head_rules, const ScoreSum* sums, int64_t parts,
                        const Pilot& pilot) {
   const int heads = static_cast<int>(head_rules.size());

@@ -12,6 +12,7 @@ namespace magicpig {
 struct SketchSampler {
   int head_dim, bits;
   float distance;  // between levels, relative to the length of a key
+  double noise;    // what a level misses of a coordinate: mean square, over that of the scale
   std::vector<float> rows;
 
   int dim() const { return (head_dim + kLane - 1) / kLane * kLane; }
@@ -88,6 +89,12 @@ constexpr int64_t kPilotPart = 64;
 // Sums of the powers of the scores of blocks begin <= i < end of a pilot, one a head. The pieces, in order, have all keys.
 void sum_pilot(const ScoredGroup& group, const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin,
                int64_t end, ScoreSum* sums);
+
+// The sum of the squares of the scales of those keys.
+double sum_scale_squares(const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin, int64_t end);
+
+// How many candidates to draw for a sample of `rows`, by the noise of a score: see candidates_by_noise in the reference.
+int64_t candidates_by_noise(int64_t rows, double noise);
 
 // How the scores of a group become weights.
 struct WeightRule {

@@ -40,10 +40,10 @@ struct HitLaw {
 
 // How much is drawn, and by which luck. It may change between any two steps.
 struct DrawPolicy {
-  double budget = 512;       // a sketch: rows of a kv head and step; below 1 a share of the body
-  double candidates = 2048;  // a sketch: keys that these are drawn from, by their logits; likewise
-  float epsilon = 0;         // a sketch: predicted error at which a draw is good enough; 0: never asked
-  double limit = 1;          // a sketch: share of the body; a draw that would need more of it reads all of it
+  double budget = 512;    // a sketch: rows of a kv head and step; below 1 a share of the body
+  double candidates = 0;  // a sketch: keys that these are drawn from, by their logits; likewise. 0: by its noise
+  float epsilon = 0;      // a sketch: predicted error at which a draw is good enough; 0: never asked
+  double limit = 1;       // a sketch: share of the body; a draw that would need more of it reads all of it
   uint64_t seed = 0;
   std::shared_ptr<const HitLaw> law;  // hashing
 };

@@ -19,6 +19,13 @@ from torch import Tensor
 # spacing, and its codes are numbers: a score is a product of integers, without look-ups.
 LEVEL_DISTANCE = {1: 1.5956, 2: 0.9957, 3: 0.5860, 4: 0.3352}
 
+# What a level misses of a coordinate, the mean of its square over the square of the key's scale.
+LEVEL_NOISE = {1: 0.5708, 2: 0.4795, 3: 0.4361, 4: 0.4109}
+
+# Candidates for two rows, by the noise of a score up to which they do: see score_noise and docs/decisions/0022.
+CANDIDATES = ((0.3, 2), (0.7, 3), (0.95, 4), (1.3, 6), (1.8, 8), (2.5, 12))
+MOST_CANDIDATES = 16
+
 FLOOR = 0.05  # share of the weight that all keys get alike, so that no key a query overlooked can weigh too much
 WEIGHT_BITS = 30  # all weights together are about 2**30
 MOST_BITS = 27  # no weight is more than 2**27 above the floor: sixteen of them fit 32 bits
@@ -148,6 +155,24 @@ def score(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return logits / math.log(2.0)
+
+
+def score_noise(query: Tensor, scales: Tensor, bits: int, *, scale: float, sinks: int = 0) -> float:
+    """The standard deviation by which scores miss logits, in nats, of heads ``query`` (R, D) in root mean square.
+
+    scales (n,): of the keys, those of a `pilot` are looked at. A rotated key is off by as much in each coordinate, and
+    by what the others do not know of, so the square is that of the query times that of a coordinate. A softcap, which
+    brings both closer, is left out.
+    """
+    own = scales[pilot(len(scales), sinks)].double()
+    square = query.double().square().sum(1).mean() * own.square().mean() * LEVEL_NOISE[bits]
+    return scale * math.sqrt(square)
+
+
+def candidates_by_noise(rows: int, noise: float) -> int:
+    """How many candidates to draw so that the sample of `rows` of them errs little more than one by perfect weights."""
+    for_two = next((count for most, count in CANDIDATES if noise <= most), MOST_CANDIDATES)
+    return -(-rows * for_two // 2)
 
 
 def power_of_two(x: Tensor, most: float = 127.0) -> Tensor:
