@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"  # what decoders put where bytes are no character, or not yet one
-WINDOW = 32  # tokens that are decoded anew with each new one, at most about twice as many
+WINDOW = 16  # tokens that are decoded anew with each new one, at most about twice as many
 OVERLAP = 8  # of these, kept when the window moves on
 
 
@@ -109,6 +109,8 @@ class StopStrings:
 
 def _common(a: str, b: str) -> str:
     """The longest beginning that two texts share."""
+    if b.startswith(a):  # nearly always, and a hundred times as fast
+        return a
     size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return a[:size]
 

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -340,7 +341,9 @@ class _Step:
 
     def outcomes(self, logits: Tensor) -> list[Outcome]:
         outcomes, end = [], 0
-        largest, tokens = (found.tolist() for found in logits.max(-1))
+        # The first of the largest, as torch's argmax finds it, which takes fifteen times as long.
+        found = logits.numpy().argmax(-1)
+        tokens, largest = found.tolist(), logits.numpy()[numpy.arange(len(found)), found].tolist()
         for i, piece in enumerate(self.work):
             begin, end = end, end + piece.logits
             error = self.failed.get(i)

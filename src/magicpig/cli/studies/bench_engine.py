@@ -39,8 +39,8 @@ def engine(
     samplers: Samplers = "full,sketch",
     settings: dict[str, Any],
     dtype: ModelDtype = Dtype.auto,
-    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Steps in a row.")] = 20,
-    repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Turns of engine and bare model.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Steps of a turn.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Turns.")] = 5,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:

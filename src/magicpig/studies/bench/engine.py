@@ -36,7 +36,8 @@ class Result:
     """Medians in milliseconds of one step of `running` sequences behind `context` tokens each.
 
     step_ms: of the engine; packed_ms: of these, the forward pass with attention; bare_ms: of the bare forward pass.
-    overhead: step_ms / bare_ms - 1. calls, quiet_calls: how many were timed, and how many never waited (quiet.py).
+    overhead: median of step / bare - 1 over steps and the bare passes right behind them. calls, quiet_calls: how many
+    were timed, and how many never waited (quiet.py).
     """
 
     name: str
@@ -63,7 +64,7 @@ def measure(
     rounds: int,
     on_round: Callable[[], None] = lambda: None,
 ) -> list[Result]:
-    """Steps of the engine and bare passes in turns, `steps` of each a round, by each of the named settings."""
+    """A step of the engine, then a bare pass, and so on, `steps` of each a round, by each of the named settings."""
     contexts = [_made_up(network, context, seed) for seed in range(running)]
     return [
         _measure(network, tokenizer, name, config, contexts, steps=steps, rounds=rounds, on_round=on_round)
@@ -112,15 +113,16 @@ def _measure(
         ours: list[Timing] = []
         bares: list[Timing] = []
         for turn in range(rounds + 1):
-            network.set_attn_implementation(PACKED)
-            times = [timed(engine.step) for _ in range(WARM_UP if turn == 0 else steps)]
-            network.set_attn_implementation(NAME)
-            others = [timed(bare) for _ in range(WARM_UP if turn == 0 else steps)]
+            for _ in range(WARM_UP if turn == 0 else steps):
+                network.set_attn_implementation(PACKED)
+                ours.append(timed(engine.step))
+                network.set_attn_implementation(NAME)
+                bares.append(timed(bare))
             if turn == 0:
-                packed.clear()
-                continue
-            ours, bares = ours + times, bares + others
-            on_round()
+                for warm in (ours, bares, packed):
+                    warm.clear()
+            else:
+                on_round()
         network.set_attn_implementation(PACKED)
         step_ms, bare_ms = (statistics.median(quiet_ms(each)) for each in (ours, bares))
         quiet = count([*ours, *bares])
@@ -132,7 +134,7 @@ def _measure(
             step_ms=step_ms,
             packed_ms=statistics.median(quiet_ms(passes)),
             bare_ms=bare_ms,
-            overhead=step_ms / bare_ms - 1,
+            overhead=ratio(ours, bares) - 1,
             tokens_per_s=1e3 * running / step_ms,
             calls=quiet.calls,
             quiet_calls=quiet.quiet,
@@ -140,6 +142,16 @@ def _measure(
     finally:
         engine.close()
         detach(network)
+
+
+def ratio(ours: Sequence[Timing], others: Sequence[Timing]) -> float:
+    """Median of ours / others over pairs that were timed one behind the other; those that never waited, if any.
+
+    What a busy machine does to both of a pair is gone.
+    """
+    pairs = list(zip(ours, others, strict=True))
+    quiet = [pair for pair in pairs if not (pair[0].waited or pair[1].waited)]
+    return statistics.median(a.ms / b.ms for a, b in quiet or pairs)
 
 
 def _made_up(network: Any, context: int, seed: int) -> SequenceState:
