@@ -1,5 +1,5 @@
 # make demo | evidence | test | test-slow | test-all | test-page | test-ray | test-levels | test-reference |
-#      test-lowest | test-newest | soak | kills | coverage | clang | test-clang | sanitize | gpu-dry-run |
+#      test-lowest | test-newest | soak | kills | overload | coverage | clang | test-clang | sanitize | gpu-dry-run |
 #      gpu-wheels | lint | format | stub | constraints | wheel | clean
 # Everything lives in .venv and build/. A second run reuses what is there.
 PYTHON ?= python3
@@ -22,7 +22,7 @@ CAPTURE := build/real/pride-8K.safetensors
 NATIVE := CMakeLists.txt $(shell find src/magicpig -name '*.cpp' -o -name '*.h')
 
 .PHONY: setup demo evidence test test-slow test-all test-page test-ray test-levels test-reference test-lowest \
-  soak kills test-newest coverage clang test-clang sanitize gpu-dry-run gpu-wheels lint format stub constraints \
+  soak kills overload test-newest coverage clang test-clang sanitize gpu-dry-run gpu-wheels lint format stub constraints \
   wheel clean
 .DEFAULT_GOAL := setup
 
@@ -82,12 +82,14 @@ test-ray: setup
 	$(BIN)/python -m pytest -n 0 -m ray tests/server/test_replicas.py $(ARGS)
 
 # Whether a server lasts, on a machine with nothing else to do: ten minutes of clients who come and go; fifty times kill
-# -9.
+# -9; four times as many clients as there is memory for.
 LASTING = $(BIN)/python .ci/endurance.py
 soak: setup
 	$(LASTING) soak $(ARGS) -- --memory 4 --cache-share 0.1
 kills: setup
 	$(LASTING) kills --words 2000 $(ARGS) -- --memory 1
+overload: setup
+	$(LASTING) overload --words 1000 $(ARGS) -- --memory 0.06
 
 # What depends on numbers once more, with each instruction set as the default that the machine has besides its best, or
 # can emulate where it lacks the real one.

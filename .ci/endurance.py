@@ -1,4 +1,5 @@
-"""Whether a server lasts: `soak` under load, `kills` with its cache. See Makefile.
+"""Whether a server lasts: `soak` under load, `kills` with its cache, `overload` with more than it has room for. See
+Makefile.
 
 Each starts a server of its own, says what it saw as one JSON object, and fails if that is not as it must be.
 """
@@ -20,11 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 
-from magicpig.studies.bench.serving import Load, drive, prompts
+from magicpig.studies.bench.serving import Load, drive, prompts, quantile
 
 GROWTH = 64 << 20  # bytes that a process may be larger after a soak than after its first tenth
 
@@ -37,6 +39,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)  # a new one for each question would take longer than it
         command = [sys.executable, "-m", "magicpig", "serve", "--port", str(self.port), *options]
         with log.open("a") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr)
@@ -51,10 +54,10 @@ class Server:
         self.process.kill()
         sys.exit(f"the server did not start: {log.read_text()[-2000:]}")
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+    def metric(self, *names: str) -> float:
+        """The sum of metrics over their labels."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] in names)
 
     @property
     def resident(self) -> int:
@@ -78,6 +81,7 @@ def serving(log: Path, *options: str) -> Iterator[Server]:
     try:
         yield server
     finally:
+        server.http.close()
         server.process.kill()
         server.process.wait()
 
@@ -109,7 +113,7 @@ def hang_ups(server: Server, clients: int) -> float:
         leave.set()
         for each in done:
             each.result()
-        while server.metric("magicpig_running") + server.metric("magicpig_reserved_bytes") > 0:
+        while server.metric("magicpig_running", "magicpig_reserved_bytes") > 0:
             if time.monotonic() - start > 60:
                 break
             time.sleep(0.01)
@@ -191,6 +195,62 @@ def kills(arguments: argparse.Namespace, log: Path) -> tuple[dict[str, object], 
     return found, not damaged and warm == arguments.times - 1
 
 
+def overload(arguments: argparse.Namespace, log: Path) -> tuple[dict[str, object], bool]:
+    """Four times as many clients as memory has room for, who wait or get status 429; beside as many as there is room.
+
+    Latency is that of requests that were let in: seconds from then to their end on average, and between their tokens.
+    """
+    words = (arguments.words, arguments.words)
+    options = [*arguments.options, "--cache-share", "0"]
+
+    def load(server: Server, clients: int, seed: int, times: int = 3) -> dict[str, float | None]:
+        sums = [f"magicpig_{name}_seconds_{part}" for name in ("request", "queue") for part in ("sum", "count")]
+        before = [server.metric(name) for name in sums]
+        each = Load(requests=clients * times, concurrency=clients, words=words, max_tokens=arguments.tokens, seed=seed)
+        outcomes = drive(f"{server.url}/v1", each, timeout=3600).outcomes
+        total, ended, queued, _ = (server.metric(name) - b for name, b in zip(sums, before, strict=True))
+        gaps = [gap for outcome in outcomes for gap in outcome.gaps]
+        refused = sum(outcome.error == "status 429" for outcome in outcomes)
+        return {
+            "clients": clients,
+            "answered": ended,
+            "refused": refused,
+            "errors": sum(outcome.error not in (None, "no text") for outcome in outcomes) - refused,
+            "let_in_to_end_s": (total - queued) / ended,
+            "next_token_s_p50": quantile(gaps, 0.5),
+            "next_token_s_p95": quantile(gaps, 0.95),
+        }
+
+    found: dict[str, Any] = {}
+    with serving(log, *options) as server:
+        most, done = 0.0, threading.Event()
+
+        def watch() -> None:
+            nonlocal most
+            while not done.wait(0.05):
+                most = max(most, server.metric("magicpig_running"))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        load(server, 16, 0, times=1)
+        done.set()
+        watcher.join()
+        room = int(most)
+        found["room_for"] = room
+        found["as_many"] = load(server, room, 1)
+        found["four_times_waiting"] = load(server, 4 * room, 2)
+        alive = [server.process.poll() is None, server.end() == 0]
+    with serving(log, *options, "--max-waiting", str(room)) as server:
+        found["four_times_refused"] = load(server, 4 * room, 3)
+        alive += [server.process.poll() is None, server.end() == 0]
+    found["alive"] = all(alive)
+    alone, waiting, refused = (found[name] for name in ("as_many", "four_times_waiting", "four_times_refused"))
+    good = all(alive) and room < 16 and refused["refused"] > 0 and alone["refused"] + waiting["refused"] == 0
+    for one in (waiting, refused):
+        good = good and all(one[name] <= 2 * alone[name] for name in ("let_in_to_end_s", "next_token_s_p95"))
+    return found, good and not any(one["errors"] for one in (alone, waiting, refused))
+
+
 def _ask_in_vain(server: Server, text: str) -> None:
     with contextlib.suppress(httpx.HTTPError):
         server.ask(text, max_tokens=8)
@@ -199,10 +259,10 @@ def _ask_in_vain(server: Server, text: str) -> None:
 def main() -> None:
     """Runs what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="after --: options of magicpig serve")
-    parser.add_argument("what", choices=["soak", "kills"])
+    parser.add_argument("what", choices=["soak", "kills", "overload"])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--words", type=int, default=12000, help="of the longest prompt")
+    parser.add_argument("--words", type=int, default=16000, help="of the longest prompt")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--times", type=int, default=50)
     own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
