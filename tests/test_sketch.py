@@ -10,6 +10,7 @@ from magicpig import Config, attend
 from magicpig.attention.step import attend_stores, decode_step
 from magicpig.kernels import algorithm, base, cpu
 from magicpig.kernels.attend import reference as rows
+from magicpig.kernels.sketch.reference import SLACK
 from magicpig.store import KVStore
 from magicpig.store.planner import LayerShape, plan
 from magicpig.studies.bench.synthetic import synthetic_context
@@ -207,7 +208,7 @@ def test_epsilon_draws_more_until_the_prediction_is_small_enough(isa):
         state, info = attend_stores(query, [store], scale=0.125)
         drawn[epsilon] = [set(info.ids[0][4 * g].tolist()) for g in range(2)]
         if epsilon is not None:
-            assert float(info.predicted_error.max()) <= epsilon
+            assert float(info.predicted_error.max()) <= SLACK * epsilon
     for g in range(2):
         assert len(drawn[None][g]) < len(drawn[0.1][g]) < len(drawn[0.05][g])
         assert 29 <= len(drawn[None][g]) <= 31
@@ -217,8 +218,28 @@ def test_epsilon_draws_more_until_the_prediction_is_small_enough(isa):
     torch.testing.assert_close(state.output, exact[:, :, 0], rtol=1e-4, atol=1e-5)
     settings = {"sampler": "sketch", "budget": 30, "epsilon": 0.05, "sinks": 3, "recent": 20, "block": 32}
     _, _, info = attend(query[:, :, None].double(), keys[None].double(), values[None].double(), **settings)
-    assert float(info.predicted_error.max()) <= 0.05
+    assert float(info.predicted_error.max()) <= SLACK * 0.05
     assert [len(info.ids[0][4 * g]) for g in range(2)] == pytest.approx([len(ids) for ids in drawn[0.05]], rel=0.25)
+
+
+def test_errors_are_as_small_as_asked_whatever_the_heads_are_like():
+    # Half of the groups have their weight on few keys: these need a tenth of the rows.
+    errors, drawn = [], []
+    for seed, sharper in [(0, 1.0), (1, 2.0)]:
+        data = synthetic_context(8192, heads=8, kv_heads=2, head_dim=64, steps=2, seed=seed)
+        queries = sharper * data.queries
+        store = make_store(data.keys[:, :8192], data.values[:, :8192], epsilon=0.1, budget=512)
+        for query in queries:
+            state, info = attend_stores(query[None], [store], scale=data.scale)
+            exact = attend(query[None, :, None], *(x[None, :, :8192] for x in (data.keys, data.values)), sampler="full")
+            away = state.output[0] - exact[0][0, :, 0]
+            errors.append((away.norm(dim=1) / exact[0][0, :, 0].norm(dim=1), info.predicted_error[0]))
+            drawn.append(float(info.rows.float().mean()))
+    true, predicted = (torch.cat(x) for x in zip(*errors, strict=True))
+    assert float((true <= 0.1).float().mean()) >= 0.9
+    assert float((true <= 0.15).float().mean()) >= 0.99
+    assert float(predicted.max()) <= SLACK * 0.1
+    assert max(drawn[2:]) < 0.7 * min(drawn[:2])
 
 
 def test_predictions_are_counted():

@@ -68,7 +68,8 @@ class Config(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="A sketch draws more than the budget until it predicts a smaller error than this for every head.",
+        description="Relative error that the output of a head may have: a sketch draws as many rows as that takes, "
+        "step by step, instead of the budget; where it would be a quarter of the keys, all.",
     )
     centre: bool = Field(
         True, description="Subtract the mean of the keys before they are indexed; without, to see why it is done."

@@ -290,7 +290,7 @@ def test_over_all_starts_of_both_phases_sums_are_exact(rows):
         again = sketch.step_for(sketch.weigh_logits(logits[:, ids], log_u), rows)
         seconds = range(0, again, max(1, again // 400))
         for second in seconds:
-            drawn, log_uu = sketch.draw(weights, lambda i: logits[:, i], rows, 8, starts_of(start, second))
+            drawn, log_uu = sketch.draw(weights, lambda i: logits[:, i], rows, 8, starts_of(start, second))[:2]
             assert abs(len(drawn) - rows) <= 1
             assert set(drawn.tolist()) <= set(ids.tolist())
             total += (logits[:, drawn] - log_uu).exp() @ values[drawn] / len(seconds) / step
@@ -315,20 +315,75 @@ def test_as_many_candidates_as_rows_are_the_sample():
 
 def test_all_keys_as_candidates_are_drawn_by_their_logits_alone():
     logits = 2 * normal(3, 500)
-    ids, log_u = sketch.draw(integers(500, high=9), lambda i: logits[:, i], 60, 500, starts_of(0, 77777))
+    ids, log_u = sketch.draw(integers(500, high=9), lambda i: logits[:, i], 60, 500, starts_of(0, 77777))[:2]
     weights = sketch.weigh_logits(logits, torch.zeros(500))
     expected = sketch.pick(weights, sketch.step_for(weights, 60), 77777)
     assert torch.equal(ids, expected[0])
     assert torch.equal(log_u, expected[1])
 
 
-@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.3])
-def test_an_error_twice_as_large_takes_four_times_the_rows(epsilon):
-    aim = sketch.AIM * epsilon
-    assert [sketch.more_rows(64, factor * aim, epsilon) for factor in (1.9999, 3.9999)] == [256, 1024]
-    assert 64 < sketch.more_rows(64, 1.0001 * epsilon, epsilon) <= 2 * 64
-    assert sketch.more_rows(64, math.inf, epsilon) > 2**25
-    assert sketch.more_rows(64, math.nan, epsilon) > 2**25
+def all_drawn(logits: torch.Tensor, rows: int) -> sketch.TwoPhases:
+    """A draw of `rows` keys of which all are candidates."""
+    n = logits.shape[1]
+    return sketch.draw(torch.full((n,), 1000), lambda ids: logits[:, ids], rows, n, starts_of(0, 12345))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+def test_as_many_rows_are_drawn_as_the_error_asked_for_takes(spread, seed):
+    # All keys are candidates and all values are as far from the output: errors follow from the probabilities alone.
+    n, epsilon, logits = 4000, 0.05, spread * normal(3, 4000, seed=seed)
+    shares = logits.softmax(1)
+    weights = sketch.weigh_logits(logits, torch.zeros(n))
+
+    def errors(rows: int) -> torch.Tensor:
+        u = (weights / sketch.step_for(weights, rows)).clamp(max=1).double()
+        return (shares.square() * (1 / u - 1)).sum(1).sqrt()
+
+    far = 0.4 / float(errors(64).max())  # of values: so that 64 rows err by 0.4, of an output as long as it seems
+    true = math.sqrt(1 - 0.4**2)  # what it is, over what it seems
+    rows = sketch.more_rows(64, all_drawn(logits, 64), logits, far * errors(64), epsilon)
+    assert far / true * float(errors(rows).max()) <= 1.02 * sketch.AIM * epsilon
+    # No more than an eighth of an octave, and eight rows, above that
+    assert far / true * float(errors(int(rows / 1.12) - 8).max()) > sketch.AIM * epsilon
+
+
+def test_candidates_stand_for_the_keys_that_they_were_drawn_from():
+    # Of equal keys: (N/B - 1) falls as the square of the error.
+    n, epsilon, error = 100_000, 0.1, 0.3
+    logits = torch.zeros(2, n, dtype=torch.float64)
+    drawn = sketch.draw(torch.full((n,), 1000), lambda ids: logits[:, ids], 64, 256, starts_of(3, 5))
+    rows = sketch.more_rows(64, drawn, logits[:, drawn.candidates], torch.tensor([error, 0.01]), epsilon)
+    square = error**2 / (1 - error**2)
+    expected = n / (1 + (n / 64 - 1) * (sketch.AIM * epsilon) ** 2 / square)
+    assert expected <= 1.01 * rows <= 1.12 * expected + 8
+
+
+def test_one_phase_knows_the_square_root_law_alone():
+    logits = normal(2, 1000)
+    drawn = sketch.draw(integers(1000, high=10**6), lambda ids: logits[:, ids], 64, 64, starts_of(1, 2))
+    errors = torch.tensor([0.05, 3 * sketch.AIM * 0.1])
+    squares = float(errors[1]) ** 2
+    more = sketch.more_rows(64, drawn, logits[:, drawn.ids], errors, 0.1)
+    assert more == pytest.approx(64 * 9 / (1 - squares), abs=1)
+    assert sketch.more_rows(64, drawn, logits[:, drawn.ids], torch.tensor([0.0, 0.1]), 0.1) == 90
+
+
+@pytest.mark.parametrize("errors", [[math.inf, 0.1], [0.1, math.nan]])
+def test_an_error_that_is_not_known_takes_everything(errors):
+    logits = normal(2, 1000)
+    assert sketch.more_rows(64, all_drawn(logits, 64), logits, torch.tensor(errors), 0.05) > 2**25
+
+
+def test_what_is_enough():
+    assert sketch.is_enough(0.05, 0.05, first=True)
+    assert not sketch.is_enough(0.051, 0.05, first=True)
+    assert sketch.is_enough(0.0549, 0.05, first=False)
+    assert not sketch.is_enough(0.056, 0.05, first=False)
+    assert not sketch.is_enough(math.nan, 0.05, first=False)
+    assert sketch.first_rows(512, None) == 512
+    assert sketch.first_rows(512, 0.05) == 64
+    assert sketch.first_rows(20, 0.05) == 20
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 100, 1024, 5000])

@@ -68,7 +68,7 @@ def test_two_phases_are_unbiased_given_both():
                 20,
                 80,
                 lambda number, step, draw=draw: sketch.start_for(0, 0, 0, draw, number, step),
-            )
+            )[:2]
             x = (logits[:, ids] - probability(ids, log_u)).exp()
             sums.append(torch.cat([x @ values[ids], x.sum(1, keepdim=True)], dim=1))
         drawn = torch.stack(sums)
@@ -140,7 +140,7 @@ class Group:
             budget,
             candidates,
             lambda number, step: sketch.start_for(0, 0, 0, draw, number, step),
-        )
+        )[:2]
         rows = self.keys[ids], self.values[ids]
         settings = {"scale": self.scale, "offset": self.offset}
         state = merge([self.certain, attend(self.query, *rows, log_u=log_u, **settings)])

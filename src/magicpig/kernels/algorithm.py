@@ -114,8 +114,9 @@ def attend_sketch(
     so many as the noise of the sketch asks for, see `candidates_by_noise`.
 
     Shapes, ``sinks``, ``recent``, ``stride`` and what is returned as in `attend_lsh`; bits of a code are 1 to 4. The
-    heads of a group share one sample. With ``epsilon`` larger samples are drawn until one predicts a smaller relative
-    error for all of them, or would have more than a quarter of the keys: then all are read. ``layer`` and
+    heads of a group share one sample. With ``epsilon`` a first one of few rows says how many it takes for a relative
+    error as small as that in all of them (`more_rows`), whatever the budget. Where that would be more than a quarter of
+    the keys, all are read. ``layer`` and
     ``first_head``, the place of key/value head 0 among those of the model, say with ``seed`` and N what is drawn.
     """
     kv_heads, tokens, head_dim = keys.shape
@@ -147,25 +148,27 @@ def attend_sketch(
         def start(draw: int, step: int, head: int = first_head + g) -> int:
             return sketch.start_for(seed, layer, head, tokens, draw, step)
 
-        rows = budget
+        rows = first = sketch.first_rows(budget, epsilon)
         while True:
-            everything = rows > budget and rows > sketch.EXACT_SHARE * (end - sinks)
+            everything = rows > first and rows > sketch.EXACT_SHARE * (end - sinks)
             if not everything:
                 wanted = (
                     sketch.candidates_by_noise(rows, noise) if candidates is None else -(-rows * candidates // budget)
                 )
-                found, log_u = sketch.draw(weights, logits, rows, wanted, start)
+                if epsilon is not None and rows == first:
+                    wanted = max(wanted, sketch.FIRST_CANDIDATES * rows)
+                draw = sketch.draw(weights, logits, rows, wanted, start)
+                sample = Sample(ids=draw.ids, log_u=draw.log_u)
             else:
                 found = torch.arange(sinks, end, dtype=torch.int64, device="cpu")
-                log_u = torch.zeros(end - sinks, dtype=torch.float64, device="cpu")
-            sample = Sample(ids=found, log_u=log_u)
+                sample = Sample(ids=found, log_u=torch.zeros(end - sinks, dtype=torch.float64, device="cpu"))
             drawn = key[sample.ids], value[sample.ids]
             sampled = attend(group, *drawn, scale=scale, log_u=sample.log_u, softcap=softcap)
             state = merge([exact, sampled])
-            error = float(predicted_error(state, group, *drawn, sample.log_u, scale=scale, softcap=softcap).max())
-            if epsilon is None or everything or error <= epsilon:
+            errors = predicted_error(state, group, *drawn, sample.log_u, scale=scale, softcap=softcap)
+            if epsilon is None or everything or sketch.is_enough(float(errors.max()), epsilon, first=rows == first):
                 break
-            rows = sketch.more_rows(rows, error, epsilon)
+            rows = sketch.more_rows(rows, draw, logits(draw.candidates), errors, epsilon)
         states.append(state)
         samples += [sample] * len(group)
 

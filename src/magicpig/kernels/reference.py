@@ -755,17 +755,19 @@ class _Heads:
         def start(number: int, step: int) -> int:
             return sketches.start_for(policy.seed, view.layer, view.first_head + g, view.length, number, step)
 
-        rows = budget
+        rows = first = sketches.first_rows(budget, policy.epsilon)
         while True:
-            if rows > budget and rows > policy.limit * view.body:
+            if rows > first and rows > policy.limit * view.body:
                 ids = torch.arange(view.sinks, view.indexed_to, dtype=torch.int64, device="cpu")
                 return ids, torch.zeros(view.body, dtype=torch.float32, device="cpu")
             if policy.candidates:
                 candidates = -(-rows * _count(policy.candidates, view.body) // budget)
             else:
                 candidates = sketches.candidates_by_noise(rows, noise)
-            ids, log_u = sketches.draw(weights, logits, rows, candidates, start)
-            sample = ids, log_u.float()
+            if policy.epsilon > 0 and rows == first:
+                candidates = max(candidates, sketches.FIRST_CANDIDATES * rows)
+            drawn = sketches.draw(weights, logits, rows, candidates, start)
+            sample = drawn.ids, drawn.log_u.float()
             if policy.epsilon <= 0:
                 return sample
             assert exact is not None
@@ -774,10 +776,10 @@ class _Heads:
             if self.sink_logits is not None:
                 sinks = self.sink_logits[heads.start : heads.stop].double()
                 whole = rows_of_attention.with_sink_logits(whole, sinks)
-            error = float(sampled.error(whole).max())
-            if error <= policy.epsilon:
+            errors = sampled.error(whole)
+            if sketches.is_enough(float(errors.max()), policy.epsilon, first=rows == first):
                 return sample
-            rows = sketches.more_rows(rows, error, policy.epsilon)
+            rows = sketches.more_rows(rows, drawn, logits(drawn.candidates), errors, policy.epsilon)
 
 
 def _count(number: float, body: int) -> int:

@@ -12,7 +12,7 @@ Sketches only; of stores with other samplers steps run as on `Cpu`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from magicpig.errors import ArgumentError
 from magicpig.kernels.algorithm import no_sample
+from magicpig.kernels.attend.reference import row_logits
 from magicpig.kernels.base import BLOCK_ROWS, SKETCH_KEYS, SampledHalf, padded
-from magicpig.kernels.sketch.reference import EXACT_SHARE, more_rows
+from magicpig.kernels.sketch.reference import EXACT_SHARE, TwoPhases, is_enough, more_rows
 from magicpig.placement.base import LayerStep, Stepped, append, exact_pieces
 from magicpig.placement.device import Device
 from magicpig.placement.schedule import Slot, by_turns, round_trip
 from magicpig.placement.two_places import TwoPlaces
-from magicpig.samplers.sketch import Sketch, SketchIndex, candidates_for
+from magicpig.samplers.sketch import Sketch, SketchIndex, candidates_for, first_rows_for
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample
 
@@ -111,7 +112,8 @@ class _Part:
         self.held = place.held(self.store)
         self.query = send(device, "query", step.query[b].float().reshape(G, self.R, D))
         self.rows, self.row_count = send_rows(device, self.store, window), sum(keys.shape[1] for keys, _ in window)
-        self.wanted = [store_budget(self.store)] * G
+        self.wanted = [self._first_rows()] * G
+        self.larger: dict[int, Callable[[Tensor], int]] = {}
         self.noise = self._noise(step.query[b].float().reshape(G, self.R, D))
         self.weights: Tensor | None = None
         self.window: AttentionState | None = None
@@ -141,11 +143,15 @@ class _Part:
                 return
             self.device.finish(self.device.record("compute"))
             worst = self.predicted.amax(1).tolist()
-            short = [g for g, error in enumerate(worst) if not error <= epsilon and not self._everything(g)]
+            short = [
+                g
+                for g, error in enumerate(worst)
+                if not is_enough(error, epsilon, first=self._is_first(g)) and not self._everything(g)
+            ]
             if not short:
                 return
             for g in short:
-                self.wanted[g] = more_rows(self.wanted[g], worst[g], epsilon)
+                self.wanted[g] = self.larger[g](self.predicted[g])
 
     # --- the trip -----------------------------------------------------------------------------------------------------
 
@@ -243,25 +249,36 @@ class _Part:
             ids = torch.arange(store.policy.sinks, store.indexed_to, dtype=torch.int32, device=self.query.device)
             return ids, torch.zeros(len(ids), dtype=torch.float32, device=self.query.device)
         assert self.weights is not None
-        return self._draw(g, self.weights[g : g + 1], self._first(g), 1, store.policy.sinks)
+        ids, log_u, _ = self._draw(g, self.weights[g : g + 1], self._first(g), 1, store.policy.sinks)
+        return ids, log_u
 
     def _draw_again(self, g: int, rows: Tensor, *, fetched: bool) -> tuple[Tensor, Tensor]:
         """Which of the candidates of a kv head are attended to, by number, and log u. rows: those, or all."""
         assert self.candidates is not None
         ids, log_u = self.candidates.head(g)
-        if self._everything(g) or self._first(g) == self.wanted[g]:
+        if self._everything(g):
             return torch.arange(len(ids), dtype=torch.int64, device=ids.device), log_u
-        weights = self.place.verbs.weigh_rows(
-            self.query[g],
-            rows[: len(ids)] if fetched else rows[ids.long()],
-            log_u,
-            scale=self.step.rule.scale,
-            softcap=self.step.rule.softcap,
-        )
-        numbers, again = self._draw(g, weights[None], self.wanted[g], 2, 0)
+        own = rows[: len(ids)] if fetched else rows[ids.long()]
+        if self._first(g) == self.wanted[g]:
+            self._look(g, own, TwoPhases(ids, log_u, ids, log_u, None, 1))
+            return torch.arange(len(ids), dtype=torch.int64, device=ids.device), log_u
+        rule = {"scale": self.step.rule.scale, "softcap": self.step.rule.softcap}
+        weights = self.place.verbs.weigh_rows(self.query[g], own, log_u, **rule)
+        numbers, again, step = self._draw(g, weights[None], self.wanted[g], 2, 0)
+        self._look(g, own, TwoPhases(numbers, again, ids, log_u, weights, step))
         return numbers.long(), log_u[numbers.long()] + again
 
-    def _draw(self, g: int, weights: Tensor, rows: int, phase: int, sinks: int) -> tuple[Tensor, Tensor]:
+    def _look(self, g: int, rows: Tensor, drawn: TwoPhases) -> None:
+        """Keeps what the candidates of a kv head, `rows`, say of how many to draw next, if there is an epsilon."""
+        epsilon, wanted, rule = self.store.draw.epsilon, self.wanted[g], self.step.rule
+        if not epsilon:
+            return
+        keys = rows[:, : self.store.head_dim].float()
+        logits = row_logits(self.query[g], keys, scale=rule.scale, softcap=rule.softcap or None)
+        self.larger[g] = lambda errors: more_rows(wanted, drawn, logits, errors.to(logits.device), epsilon)
+
+    def _draw(self, g: int, weights: Tensor, rows: int, phase: int, sinks: int) -> tuple[Tensor, Tensor, int]:
+        """ids, log u and the step of a draw."""
         store = self.store
         drawn = self.place.verbs.draw(
             weights,
@@ -274,7 +291,7 @@ class _Part:
             phase=phase,
         )
         n = int(drawn.counts[0])
-        return drawn.ids[0, :n], drawn.log_u[0, :n]
+        return drawn.ids[0, :n], drawn.log_u[0, :n], int(drawn.steps[0])
 
     def _merge(self, state: AttentionState | None = None, spread: Tensor | None = None) -> None:
         """Makes the whole of the window and what was drawn, with the sinks' logits, and predicts its error."""
@@ -318,7 +335,14 @@ class _Part:
     def _everything(self, g: int) -> bool:
         """Whether what a kv head would draw next is so much that all is read."""
         wanted, body = self.wanted[g], self.store.body
-        return wanted > store_budget(self.store) and wanted > EXACT_SHARE * body
+        return not self._is_first(g) and wanted > EXACT_SHARE * body
+
+    def _is_first(self, g: int) -> bool:
+        """Whether a kv head draws the first sample of the step."""
+        return self.wanted[g] == self._first_rows()
+
+    def _first_rows(self) -> int:
+        return first_rows_for(self.store.draw, self.store.body) if self.store.body else 0
 
     def _first(self, g: int) -> int:
         """How many candidates a kv head draws: at least the rows that are drawn of them."""
@@ -348,11 +372,6 @@ class _Part:
             device.buffer("answer", answered, kinds[1], pinned=True),
             device.buffer("answered", answered, kinds[1]),
         )
-
-
-def store_budget(store: KVStore) -> int:
-    """The rows with which a draw begins."""
-    return store.draw.budget_for(store.body) if store.body else 0
 
 
 def send(device: Device, name: str, content: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from magicpig.errors import MagicPigError
 from magicpig.kernels.algorithm import no_sample
 from magicpig.kernels.attend.reference import merge, predicted_error
 from magicpig.kernels.base import Kernels
-from magicpig.kernels.sketch.reference import more_rows
+from magicpig.kernels.sketch.reference import is_enough
 from magicpig.placement.base import (
     LayerStep,
     Rule,
@@ -71,9 +71,10 @@ class GpuIndex(TwoPlaces):
                 whole = rule.finish(merge([own, _stacked(found)]))
                 error = _predicted(whole, query[at], found, step.rule)
                 epsilon = store.draw.epsilon
-                if not epsilon or not found[0].extensible or float(error.max()) <= epsilon:
+                larger = found[0].larger
+                if not epsilon or larger is None or is_enough(float(error.max()), epsilon, first=rows is None):
                     break
-                rows = more_rows(rows or store.draw.budget_for(store.body), float(error.max()), epsilon)
+                rows = larger(error)
             states.append(whole)
             samples += [each.sample for each in found]
             errors.append(error)

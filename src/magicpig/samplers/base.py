@@ -101,14 +101,15 @@ class Context:
 @dataclass(frozen=True)
 class Found:
     """What one query head found by an index: its sample; their keys and values (S, D) float32; its attention over them,
-    (D,) and (). extensible: whether a larger draw would have found more.
+    (D,) and (). larger: how many rows to draw where it predicts errors (R,) that are too large, of which the R heads of
+    the group are told; None where a larger draw would find no more.
     """
 
     sample: Sample
     keys: Tensor
     values: Tensor
     state: AttentionState
-    extensible: bool = False
+    larger: Callable[[Tensor], int] | None = None
 
 
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]

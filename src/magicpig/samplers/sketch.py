@@ -9,7 +9,7 @@ blocks beside those of the rows, and are shared and continued by the same rule: 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,17 @@ from torch import Tensor
 
 from magicpig.kernels import algorithm
 from magicpig.kernels.arena import Arena, Memory, block_capacity
+from magicpig.kernels.attend.reference import row_logits
 from magicpig.kernels.base import BLOCK_ROWS, SKETCH_KEYS, Kernels, SketchSegment, View, as_rows, sketch_shapes
-from magicpig.kernels.sketch.reference import EXACT_SHARE, candidates_by_noise, score_noise
+from magicpig.kernels.sketch.reference import (
+    EXACT_SHARE,
+    FIRST_CANDIDATES,
+    TwoPhases,
+    candidates_by_noise,
+    first_rows,
+    more_rows,
+    score_noise,
+)
 from magicpig.samplers.base import Context, Costs, Fetch, Found, Index, Rows, Sampler
 from magicpig.settings import DrawPolicy, IndexSpec
 from magicpig.types import AttentionState, Sample
@@ -30,7 +39,13 @@ ROTATION_SEED = 0  # where a walk along the weights starts is random enough, and
 def candidates_for(policy: DrawPolicy, body: int, rows: int, noise: float) -> int:
     """How many of `body` keys are drawn first, to draw `rows` of them. noise: of a score, see `score_noise`."""
     given = policy.candidates_for(body, rows)
-    return max(rows, candidates_by_noise(rows, noise) if given is None else given)
+    least = FIRST_CANDIDATES * rows if policy.epsilon and rows == first_rows_for(policy, body) else rows
+    return max(least, candidates_by_noise(rows, noise) if given is None else given)
+
+
+def first_rows_for(policy: DrawPolicy, body: int) -> int:
+    """How many of `body` rows are drawn first: all, unless an epsilon says how many more."""
+    return first_rows(policy.budget_for(body), policy.epsilon)
 
 
 class _Block:
@@ -123,8 +138,8 @@ class SketchIndex(Index):
 
 
 class Sketch(Sampler):
-    """`IndexSpec.bits` of each rotated coordinate; draws `DrawPolicy.budget` rows of its `candidates`, or more until
-    `epsilon` is met.
+    """`IndexSpec.bits` of each rotated coordinate; draws `DrawPolicy.budget` rows of its `candidates`, or as many as
+    `epsilon` takes.
     """
 
     predicts = True
@@ -197,9 +212,9 @@ class Sketch(Sampler):
     ) -> list[Found]:
         assert isinstance(index, SketchIndex)
         body, softcap = context.end - context.sinks, context.softcap or 0.0
-        extensible = rows is None or rows <= EXACT_SHARE * body
-        if extensible:
-            sample, keys, values = self._drawn(query, head, index, policy, context, fetch, rows)
+        larger = None
+        if rows is None or rows <= EXACT_SHARE * body:
+            sample, keys, values, larger = self._drawn(query, head, index, policy, context, fetch, rows)
         else:
             ids = torch.arange(context.sinks, context.end, dtype=torch.int64, device="cpu")
             sample = Sample(ids, torch.zeros(body, dtype=torch.float32, device="cpu"))
@@ -207,7 +222,7 @@ class Sketch(Sampler):
         number = torch.arange(len(keys), dtype=torch.int64, device="cpu")
         blocks, log_u = as_rows(keys, values).split(BLOCK_ROWS), sample.log_u
         states = [self.kernels.attend(q, blocks, number, log_u, scale=context.scale, softcap=softcap) for q in query]
-        return [Found(sample, keys, values, state, extensible) for state in states]
+        return [Found(sample, keys, values, state, larger) for state in states]
 
     def _drawn(
         self,
@@ -218,10 +233,10 @@ class Sketch(Sampler):
         context: Context,
         fetch: Fetch,
         rows: int | None,
-    ) -> tuple[Sample, Tensor, Tensor]:
-        """The sample of one kv head, its keys and its values."""
+    ) -> tuple[Sample, Tensor, Tensor, Callable[[Tensor], int]]:
+        """The sample of one kv head, its keys, its values, and how many rows are drawn where errors are too large."""
         body, softcap = context.end - context.sinks, context.softcap or 0.0
-        rows = policy.budget_for(body) if rows is None else rows
+        rows = first_rows_for(policy, body) if rows is None else rows
         noise = index.noise(query, head, scale=context.scale, sinks=context.sinks)
         candidates = candidates_for(policy, body, rows, noise)
         place: dict[str, Any] = {
@@ -236,14 +251,22 @@ class Sketch(Sampler):
         )
         first = self.kernels.draw(weighed.weights, max(rows, candidates), sinks=context.sinks, **place)
         keys, values = fetch(first.ids)
+        logits = row_logits(query, keys, scale=context.scale, softcap=context.softcap)
+
+        def larger(errors: Tensor) -> int:
+            assert policy.epsilon is not None
+            return more_rows(rows, drawn, logits, errors, policy.epsilon)
+
         if candidates <= rows:
-            return Sample(first.ids, first.log_u), keys, values
+            drawn = TwoPhases(first.ids, first.log_u, first.ids, first.log_u, None, first.step)
+            return Sample(first.ids, first.log_u), keys, values, larger
         number = torch.arange(len(keys), dtype=torch.int64, device="cpu")
         blocks = as_rows(keys, values).split(BLOCK_ROWS)
         weights = self.kernels.weigh_rows(query, blocks, number, first.log_u, **rule)
         again = self.kernels.draw(weights, rows, phase=2, **place)
         sample = Sample(first.ids[again.ids], first.log_u[again.ids] + again.log_u)
-        return sample, keys[again.ids], values[again.ids]
+        drawn = TwoPhases(sample.ids, sample.log_u, first.ids, first.log_u, weights, again.step)
+        return sample, keys[again.ids], values[again.ids], larger
 
     def reference(
         self, query: Tensor, keys: Tensor, values: Tensor, policy: DrawPolicy, context: Context

@@ -91,16 +91,15 @@ State empty_state(int dim, float* values, float* spread) {
   return {-std::numeric_limits<float>::infinity(), 0, values, spread, 0, 0};
 }
 
-float worst_error(const Plan& plan, int64_t pair) {
+float predict_errors(const Plan& plan, int64_t pair, float* errors) {
   alignas(64) float values[kMaxDim], spread[kMaxDim];
   float worst = 0;
   for (int r = 0; r < plan.group; ++r) {
     State state = merged(plan, pair, r, values, spread);
     const int h = static_cast<int>(pair % plan.heads) * plan.group + r;
     if (plan.step.half != nullptr) merge_other_half(plan, plan.first_query(pair) + r, &state);
-    const float error = predicted_error(plan.dim, state, denominator(plan, state, h));
-    if (!std::isfinite(error)) return std::numeric_limits<float>::infinity();
-    worst = std::max(worst, error);
+    errors[r] = predicted_error(plan.dim, state, denominator(plan, state, h));
+    worst = std::isfinite(errors[r]) ? std::max(worst, errors[r]) : std::numeric_limits<float>::infinity();
   }
   return worst;
 }

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "outlook.h"
 #include "step.h"
 
 namespace magicpig {
@@ -34,6 +35,7 @@ struct ScanMemory {
   std::vector<float> shares;
   std::vector<uint32_t> again;  // numbers of candidates, drawn again with log u
   std::vector<float> log_u_again;
+  Outlook outlook;  // with an epsilon
 };
 
 enum class Work { exact, lookup, scan };
@@ -125,8 +127,8 @@ void scan(const Plan& plan, const Unit& unit);
 void make_rules(Plan& plan);
 // Draws by the weights of a pair and attends to what was drawn; with an epsilon again to more, until that is enough.
 void draw(const Plan& plan, int64_t pair);
-// The largest predicted error of the query heads of a pair.
-float worst_error(const Plan& plan, int64_t pair);
+// The predicted errors of the query heads of a pair; returns the largest, or infinity where one is not finite.
+float predict_errors(const Plan& plan, int64_t pair, float* errors);
 // Merges what the units of one pair found into its rows of the output; for a sequence with a fault that is NaN.
 void finish(const Plan& plan, int64_t pair);
 

@@ -241,8 +241,8 @@ struct DrawingGroup {
   }
 };
 
-// Draws `rows` of the candidates that are in `memory`: see draw in kernels/sketch/reference.py.
-void draw_again(const DrawingGroup& group, int64_t rows, ScanMemory& memory) {
+// Draws `rows` of the candidates that are in `memory`: see draw in kernels/sketch/reference.py. looking: for its outlook.
+void draw_again(const DrawingGroup& group, int64_t rows, ScanMemory& memory, bool looking) {
   const auto count = static_cast<int64_t>(memory.ids.size());
   memory.exact.reset(count, 0);
   float* shares = scratch(memory.shares, static_cast<size_t>(memory.per_head));
@@ -250,6 +250,10 @@ void draw_again(const DrawingGroup& group, int64_t rows, ScanMemory& memory) {
   group.plan.run.weigh_logits(count, group.plan.group, memory.logits.data(), memory.per_head, memory.log_u.data(),
                               shares, memory.exact.weights(0), memory.exact.sums(0));
   memory.exact.settle_step(rows);
+  if (looking) {
+    memory.outlook.look(count, group.plan.group, memory.logits.data(), memory.per_head, memory.log_u.data(),
+                        memory.exact.weights(0), memory.exact.step());
+  }
   memory.exact.pick(group.start(2, rows, memory.exact.step()), &memory.again, &memory.log_u_again);
   for (size_t i = 0; i < memory.again.size(); ++i) {  // never before where it is read from
     const uint32_t from = memory.again[i];
@@ -262,14 +266,6 @@ void draw_again(const DrawingGroup& group, int64_t rows, ScanMemory& memory) {
   }
   memory.ids.resize(memory.again.size());
   memory.log_u.resize(memory.again.size());
-}
-
-// How many rows to draw next, where so many err by more than epsilon: see more_rows in the reference.
-int64_t more_rows(int64_t rows, float error, float epsilon) {
-  constexpr double kAim = 0.8;
-  if (!std::isfinite(error)) return rows << 20;
-  const double quarters = std::ceil(8 * std::log2(static_cast<double>(error) / (kAim * epsilon)));
-  return static_cast<int64_t>(std::ceil(static_cast<double>(rows) * std::exp2(std::clamp(quarters, 1.0, 80.0) / 4)));
 }
 
 }  // namespace
@@ -290,28 +286,35 @@ void draw(const Plan& plan, int64_t index) {
   const int first_state = plan.units[pair.first_scan].first_state;
   State* states = plan.states + first_state;
   const double most = policy.limit * static_cast<double>(body);
-  for (int64_t rows = budget;;) {
+  const int64_t first_rows = policy.epsilon > 0 ? std::min(budget, kFirstRows) : budget;
+  for (int64_t rows = first_rows;;) {
     for (int r = 0; r < plan.group; ++r) {
       const int64_t s = first_state + r;
       states[r] = empty_state(plan.dim, plan.values + s * plan.dim, plan.spreads + s * plan.dim);
     }
-    if (rows > budget && static_cast<double>(rows) > most) {
+    if (rows > first_rows && static_cast<double>(rows) > most) {
       memory.ids.resize(body);
       for (int64_t i = 0; i < body; ++i) memory.ids[i] = static_cast<uint32_t>(store.sinks + i);
       memory.log_u.assign(body, 0.0f);
       attend_positions(plan, index, store.sinks, store.indexed_to, states);
       break;
     }
-    const int64_t candidates = candidates_of(rows), first = std::max(rows, candidates);
-    memory.weights.settle_step(first);
-    memory.weights.pick(group.start(1, first, memory.weights.step()), &memory.ids, &memory.log_u);
+    const bool first_draw = rows == first_rows, looking = policy.epsilon > 0;
+    const int64_t least = looking && first_draw ? kFirstCandidates * rows : rows;
+    const int64_t candidates = std::max(candidates_of(rows), least);
+    memory.weights.settle_step(candidates);
+    memory.weights.pick(group.start(1, candidates, memory.weights.step()), &memory.ids, &memory.log_u);
     group.score(memory);
-    if (candidates > rows) draw_again(group, rows, memory);
+    memory.outlook.rows = rows;
+    memory.outlook.heads = plan.group;
+    memory.outlook.step = 0;
+    if (candidates > rows) draw_again(group, rows, memory, looking);
     group.attend(memory, states);
-    if (policy.epsilon <= 0) break;
-    const float worst = worst_error(plan, index);
-    if (worst <= policy.epsilon) break;
-    rows = more_rows(rows, worst, policy.epsilon);
+    if (!looking) break;
+    float errors[256];
+    const float worst = predict_errors(plan, index, errors);
+    if (is_enough(worst, policy.epsilon, first_draw)) break;
+    rows = memory.outlook.more_rows(errors, policy.epsilon);
   }
   for (int r = 0; r < plan.group; ++r) {
     const int64_t q = group.first_query + r;

@@ -33,7 +33,12 @@ WIDEST = 2**18  # octaves between the scores of a head and zero; of larger ones 
 PILOT_KEYS, PILOT_BLOCKS, PILOT_APART = 64, 64, 16  # see pilot
 EXACT_SHARE = 0.25  # of the keys: a larger sample would hardly be read faster than all of them, and they are exact
 WALK_GROUP = 16  # keys that are walked along together
-AIM = 0.8  # of epsilon: what a larger draw is meant to predict, since a prediction is an estimate itself
+
+# With an epsilon: rows of the first draw, candidates for each of these, what of epsilon the next draw is meant to
+# predict, and what it may predict, as a prediction is an estimate itself.
+FIRST_ROWS, FIRST_CANDIDATES = 64, 4
+AIM, SLACK = 0.85, 1.1
+FINEST = 160  # eighths of an octave by which a step may become smaller
 _MASK = (1 << 64) - 1
 
 
@@ -297,41 +302,96 @@ def weigh_logits(logits: Tensor, log_u: Tensor) -> Tensor:
     return weights
 
 
+class TwoPhases(NamedTuple):
+    """What was drawn, ids (S,) int64, ascending, and log_u (S,), and how: the candidates (m,) and log u of the first
+    phase, their weights (m,) in the second, and its step. Without a second phase weights is None.
+    """
+
+    ids: Tensor
+    log_u: Tensor
+    candidates: Tensor
+    log_u_first: Tensor
+    weights: Tensor | None
+    step: int
+
+
 def draw(
     weights: Tensor,
     logits: Callable[[Tensor], Tensor],
     rows: int,
     candidates: int,
     start: Callable[[int, int], int],
-) -> tuple[Tensor, Tensor]:
+) -> TwoPhases:
     """Draws `rows` keys in two phases: `candidates` by weights (n,), and of these by the logits that they really have.
 
     logits(ids) are those (R, m) of keys (m,); start(draw, step) as of `start_for`, draw being a `draw_number`. Where
     there are to be no more candidates than rows they are the sample.
-    Returns ids (S,) int64, ascending, and log_u (S,), the log of the product of both phases' probabilities: dividing by
-    it is unbiased (the double expansion estimator, Särndal, Swensson and Wretman 1992, 9.3).
+    log_u is the log of the product of both phases' probabilities: dividing by it is unbiased (the double expansion
+    estimator, Särndal, Swensson and Wretman 1992, 9.3).
     """
     first = max(rows, candidates)
     step = step_for(weights, first)
     ids, log_u = pick(weights, step, start(draw_number(1, first), step))
     if candidates <= rows:
-        return ids, log_u
+        return TwoPhases(ids, log_u, ids, log_u, None, step)
     exact = weigh_logits(logits(ids), log_u)
     step = step_for(exact, rows)
     again, log_u_again = pick(exact, step, start(draw_number(2, rows), step))
-    return ids[again], log_u[again] + log_u_again
+    return TwoPhases(ids[again], log_u[again] + log_u_again, ids, log_u, exact, step)
 
 
-def more_rows(rows: int, error: float, epsilon: float) -> int:
-    """How many rows to draw next, where so many predict an error that is larger than epsilon.
+def first_rows(budget: int, epsilon: float | None) -> int:
+    """How many rows to draw first: the budget, or a few, from which more are chosen, where there is an epsilon."""
+    return min(budget, FIRST_ROWS) if epsilon else budget
 
-    An error falls with the square root of the rows. By quarters of an octave, so that rounding of an error hardly ever
-    makes another draw.
+
+def is_enough(error: float, epsilon: float, *, first: bool) -> bool:
+    """Whether the error that a draw predicts is small enough; first: of a step."""
+    return error <= (1.0 if first else SLACK) * epsilon
+
+
+def more_rows(rows: int, drawn: TwoPhases, logits: Tensor, errors: Tensor, epsilon: float) -> int:
+    """How many rows to draw where `rows`, drawn like this, predict errors (R,) of which one is too large.
+
+    logits (R, m): of the candidates. An error's square is a sum of a²(1/u − 1) times the distance of a value, with a
+    head's shares a of the softmax, and u = min(1, w/t), w being their mean over the heads. It falls with a smaller step
+    t as the candidates, each of which stands for 1/u1 keys, let expect of that sum without the values. So where few
+    keys have most of the weight, and soon are certain, it takes fewer rows than the square root law says. The output
+    that an error is relative to is too long by as much as is expected of its square.
     """
-    if not math.isfinite(error):
+    if not bool(errors.isfinite().all()):
         return rows << 20
-    quarters = math.ceil(8 * math.log2(error / (AIM * epsilon)))
-    return math.ceil(rows * 2 ** (min(max(quarters, 1), 80) / 4))
+    squares = errors.double().square()
+    squares = squares / (1 - squares.clamp(max=0.5))
+    least = math.ceil(1.2 * rows)
+    if drawn.weights is None:  # little is known but the law
+        return max(least, math.ceil(rows * min(float(squares.max()) / (AIM * epsilon) ** 2, 2.0**20)))
+    u, own = drawn.log_u_first.double().exp(), logits.double()
+    w = drawn.weights.double() * u
+    shares = (own - own.amax(1, keepdim=True)).exp()
+    terms = shares.square() / u
+
+    def left(t: float) -> Tensor:
+        return (terms * (t / w - 1).clamp(min=0)).sum(1)
+
+    def expected(t: float) -> float:
+        return float(((w / t).clamp(max=1) / u).sum())
+
+    before = left(drawn.step)
+
+    def enough(eighths: int) -> bool:
+        t = drawn.step * 2 ** (-eighths / 8)
+        falls = torch.where(before > 0, left(t) / before, t / drawn.step)
+        return bool((squares * falls <= (AIM * epsilon) ** 2).all())
+
+    low, high = 0, FINEST
+    if not enough(high):
+        return rows << 20
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    more = expected(drawn.step * 2 ** (-high / 8)) / expected(drawn.step)
+    return max(least, 8 * math.ceil(rows * more / 8))  # so that rounding hardly ever makes another draw
 
 
 def _count(n: int) -> Tensor:
