@@ -155,7 +155,10 @@ def test_a_sketch_keeps_to_its_budget_and_says_how_wrong_it_may_be(model_dir):
     )
     assert 0.05 < answer["cache"]["sampled_share_mean"] < 0.15
     assert 0 < answer["cache"]["predicted_error_mean"] <= answer["cache"]["predicted_error_max"]
-    assert "predicted error" in generate(model_dir, *options, "--epsilon", 0.5, prompt=LONG).output
+    assert (answer["cache"]["epsilon"], answer["cache"]["all_read"]) == (None, None)
+    output = generate(model_dir, *options, "--epsilon", 0.5, prompt=LONG).output
+    assert "predicted error" in output
+    assert "at most 50.0% was asked for" in output
 
 
 def test_keys_and_values_may_be_kept_in_whole_numbers(model_dir):

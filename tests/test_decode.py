@@ -414,7 +414,7 @@ def test_a_policy_may_change_between_two_steps():
         _, info = attend_stores(query, [store], scale=SCALE)
         wanted = budget if budget >= 1 else budget * (store.indexed_to - 4)
         assert abs(int(info.rows[0, 0]) - wanted) <= 1
-    cpu.set_policy(store.view, budget=20, candidates=40)
+    cpu.set_policy(store.view, budget=20)
     assert torch.equal(attend_stores(query, [store], scale=SCALE)[1].ids[0][0], fixed.ids[0][0])
 
 

@@ -209,6 +209,12 @@ def test_epsilon_draws_more_until_the_prediction_is_small_enough(isa):
         drawn[epsilon] = [set(info.ids[0][4 * g].tolist()) for g in range(2)]
         if epsilon is not None:
             assert float(info.predicted_error.max()) <= SLACK * epsilon
+        whole = epsilon == 1e-6
+        assert store.stats.whole_bodies == 8 * whole
+        # The sample that came first was read, too, and counts as long as that is not more than all.
+        tried = 0 if epsilon is None else 4 * 2 * 30
+        read = sum(len(ids) for ids in info.ids[0])
+        assert abs(store.stats.sampled_rows - read - tried * (not whole)) <= 8
     for g in range(2):
         assert len(drawn[None][g]) < len(drawn[0.1][g]) < len(drawn[0.05][g])
         assert 29 <= len(drawn[None][g]) <= 31

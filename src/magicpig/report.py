@@ -57,13 +57,15 @@ class PredictedErrors:
 class StepStats:
     """What decoding read, since the store was made; counted per query head.
 
-    sampled_rows of body_rows were read in `steps` steps; max_share is the largest share in any step and head.
+    sampled_rows of body_rows were read in `steps` steps, those of samples included that an epsilon did not take;
+    max_share is the largest share in any step and head. whole_bodies: how often a head read all.
     """
 
     steps: int
     sampled_rows: int
     body_rows: int
     max_share: float
+    whole_bodies: int
     predicted: PredictedErrors
 
     @property
@@ -83,6 +85,8 @@ class LayerReport:
     None before that, and for samplers for comparison, which predict nothing.
     predicted_error_unknown: the share of steps and heads that could not say: nothing was drawn, or values are huge;
     the others leave these out.
+    epsilon: the error that was asked for, None without one. all_read: the share of steps and heads in which it took
+    all of the indexed keys; None without one, and before the first sampled step.
     kv_bytes: memory of keys and values. index_bytes: memory of the hash tables, or of what else finds keys. What
     sequences share is counted once.
     full_step_bytes: keys and values that one step of full attention over `tokens` reads.
@@ -104,6 +108,8 @@ class LayerReport:
     index_bytes: int
     full_step_bytes: int
     read_step_bytes: int
+    epsilon: float | None = None
+    all_read: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,17 @@ class CacheReport:
     def predicted_error_unknown(self) -> float | None:
         """Mean over the layers that predict one."""
         shares = [x.predicted_error_unknown for x in self.layers if x.predicted_error_unknown is not None]
+        return sum(shares) / len(shares) if shares else None
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest that was asked for in any layer."""
+        return max((x.epsilon for x in self.layers if x.epsilon is not None), default=None)
+
+    @property
+    def all_read(self) -> float | None:
+        """Mean over the layers that have an epsilon."""
+        shares = [x.all_read for x in self.layers if x.all_read is not None]
         return sum(shares) / len(shares) if shares else None
 
     @property

@@ -75,7 +75,7 @@ def test_an_arena_at_its_limit_refuses_and_leaves_the_store_as_it_was() -> None:
 
 def test_what_is_drawn_may_change_at_any_step() -> None:
     arena = Arena()
-    store = filled(8192, arena, Config(budget=64))
+    store = filled(8192, arena, Config(budget=64, candidates=128))
     store.settle()
     query, held = torch.randn(1, H, D).bfloat16(), arena.used
 

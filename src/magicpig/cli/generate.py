@@ -320,6 +320,9 @@ def _summary(result: Generation) -> Table:
         )
     if cache.predicted_error_unknown:
         table.add_row("", f"not known in {cache.predicted_error_unknown:.1%} of the heads and steps: nothing was drawn")
+    if cache.epsilon is not None:
+        all_read = f"; all keys were read in {cache.all_read:.1%} of the heads and steps" if cache.all_read else ""
+        table.add_row("", f"at most {cache.epsilon:.1%} was asked for{all_read}")
     index = f", {cache.index_bytes / mib:,.1f} MiB of index" if cache.index_bytes else ""
     table.add_row("memory", f"{cache.kv_bytes / mib:,.1f} MiB of keys and values{index}")
     table.add_row(

@@ -20,6 +20,8 @@ TOTALS = (
     "predicted_error_p95",
     "predicted_error_max",
     "predicted_error_unknown",
+    "epsilon",
+    "all_read",
     "kv_bytes",
     "index_bytes",
     "full_step_bytes",

@@ -243,6 +243,7 @@ class View(Protocol):
     sampled_rows: int
     body_rows: int
     max_share: float
+    whole_bodies: int
 
     @property
     def predicted(self) -> tuple[int, int, float, float, list[int]]:

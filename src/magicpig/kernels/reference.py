@@ -108,6 +108,7 @@ class View:
     sampled_rows: int = 0
     body_rows: int = 0
     max_share: float = 0.0
+    whole_bodies: int = 0
     errors: list[float] = field(default_factory=list)
     blocks: Sequence[Tensor] = ()
     centres: Sequence[Tensor] = ()
@@ -662,6 +663,7 @@ class _Heads:
         self.scale, self.softcap, self.sink_logits = scale, softcap, sink_logits
         self.group = len(query) // view.heads
         self.rows = [view.rows(g) for g in range(view.heads)]
+        self.tried = [0] * view.heads  # rows of draws that were not good enough
 
     def exact(self) -> AttentionState:
         """Over the rows that are never drawn."""
@@ -693,7 +695,9 @@ class _Heads:
         view.steps += 1
         if view.sampling:
             sizes = [len(ids) for ids, _ in samples]
-            view.sampled_rows += sum(sizes)
+            tried = [self.tried[h // self.group] for h in range(len(sizes))]
+            view.sampled_rows += sum(min(size + more, view.body) for size, more in zip(sizes, tried, strict=True))
+            view.whole_bodies += sizes.count(view.body)
             view.body_rows += view.body * len(sizes)
             view.max_share = max(view.max_share, max(sizes) / view.body)
 
@@ -779,6 +783,7 @@ class _Heads:
             errors = sampled.error(whole)
             if sketches.is_enough(float(errors.max()), policy.epsilon, first=rows == first):
                 return sample
+            self.tried[g] += len(drawn.ids)
             rows = sketches.more_rows(rows, drawn, logits(drawn.candidates), errors, policy.epsilon)
 
 

@@ -114,6 +114,7 @@ class _Part:
         self.rows, self.row_count = send_rows(device, self.store, window), sum(keys.shape[1] for keys, _ in window)
         self.wanted = [self._first_rows()] * G
         self.larger: dict[int, Callable[[Tensor], int]] = {}
+        self.tried = [0] * G  # rows of draws that were not good enough
         self.noise = self._noise(step.query[b].float().reshape(G, self.R, D))
         self.weights: Tensor | None = None
         self.window: AttentionState | None = None
@@ -151,6 +152,8 @@ class _Part:
             if not short:
                 return
             for g in short:
+                assert self.drawn is not None
+                self.tried[g] += int(self.drawn.counts[g])
                 self.wanted[g] = self.larger[g](self.predicted[g])
 
     # --- the trip -----------------------------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ class _Part:
     def count(self, sizes: list[int], predicted: Tensor) -> None:
         """Adds the step to what the store counts: the host's half has counted all but the errors."""
         if self.half is None:
-            self.store.count_step(sizes, predicted)
+            self.store.count_step(sizes, predicted, [self.tried[h // self.R] for h in range(len(sizes))])
         else:
             self.store.kernels.count_predicted(self.store.view, predicted)
 

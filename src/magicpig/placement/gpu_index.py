@@ -48,18 +48,21 @@ class GpuIndex(TwoPlaces):
             if errors[b] is not None:
                 samples.append([])
                 continue
-            state, drawn, predicted[b] = self._sequence(step, b, exact)
+            state, drawn, predicted[b], tried = self._sequence(step, b, exact)
             output[b], lse[b] = state.output.to(output.dtype), state.lse
             samples.append(drawn)
-            store.count_step([len(sample.ids) for sample in drawn], predicted[b])
+            store.count_step([len(sample.ids) for sample in drawn], predicted[b], tried)
         return Stepped(AttentionState(output, lse), samples if step.capture else [], predicted, errors)
 
-    def _sequence(self, step: LayerStep, b: int, exact: AttentionState) -> tuple[AttentionState, list[Sample], Tensor]:
+    def _sequence(
+        self, step: LayerStep, b: int, exact: AttentionState
+    ) -> tuple[AttentionState, list[Sample], Tensor, list[int]]:
+        """Its state, samples, predicted errors, and how many rows each head read in vain."""
         store, query = step.stores[b], step.query[b].float()
         if not store.body:
-            return step.rule.finish(exact), [no_sample(torch.float32)] * len(query), torch.zeros_like(exact.lse)
+            return step.rule.finish(exact), [no_sample(torch.float32)] * len(query), torch.zeros_like(exact.lse), []
         group = len(query) // store.kv_heads
-        states, samples, errors = [], [], []
+        states, samples, errors, tried = [], [], [], [0] * len(query)
         for g in range(store.kv_heads):
             at = slice(g * group, (g + 1) * group)
             sinks = None if step.rule.sink_logits is None else step.rule.sink_logits[at]
@@ -75,11 +78,13 @@ class GpuIndex(TwoPlaces):
                 if not epsilon or larger is None or is_enough(float(error.max()), epsilon, first=rows is None):
                     break
                 rows = larger(error)
+                for h in range(at.start, at.stop):
+                    tried[h] += len(found[0].sample.ids)
             states.append(whole)
             samples += [each.sample for each in found]
             errors.append(error)
         state = AttentionState(torch.cat([s.output for s in states]), torch.cat([s.lse for s in states]))
-        return state, samples, torch.cat(errors)
+        return state, samples, torch.cat(errors), tried
 
     def _select(self, store: KVStore, query: Tensor, head: int, step: LayerStep, rows: int | None) -> list[Found]:
         """What each of the query heads (R, D) of a kv head found, and its attention over it."""

@@ -149,7 +149,7 @@ class KVStore:
         view = self.view
         count, unknown, total, largest, bins = view.predicted
         predicted = PredictedErrors(count, unknown, total, largest, tuple(bins))
-        return StepStats(view.steps, view.sampled_rows, view.body_rows, view.max_share, predicted)
+        return StepStats(view.steps, view.sampled_rows, view.body_rows, view.max_share, view.whole_bodies, predicted)
 
     def blocks(
         self, begin: int = 0, end: int | None = None, dtype: torch.dtype | None = None
@@ -198,19 +198,26 @@ class KVStore:
         """The rows of one kv head as the kernels read them: blocks (capacity, width), key and value side by side."""
         return [block.rows[head] for block in self._blocks]
 
-    def count_drawn(self, sample_sizes: Sequence[int]) -> None:
-        """Adds to `stats` what the query heads read that the native step did not see."""
-        view = self.view
-        view.sampled_rows += sum(sample_sizes)
+    def count_drawn(self, sample_sizes: Sequence[int], tried: Sequence[int] | None = None) -> None:
+        """Adds to `stats` what the query heads read that the native step did not see.
+
+        tried: how many rows each of them read for samples that were not good enough.
+        """
+        view, before = self.view, tried or [0] * len(sample_sizes)
+        view.sampled_rows += sum(min(n + more, self.body) for n, more in zip(sample_sizes, before, strict=True))
+        view.whole_bodies += list(sample_sizes).count(self.body)
         view.max_share = max(view.max_share, max(sample_sizes) / self.body)
 
-    def count_step(self, sample_sizes: Sequence[int], predicted: Tensor) -> None:
-        """Adds a step that the kernels did not take: what its query heads read, and the errors (H,) they predict."""
+    def count_step(self, sample_sizes: Sequence[int], predicted: Tensor, tried: Sequence[int] | None = None) -> None:
+        """Adds a step that the kernels did not take: what its query heads read, and the errors (H,) they predict.
+
+        tried: see `count_drawn`.
+        """
         view = self.view
         view.steps += 1
         if self.body:
             view.body_rows += self.body * len(sample_sizes)
-            self.count_drawn(sample_sizes)
+            self.count_drawn(sample_sizes, tried)
             self.kernels.count_predicted(view, predicted)
 
     @property

@@ -372,12 +372,14 @@ class _Work:
     sampled: int = 0
     body: int = 0
     largest: float = 0.0
+    whole: int = 0
     predicted: PredictedErrors | None = None
 
     def add(self, store: KVStore) -> None:
         stats = store.stats
         self.sampled += stats.sampled_rows
         self.body += stats.body_rows
+        self.whole += stats.whole_bodies
         self.largest = max(self.largest, stats.max_share)
         if stats.predicted.count + stats.predicted.unknown and store.sampler.predicts:
             self.predicted = stats.predicted if self.predicted is None else self.predicted + stats.predicted
@@ -437,10 +439,15 @@ def layer_report(index: int, layer: Any) -> LayerReport:
         read += round(((store.length - body) * store.kv_heads + drawn) * row)
     largest = work.largest if work.body else None
     predicted: tuple[float | None, float | None, float | None] = (None, None, None)
-    unknown = None
+    unknown, known = None, 0
     if (errors := work.predicted) is not None:
-        unknown = errors.unknown / (errors.count + errors.unknown)
+        known = errors.count + errors.unknown
+        unknown = errors.unknown / known
         if errors.count:
             predicted = errors.mean, errors.quantile(0.95), errors.largest
     held = unique_bytes(rows), unique_bytes(index_memory)
-    return LayerReport(index, kind, tokens, indexed, share, largest, *predicted, unknown, *held, full, read)
+    epsilon = layer.config.epsilon if layer.config.sketches and kind == "sampled" else None
+    all_read = work.whole / known if epsilon is not None and known else None
+    return LayerReport(
+        index, kind, tokens, indexed, share, largest, *predicted, unknown, *held, full, read, epsilon, all_read
+    )

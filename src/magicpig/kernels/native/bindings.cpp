@@ -630,6 +630,7 @@ NB_MODULE(_native, m) {
       .def_rw("sampled_rows", &StoreView::sampled_rows)
       .def_rw("body_rows", &StoreView::body_rows)
       .def_rw("max_share", &StoreView::max_share)
+      .def_rw("whole_bodies", &StoreView::whole_bodies)
       .def_prop_ro("predicted",
                    [](const StoreView& self) {
                      const PredictedErrors& all = self.predicted;

@@ -59,6 +59,7 @@ struct Pair {
   std::unique_ptr<ScanMemory> memory;  // from its first scan to its draw
   WeightRule rule;                     // of its sketch
   double scale_square;                 // of its keys in the sketch, the mean over a pilot
+  int64_t tried = 0;                   // rows of draws that were not good enough
 };
 
 // Everything the tasks of one step share.

@@ -314,6 +314,7 @@ void draw(const Plan& plan, int64_t index) {
     float errors[256];
     const float worst = predict_errors(plan, index, errors);
     if (is_enough(worst, policy.epsilon, first_draw)) break;
+    pair.tried += static_cast<int64_t>(memory.ids.size());
     rows = memory.outlook.more_rows(errors, policy.epsilon);
   }
   for (int r = 0; r < plan.group; ++r) {

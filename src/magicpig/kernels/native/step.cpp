@@ -172,8 +172,10 @@ void count_rows(const Plan& plan) {
     const int64_t body = store.body();
     for (int h = 0; h < plan.step.query_heads; ++h) {
       const int64_t count = plan.counts[static_cast<int64_t>(b) * plan.step.query_heads + h];
-      store.sampled_rows += count;
+      const int64_t pair = static_cast<int64_t>(b) * plan.heads + h / plan.group;
+      store.sampled_rows += std::min(body, count + plan.pairs[pair].tried);
       store.body_rows += body;
+      store.whole_bodies += count == body;
       store.max_share = std::max(store.max_share, static_cast<double>(count) / static_cast<double>(body));
       if (plan.step.half == nullptr) {
         store.predicted.add(plan.predicted[static_cast<int64_t>(b) * plan.step.query_heads + h]);

@@ -99,6 +99,7 @@ struct StoreView {
 
   // Since creation, summed over query heads.
   int64_t steps = 0, sampled_rows = 0, body_rows = 0;
+  int64_t whole_bodies = 0;  // how often all of the body was read
   double max_share = 0;
   PredictedErrors predicted;
 
