@@ -291,7 +291,7 @@ def test_logits_of_every_size_are_drawn_as_the_reference_draws(size, isa):
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_the_same_weights_give_the_same_sample(n):
+def test_the_same_weights_give_the_same_sample(n, isa):
     segment, sampler = sketch(make_keys(n, 64), 2)
     found = cpu.weigh(4 * torch.randn(4, 64), [segment], 1, sampler, stride=8, scale=0.125)
     for budget in sorted({1, 2, n // 10 + 1, n // 2 + 1, n, 2 * n}):
@@ -300,14 +300,14 @@ def test_the_same_weights_give_the_same_sample(n):
 
 
 @pytest.mark.parametrize("tail", [0.5, 1.0, 2.0])
-def test_weights_with_a_long_tail_are_drawn_as_the_reference_draws(tail):
+def test_weights_with_a_long_tail_are_drawn_as_the_reference_draws(tail, isa):
     # The longer the tail, the more often the keys that are certain leave others that then are certain too.
     weights = (1000 * (1 - torch.rand(5000)) ** -tail).clamp(max=2.0**27).to(torch.int64)
     for budget in [1, 7, 64, 1000, 4999]:
         assert_same_draw(weights, budget)
 
 
-def test_a_step_longer_than_32_bits():
+def test_a_step_longer_than_32_bits(isa):
     weights = torch.full((4096,), 2**27)
     assert reference.step_for(weights, 64) == 2**33
     assert_same_draw(weights, 64)

@@ -512,14 +512,16 @@ void dot_vectors_of(const T* const* vectors, int dim, int64_t count, int heads, 
   for (int64_t i = 0; i < count; i += kBatch) {
     Batch<T> batch;
     batch.count = (int)(count - i < kBatch ? count - i : kBatch);
-    batch.requested = 0;
+    const int64_t later = count - i - kPrefetchRows;
+    batch.requested = later < 0 ? 0 : later < kBatch ? (int)later : kBatch;
     for (int j = 0; j < batch.count; ++j) batch.row[j] = vectors[i + j];
+    for (int j = 0; j < batch.requested; ++j) batch.ahead[j] = vectors[i + j + kPrefetchRows];
     batch.fill_tile();
     Shares shares[kTileHeads];
     for (int h = 0; h < heads;) {
       const int here = heads - h < kTileHeads ? 1 : kTileHeads;
       if (here == kTileHeads) {
-        dots<T, kTileHeads, false, false>(batch, dim, queries + h, shares, nullptr);
+        dots<T, kTileHeads, false, true>(batch, dim, queries + h, shares, nullptr);
       } else {
         dots<T, 1, false, false>(batch, dim, queries + h, shares, nullptr);
       }
@@ -529,17 +531,26 @@ void dot_vectors_of(const T* const* vectors, int dim, int64_t count, int heads, 
   }
 }
 
+// Two loops, which compilers turn into vectors where one with `lane_of` of every number stays as it is.
 template <class T>
 void to_lane_order_of(const float* from, int dim, float* to) {
+  const int even = lane_of((const T*)nullptr, 0), apart = lane_of((const T*)nullptr, 2) - even;
+  const int odd = lane_of((const T*)nullptr, 1);
   for (int d = 0; d < dim; d += 2 * W) {
-    for (int i = 0; i < 2 * W; ++i) to[d + lane_of((const T*)nullptr, i)] = from[d + i];
+    for (int i = 0; i < W; ++i) to[d + even + apart * i] = from[d + 2 * i];
+    for (int i = 0; i < W; ++i) to[d + odd + apart * i] = from[d + 2 * i + 1];
   }
 }
 
 template <class T>
 void from_lane_order_of(const float* from, int dim, float* to) {
+  const int even = lane_of((const T*)nullptr, 0), apart = lane_of((const T*)nullptr, 2) - even;
+  const int odd = lane_of((const T*)nullptr, 1);
   for (int d = 0; d < dim; d += 2 * W) {
-    for (int i = 0; i < 2 * W; ++i) to[d + i] = from[d + lane_of((const T*)nullptr, i)];
+    for (int i = 0; i < W; ++i) {
+      to[d + 2 * i] = from[d + even + apart * i];
+      to[d + 2 * i + 1] = from[d + odd + apart * i];
+    }
   }
 }
 

@@ -97,6 +97,15 @@ inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int lanes) {
   return out.vector();
 }
 
+// In every lane of 128 bits the numbers that `order` names, by two bits each.
+constexpr int _MM_PERM_CDAB = 0xb1, _MM_PERM_BADC = 0x4e;
+inline __m512i _mm512_shuffle_epi32(__m512i a, int order) {
+  const Lanes<uint32_t, __m512i> x(a);
+  Lanes<uint32_t, __m512i> out;
+  for (int i = 0; i < 16; ++i) out.at[i] = x.at[(i & ~3) + (order >> (2 * (i & 3)) & 3)];
+  return out.vector();
+}
+
 inline __m512 _mm512_i32gather_ps(__m512i at, const float* table, int scale) {
   const Lanes<int32_t, __m512i> index(at);
   Floats<__m512> out;
@@ -131,6 +140,12 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {  // _CMP_GT_OQ, t
   const Floats<__m512> x(a), y(b);
   __mmask16 mask = 0;
   for (int i = 0; i < 16; ++i) mask = (__mmask16)(mask | (x.at[i] > y.at[i]) << i);
+  return mask;
+}
+inline __mmask16 _mm512_cmplt_epu32_mask(__m512i a, __m512i b) {
+  const Lanes<uint32_t, __m512i> x(a), y(b);
+  __mmask16 mask = 0;
+  for (int i = 0; i < 16; ++i) mask = (__mmask16)(mask | (x.at[i] < y.at[i]) << i);
   return mask;
 }
 inline __mmask64 _mm512_cmpge_epu8_mask(__m512i a, __m512i b) {

@@ -33,6 +33,8 @@ constexpr int kMaxTables = 1024;
 constexpr int kSketchKeys = 64;  // keys of one block of a sketch
 constexpr int kSumKeys = 16;     // keys whose weights are summed, so that a walk along them can skip these
 constexpr int kLookupSlack = 4;  // ids that `lookup` may write past those it returns
+constexpr int kNearGroups = 16;  // of such keys, that a walk looks at together
+constexpr int kPickSlack = 16;   // ids and log u that `pick` may write past those it returns
 constexpr int kLeastStride = 8;  // keys of a sketch that have a centre in common, at least; a power of two
 constexpr int kMaxLinear = 16;   // vectors that are multiplied by a matrix of weights at a time
 constexpr int kByteLane = 64;    // a row of weights in bytes takes a multiple of this many
@@ -139,6 +141,15 @@ struct ScoreSum {
   double base, sum;
 };
 
+// A walk along groups of kSumKeys keys (kernels/sketch/reference.py: walk_order): a power of two of them in this order,
+// those from `groups` on without keys. In group g it comes to the second half of a node's keys first where that node's bit
+// of swaps[g] is set; of the n nodes of a level, node i has bit n - 1 + i.
+struct Walk {
+  const uint32_t* order;
+  const uint16_t* swaps;
+  int64_t count, groups;
+};
+
 // Weights [rows][columns], `stride` elements from one row to the next. In bytes, row r counts scales[r] times, and its
 // stride is a multiple of kByteLane.
 struct Matrix {
@@ -208,6 +219,14 @@ struct Kernels {
   // has room for as many floats.
   void (*weigh_logits)(int64_t count, int heads, const float* logits, int64_t per_head, const float* log_u,
                        float* shares, uint32_t* weights, uint32_t* sums);
+  // Systematic sampling (kernels/sketch/reference.py: pick): writes the keys in which a step ends, ascending, of a walk
+  // that begins `start` into a step, and log u; returns how many. Weights above a step count as one. sums: of the weights
+  // of each group that do, in whole kNearGroups groups. `taken` has a bit for each key; `ids` and `log_u` have room for
+  // kPickSlack more.
+  int64_t (*pick)(const uint32_t* weights, const uint32_t* sums, const Walk& walk, uint64_t step, uint64_t start,
+                  uint64_t* taken, uint32_t* ids, float* log_u);
+  // Writes the keys, of `groups` groups, that weigh `bound` or more; returns how many. `keys` has room for all.
+  int64_t (*heavy_keys)(const uint32_t* weights, const uint32_t* sums, int64_t groups, uint32_t bound, uint32_t* keys);
 
   // A vector as `multiply` takes it for matrices of that dtype, and what that takes: a multiple of four bytes.
   size_t (*factor_bytes)(Dtype dtype, int64_t columns);

@@ -17,6 +17,7 @@ using namespace magicpig;
 #include "rows/rows.inl.h"
 #include "tables/lookup.inl.h"
 // After those whose helpers it shares.
+#include "sketch/draw.inl.h"
 #include "sketch/sketch.inl.h"
 
 namespace {
@@ -74,9 +75,10 @@ void dot_vectors(Dtype dtype, int dim, const void* const* vectors, int64_t count
   });
 }
 
-constexpr Kernels kTable{
-    MAGICPIG_LEVEL, hash,          lookup,       to_float,      from_float,  to_bytes, to_lane_order, from_lane_order,
-    attend_rows,    attend_sample, score_rows,   attend_scored, dot_vectors, merge,    rotate,        pack,
-    sum_powers,     weigh,         weigh_logits, factor_bytes,  to_factors,  multiply};
+constexpr Kernels kTable{MAGICPIG_LEVEL, hash,          lookup,          to_float,     from_float,
+                         to_bytes,       to_lane_order, from_lane_order, attend_rows,  attend_sample,
+                         score_rows,     attend_scored, dot_vectors,     merge,        rotate,
+                         pack,           sum_powers,    weigh,           weigh_logits, pick,
+                         heavy_keys,     factor_bytes,  to_factors,      multiply};
 
 }  // namespace

@@ -149,6 +149,35 @@ inline U load(const uint32_t* p) {
 inline void store(uint32_t* p, U v) { memcpy(p, &v, sizeof v); }
 inline I splat(int32_t x) { return x - I{}; }
 
+// Lane i of the result: lane i ^ DISTANCE, a power of two.
+template <int DISTANCE>
+inline U across(U v) {
+#if defined(MAGICPIG_AVX512)
+  if constexpr (DISTANCE < 4) return (U)_mm512_shuffle_epi32((__m512i)v, DISTANCE == 1 ? _MM_PERM_CDAB : _MM_PERM_BADC);
+  return (U)_mm512_shuffle_f32x4((__m512)v, (__m512)v, DISTANCE == 4 ? 0xb1 : 0x4e);
+#elif defined(__AVX2__)
+  if constexpr (DISTANCE < 4) return (U)_mm256_shuffle_epi32((__m256i)v, DISTANCE == 1 ? 0xb1 : 0x4e);
+  return (U)_mm256_permute2x128_si256((__m256i)v, (__m256i)v, 1);
+#else
+  U r;
+  for (int i = 0; i < W; ++i) r[i] = v[i ^ DISTANCE];
+  return r;
+#endif
+}
+
+// Bit i of the result: a[i] < b[i].
+inline uint64_t below(U a, U b) {
+#if defined(MAGICPIG_AVX512)
+  return _mm512_cmplt_epu32_mask((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (uint64_t)(unsigned)_mm256_movemask_ps((__m256)(a < b));
+#else
+  uint64_t mask = 0;
+  for (int i = 0; i < W; ++i) mask |= (uint64_t)(a[i] < b[i]) << i;
+  return mask;
+#endif
+}
+
 // Sixteen-bit numbers, two in each lane.
 typedef int16_t S __attribute__((vector_size(W * 4)));
 

@@ -1,7 +1,6 @@
 #include "sketch.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -34,52 +33,6 @@ uint32_t reversed(uint32_t x, int bits) {
   for (int i = 0; i < bits; ++i) out |= (x >> i & 1) << (bits - 1 - i);
   return out;
 }
-
-// In a group each node of the tree over its lanes has a bit of `swaps`: whether a walk comes to its second half first.
-bool swapped(uint32_t swaps, int nodes, int node) { return swaps >> (nodes - 1 + node) & 1; }
-
-// log(x) of n numbers in (0, 1], in place, within two units in the last place: a loop that compilers turn into vectors,
-// which calls of std::log are not. The polynomial is that of Cephes' logf (Moshier 1989).
-void take_logs(float* x, size_t n) {
-  constexpr float kPolynomial[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
-                                   -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
-                                   2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
-  constexpr int32_t kHalfRoot = 0x3f3504f3;  // the bits of sqrt(1/2)
-  for (size_t i = 0; i < n; ++i) {
-    const auto bits = std::bit_cast<int32_t>(x[i]);
-    const int32_t octaves = (bits - kHalfRoot) >> 23;
-    const float m = std::bit_cast<float>(bits - octaves * (1 << 23)) - 1.0f;  // in [sqrt(1/2) - 1, sqrt(2) - 1)
-    const auto e = static_cast<float>(octaves);
-    float y = kPolynomial[0];
-    for (int k = 1; k < 9; ++k) y = y * m + kPolynomial[k];
-    const float square = m * m;
-    y = y * m * square - 2.12194440e-4f * e - 0.5f * square;
-    x[i] = m + y + 0.693359375f * e;
-  }
-}
-
-// The tree over the weights of a group, which add up to less than 2^32.
-struct GroupTree {
-  uint32_t sums[2 * kSumKeys];  // of node i among n at [n + i]
-
-  explicit GroupTree(const uint32_t* weights) {
-    std::copy_n(weights, kSumKeys, sums + kSumKeys);
-    for (int i = kSumKeys - 1; i > 0; --i) sums[i] = sums[2 * i] + sums[2 * i + 1];
-  }
-  uint64_t sum() const { return sums[1]; }
-  // The lane that a walk is in after `way` of the sum.
-  int lane_at(uint32_t swaps, uint32_t way) const {
-    int node = 0;
-    for (int nodes = 1; nodes < kSumKeys; nodes *= 2) {
-      const int child = 2 * node + swapped(swaps, nodes, node);
-      const uint32_t first = sums[2 * nodes + child];
-      const bool second = way > first;  // either is as likely: nothing to predict
-      way -= second ? first : 0;
-      node = child ^ second;
-    }
-    return node;
-  }
-};
 
 }  // namespace
 
@@ -293,7 +246,10 @@ void Weights::reset(int64_t keys, int64_t sinks) {
     if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
   };
   grow(weights_, blocks * kSketchKeys);
-  grow(sums_, blocks * (kSketchKeys / kSumKeys));
+  // A walk looks at as many groups at a time, those that have no keys among them.
+  const int64_t sums = (blocks * (kSketchKeys / kSumKeys) + kNearGroups - 1) / kNearGroups * kNearGroups;
+  grow(sums_, sums);
+  std::fill(sums_.begin() + groups(), sums_.begin() + sums, 0u);
 }
 
 void Weights::clear_sinks() {
@@ -312,9 +268,10 @@ void Weights::settle_step(int64_t budget) {
   clear_sinks();
   if (settled_) sum_weights(groups());  // they were cut to another step
   settled_ = true;
-  heavy_.clear();
+  heavy_count_ = 0;
   step_ = 1;
-  if (budget < keys_ - sinks_) {
+  most_ = keys_ - sinks_;
+  if (budget < most_) {
     uint64_t rest = 0, left = budget, bound = std::numeric_limits<uint64_t>::max();
     for (int64_t i = 0; i < groups(); ++i) rest += sums_[i];
     const uint64_t total = rest;
@@ -339,6 +296,8 @@ void Weights::settle_step(int64_t budget) {
       more = left != before;
     }
     step_ = std::max<uint64_t>(1, rest / left);
+    // The step was rounded down, and a walk begins within one.
+    if (step_ > 1) most_ = budget + static_cast<int64_t>(left / step_) + 2;
   }
   // No key is longer than a step.
   if (step_ == 1) {
@@ -348,93 +307,47 @@ void Weights::settle_step(int64_t budget) {
     }
     return;
   }
-  for (const uint32_t group : heavy_) {
-    for (int i = 0; i < kSumKeys; ++i) {
-      const uint64_t own = weights_[group * kSumKeys + i];
-      if (own > step_) sums_[group] -= static_cast<uint32_t>(own - step_);
-    }
+  for (int64_t i = 0; i < heavy_count_; ++i) {
+    const uint64_t own = weights_[heavy_[i]];
+    if (own > step_) sums_[heavy_[i] / kSumKeys] -= static_cast<uint32_t>(own - step_);
   }
 }
 
-// Finds the groups and the weights that are at least `bound`.
+// Finds the keys that weigh `bound` or more.
 void Weights::list_heavy(uint64_t bound) {
-  heavy_.clear();
-  for (int64_t i = 0; i < groups(); ++i) {
-    if (sums_[i] >= bound) heavy_.push_back(static_cast<uint32_t>(i));
-  }
-  open_.resize(heavy_.size() * kSumKeys);
-  size_t count = 0;
-  for (const uint32_t group : heavy_) {
-    for (int i = 0; i < kSumKeys; ++i) {
-      const uint32_t own = weights_[group * kSumKeys + i];
-      open_[count] = own;
-      count += own >= bound;
-    }
-  }
-  open_.resize(count);
+  heavy_.resize(std::max<size_t>(heavy_.size(), keys_));
+  const bool none = bound > std::numeric_limits<uint32_t>::max();
+  heavy_count_ =
+      none ? 0
+           : kernels().heavy_keys(weights_.data(), sums_.data(), groups(), static_cast<uint32_t>(bound), heavy_.data());
+  open_.resize(heavy_count_);
+  for (int64_t i = 0; i < heavy_count_; ++i) open_[i] = weights_[heavy_[i]];
 }
 
 void Weights::order_walk(int bits) {
   if (bits == order_bits_) return;
   order_bits_ = bits;
   order_.resize(size_t{1} << bits);
-  for (uint32_t i = 0; i < order_.size(); ++i) order_[i] = reversed(scrambled(reversed(i, bits)), bits);
+  swaps_.resize(order_.size());
+  for (uint32_t i = 0; i < order_.size(); ++i) {
+    order_[i] = reversed(scrambled(reversed(i, bits)), bits);
+    swaps_[i] = static_cast<uint16_t>(scrambled(i) * 0x9E3779B1u >> 17);
+  }
 }
 
 void Weights::pick(uint64_t start, std::vector<uint32_t>* keys, std::vector<float>* log_u) {
-  keys->clear();
-  log_u->clear();
   const int64_t groups = this->groups();
   int bits = 0;
   while (int64_t{1} << bits < groups) ++bits;
   order_walk(bits);
-  taken_.assign((groups + 63) / 64, 0);
-  entries_.resize(groups);
-  uint64_t walked = start;
-  constexpr uint32_t kNear = 16;  // groups that follow each other in memory, and in the walk in some order
-  for (size_t i = 0; i < order_.size(); i += kNear) {
-    const int64_t near = order_[i] / kNear * kNear;
-    uint64_t all = 0;
-    for (int64_t group = near; group < std::min<int64_t>(near + kNear, groups); ++group) all += sums_[group];
-    if (walked + all < step_) {
-      walked += all;
-      continue;
-    }
-    for (size_t j = i; j < std::min(i + kNear, order_.size()); ++j) {
-      const uint32_t group = order_[j];
-      if (group >= groups) continue;
-      const uint64_t entered = walked;
-      walked += sums_[group];
-      if (walked < step_) continue;
-      walked -= step_;
-      if (walked >= step_) walked %= step_;
-      __builtin_prefetch(&weights_[group * kSumKeys]);
-      taken_[group / 64] |= uint64_t{1} << group % 64;
-      entries_[group] = entered;
-    }
-  }
-  const double inverse = 1 / static_cast<double>(step_);
-  for (size_t word = 0; word < taken_.size(); ++word) {
-    for (uint64_t left = taken_[word]; left != 0; left &= left - 1) {
-      const int64_t group = static_cast<int64_t>(word) * 64 + __builtin_ctzll(left);
-      uint32_t weights[kSumKeys];
-      for (int i = 0; i < kSumKeys; ++i) {
-        weights[i] = static_cast<uint32_t>(std::min<uint64_t>(weights_[group * kSumKeys + i], step_));
-      }
-      const uint32_t swaps = scrambled(static_cast<uint32_t>(group)) * 0x9E3779B1u >> 17;
-      const GroupTree tree(weights);
-      uint32_t taken = 0;
-      for (uint64_t way = step_ - entries_[group]; way <= tree.sum(); way += step_) {
-        taken |= 1u << tree.lane_at(swaps, static_cast<uint32_t>(way));
-      }
-      for (; taken != 0; taken &= taken - 1) {
-        const int lane = __builtin_ctz(taken);
-        keys->push_back(static_cast<uint32_t>(group * kSumKeys + lane));
-        log_u->push_back(static_cast<float>(weights[lane] * inverse));  // u, until all are there
-      }
-    }
-  }
-  take_logs(log_u->data(), log_u->size());
+  taken_.resize(std::max<size_t>(taken_.size(), (keys_ + 63) / 64));
+  keys->resize(most_ + kPickSlack);
+  log_u->resize(most_ + kPickSlack);
+  const Walk walk{order_.data(), swaps_.data(), static_cast<int64_t>(order_.size()), groups};
+  const int64_t count =
+      kernels().pick(weights_.data(), sums_.data(), walk, step_, start, taken_.data(), keys->data(), log_u->data());
+  keys->resize(count);
+  log_u->resize(count);
 }
 
 uint64_t start_for(const DrawKey& key, uint64_t step) {

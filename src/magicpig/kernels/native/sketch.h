@@ -134,15 +134,17 @@ class Weights {
 
   int64_t keys_, sinks_;
   std::vector<uint32_t> weights_;
-  std::vector<uint32_t> sums_;     // of kSumKeys keys each
-  std::vector<uint32_t> heavy_;    // groups in which there may be keys longer than a step
-  std::vector<uint32_t> open_;     // weights that may be longer than a step, and are not known to be
-  std::vector<uint32_t> order_;    // of groups of kSumKeys keys: see walk_order in the reference
-  std::vector<uint64_t> taken_;    // a bit for each group in which a step ends
-  std::vector<uint64_t> entries_;  // where in its step the walk comes to such a group
+  std::vector<uint32_t> sums_;   // of kSumKeys keys each
+  std::vector<uint32_t> heavy_;  // keys that may be longer than a step
+  int64_t heavy_count_;
+  std::vector<uint32_t> open_;   // weights of those that are not known to be
+  std::vector<uint32_t> order_;  // of the walk, as the next line: see Walk
+  std::vector<uint16_t> swaps_;
+  std::vector<uint64_t> taken_;  // a bit for each key that a step ends in
   int order_bits_ = -1;
   bool settled_ = false;
   uint64_t step_;
+  int64_t most_;  // keys that a step can end in
 };
 
 // What is said of a draw but for its step: see start_for and draw_number in the reference.
