@@ -77,6 +77,7 @@ def test_the_same_samples_as_on_the_processor_step_after_step(way: Way) -> None:
         right = decode_step(*new, usual, **rule)
         torch.testing.assert_close(own.output.float(), right.output.float(), rtol=2**-7, atol=1e-4)
         torch.testing.assert_close(own.lse, right.lse, rtol=1e-5, atol=5e-5)
+    place.flush()
     for a, b in zip(stores, usual, strict=True):
         one, two = a.stats, b.stats
         assert (one.steps, one.sampled_rows, one.body_rows) == (two.steps, two.sampled_rows, two.body_rows)
@@ -115,8 +116,13 @@ def test_a_sequence_with_bad_numbers_fails_alone(way: Way) -> None:
 @pytest.mark.parametrize(("way", "what"), [("host", "select"), ("gpu_index", "merge"), ("gpu", "window")])
 def test_an_error_of_the_device_is_one_of_the_step(way: Way, what: str) -> None:
     place = Accelerated(Simulated(fail=[what]), way)
-    with pytest.raises(DeviceError, match=f"{what} failed on the device"):
+
+    def step() -> None:
         decode_step(*new_tokens(1), [filled(CONFIGS["sketch"], 120)], scale=SCALE, placement=place)
+        place.flush()  # at the latest
+
+    with pytest.raises(DeviceError, match=f"{what} failed on the device"):
+        step()
 
 
 def test_sequences_of_a_step_are_in_flight_together() -> None:

@@ -19,15 +19,19 @@ from torch import Tensor
 from magicpig.errors import ArgumentError
 from magicpig.kernels.attend.reference import merge, with_sink_logits
 from magicpig.kernels.base import DTYPES, load_kernels
+from magicpig.placement import Placement
+from magicpig.placement.held import send
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
 
 KEYS_AT_ONCE = 4096  # as the store's blocks
 WINDOW_QUERIES = 512  # queries that share one range of keys under a sliding window
 LOGITS_AT_ONCE = 1 << 24  # of the plain path, all heads together: 64 MiB in float32
+_CPU = torch.device("cpu")
 
 # Private in torch, but the only attention on the CPU that returns the log-sum-exp; `_plain` stands in without it.
 _flash_op: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_op_of_cuda: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
 
 
 _Block = Callable[[], tuple[Tensor, Tensor]]
@@ -61,7 +65,7 @@ def prefill(
 ) -> AttentionState:
     """Stores T new tokens, and exact causal attention of them over everything stored.
 
-    query: (H, T, D); keys, values: (G, T, D), on the CPU, of any float dtype the store keeps. Where rows are kept in
+    query: (H, T, D); keys, values: (G, T, D), on one device, of any float dtype the store keeps. Where rows are kept in
     int8, a query at position p reads the whole strides before that of p as they are kept, and its own as it came,
     however the tokens are cut into calls.
     softcap: logits s become softcap * tanh(s / softcap). sink_logits: (H,) join the denominator with value zero.
@@ -72,7 +76,10 @@ def prefill(
     rule, new_from = _Rule(scale, softcap, sink_logits), store.length
     if not store.layout.quantised:
         store.append(keys, values)
-        return _attend_blocks(query, _stored(store, 0, new_from), _stored(store, new_from, store.length), rule)
+        here = query.device
+        return _attend_blocks(
+            query, _stored(store, 0, new_from, here), _stored(store, new_from, store.length, here), rule
+        )
     store.check_numbers(keys, values)
     pieces = []
     for first in range(0, keys.shape[1], KEYS_AT_ONCE):
@@ -85,15 +92,16 @@ def _prefill_rounded(query: Tensor, keys: Tensor, values: Tensor, store: KVStore
     """`prefill` over rows of int8: stride by stride, since each is read unrounded by its own queries alone."""
     begin, stride = store.length, store.spec.stride
     own = begin // stride * stride  # where the stride of the first query begins
-    new = [(keys.to(store.dtype), values.to(store.dtype))]
-    raw_keys, raw_values = (torch.cat(x, 1) for x in zip(*store.blocks(own, begin), *new, strict=True))
+    new, here = [(keys.to(store.dtype), values.to(store.dtype))], query.device
+    old = [(k.to(here), v.to(here)) for k, v in store.blocks(own, begin)]
+    raw_keys, raw_values = (torch.cat(x, 1) for x in zip(*old, *new, strict=True))
     store.append(keys, values)
     past: AttentionState | None = None
-    for block in _stored(store, 0, own):
+    for block in _stored(store, 0, own, here):
         state = _attend(query, *block(), rule)
         past = state if past is None else merge([past, state])
     last = (store.length - 1) // stride * stride  # where the stride of the last query begins
-    rounded = [torch.cat(x, 1) for x in zip(*store.blocks(own, last), strict=True)] if own < last else []
+    rounded = [torch.cat(x, 1).to(here) for x in zip(*store.blocks(own, last), strict=True)] if own < last else []
     pieces = []
     for first in range(own, store.length, stride):
         at = max(first, begin)
@@ -150,19 +158,68 @@ def causal_attention(
     return _attend_blocks(query, past, new, rule)
 
 
-def _stored(store: KVStore, begin: int, end: int) -> list[_Block]:
+def prefill_on(
+    placement: Placement,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    store: KVStore,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> AttentionState:
+    """`prefill` on the placement's accelerator, where the tensors are: it attends while the host stores and indexes.
+
+    The new keys and values come down beside that; those of earlier calls are sent up, block by block, as they are read.
+    The index is brought up to the new length on a thread of the placement: wait for it by `Placement.rest`.
+    """
+    device = placement.accelerator
+    assert device is not None
+    sinks = None if sink_logits is None else sink_logits.to(query.device)
+    if store.layout.quantised:  # what is read has to be rounded before
+        state = prefill(query, keys, values, store, scale=scale, softcap=softcap, sink_logits=sinks)
+        placement.settle(store)
+        return state
+    _check(query, store.kv_heads, keys.shape[1], store.head_dim)
+    rule, own = _Rule(scale, softcap, sinks), [keys.to(store.dtype), values.to(store.dtype)]
+    made, came = (device.buffer("prompt", [2, *keys.shape], store.dtype, pinned=pinned) for pinned in (False, True))
+    device.launch("compute", "keep", lambda: torch.stack(own, out=made.tensor), writes=[made])
+    device.wait("down", device.record("compute"))
+    device.copy("down", made, came)
+    down = device.record("down")
+
+    def bring(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = _read(store, begin, end)
+        return send(device, "past", keys), send(device, "past", values)
+
+    past: list[_Block] = [partial(bring, *ends) for ends in _cuts(store, 0, store.length)]
+    new = [_held(*pair) for pair in zip(*(x.split(KEYS_AT_ONCE, 1) for x in own), strict=True)]
+    state = device.launch("compute", "prefill", lambda: _attend_blocks(query, past, new, rule))
+    device.finish(down)
+    device.host("store", lambda: store.append(*came.tensor), reads=[came])
+    placement.settle(store)
+    return state
+
+
+def _stored(store: KVStore, begin: int, end: int, device: torch.device) -> list[_Block]:
     """The blocks of [begin, end), and the tail; those of int8 are turned into floats only while they are read."""
+    return [partial(_read, store, *ends, device) for ends in _cuts(store, begin, end)]
+
+
+def _cuts(store: KVStore, begin: int, end: int) -> list[tuple[int, int]]:
     inner = {store.flushed, *range((begin // KEYS_AT_ONCE + 1) * KEYS_AT_ONCE, end, KEYS_AT_ONCE)}
     cuts = [begin, *sorted(cut for cut in inner if begin < cut < end), end]
-    return [partial(_read, store, *ends) for ends in pairwise(cuts) if ends[0] < ends[1]]
+    return [ends for ends in pairwise(cuts) if ends[0] < ends[1]]
 
 
 def _held(keys: Tensor, values: Tensor) -> _Block:
     return lambda: (keys, values)
 
 
-def _read(store: KVStore, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    return next(store.blocks(begin, end))
+def _read(store: KVStore, begin: int, end: int, device: torch.device = _CPU) -> tuple[Tensor, Tensor]:
+    keys, values = next(store.blocks(begin, end))
+    return (keys, values) if device.type == "cpu" else (keys.to(device), values.to(device))
 
 
 def _attend_blocks(
@@ -228,6 +285,8 @@ def _attend(
         return kernels.attend_many(query, keys, values, scale=rule.scale, softcap=softcap, causal=causal)
     if rule.softcap is None and _flash_op is not None and _suits_flash(query, keys, values):
         return _flash(query, keys, values, rule.scale, causal, mask)
+    if mask is None and rule.softcap is None and _flash_op_of_cuda is not None and _suits_cuda(query, keys, values):
+        return _flash_of_cuda(query, keys, values, rule.scale, causal)
     return _plain(query, keys, values, rule, causal, mask)
 
 
@@ -247,6 +306,25 @@ def _suits_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
         and query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         and not differentiated  # the gradient of the log-sum-exp is not defined there
     )
+
+
+def _suits_cuda(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
+    return (
+        query.is_cuda
+        and query.dtype == keys.dtype == values.dtype
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[2] % 8 == 0
+        and query.shape[2] <= 256
+        and not differentiated
+    )
+
+
+def _flash_of_cuda(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> AttentionState:
+    group = len(query) // len(keys)
+    every = [x.repeat_interleave(group, 0)[None] for x in (keys, values)]
+    output, lse, *_ = _flash_op_of_cuda(query[None], *every, 0.0, causal, False, scale=scale)
+    return AttentionState(output[0].float(), lse[0])
 
 
 def _flash(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magicpig.attention.prefill import prefill
+from magicpig.attention.prefill import prefill, prefill_on
 from magicpig.errors import ArgumentError, InsufficientMemoryError, MagicPigError, NotFiniteError
 from magicpig.kernels.base import MAX_GROUP, check_dtype
 from magicpig.placement import CPU, LayerStep, Placement, Rule
@@ -71,15 +71,16 @@ def attend_layer(
 ) -> LayerResult:
     """Appends the new tokens of every segment to its store, and attends over it.
 
-    query: (T, H, D); keys, values: (T, G, D), all of one dtype (float32, bfloat16 or float16), on the CPU, with the
-    tokens of all segments one after the other. Stores are those of one layer, each once; their samplers, settings and
-    lengths may differ, and a result does not depend on who else is in the step.
+    query: (T, H, D); keys, values: (T, G, D), all of one dtype (float32, bfloat16 or float16), on the CPU, or where the
+    placement's accelerator has its tensors, as then is the result; with the tokens of all segments one after the other.
+    Stores are those of one layer, each once; their samplers, settings and lengths may differ, and a result does not
+    depend on who else is in the step.
     softcap: logits s become softcap * tanh(s / softcap). sink_logits: (H,) join the denominator with value zero.
     placement: where the parts of decode steps run.
     Raises ArgumentError on shapes or dtypes that do not fit; numbers that are not finite are an error of their segment.
     """
     stores = [segment.store for segment in segments]
-    _check_stores(stores, query, sum(segment.count for segment in segments), scale)
+    _check_stores(stores, query, sum(segment.count for segment in segments), scale, placement)
     _check_new(query, keys, values, stores[0])
     begin = 0
     for segment in segments:
@@ -94,18 +95,25 @@ def attend_layer(
         "softcap": softcap,
         "sink_logits": _checked_sinks(sink_logits, query.shape[1]),
     }
-    lse = torch.full(query.shape[:2], -math.inf, dtype=torch.float32, device="cpu")
+    lse = torch.full(query.shape[:2], -math.inf, dtype=torch.float32, device=query.device)
     result = LayerResult(torch.zeros_like(query), lse, [None] * len(segments))
     for i, segment in enumerate(segments):
         if segment.phase is not Phase.DECODE:
-            _read(i, segment, query, keys, values, result, rule)
+            _read(i, segment, query, keys, values, result, rule, placement)
     rule["placement"] = placement
     _decode([i for i, s in enumerate(segments) if s.phase is Phase.DECODE], segments, query, keys, values, result, rule)
     return result
 
 
 def _read(
-    i: int, segment: Segment, query: Tensor, keys: Tensor, values: Tensor, result: LayerResult, rule: dict[str, Any]
+    i: int,
+    segment: Segment,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    result: LayerResult,
+    rule: dict[str, Any],
+    placement: Placement,
 ) -> None:
     """Stores the tokens of a segment, and attends exactly where outputs are wanted."""
     at = slice(segment.begin, segment.begin + segment.count)
@@ -114,7 +122,12 @@ def _read(
     try:
         if segment.phase is Phase.STORE:
             segment.store.append(k, v)
+        elif placement.accelerator is not None and segment.phase is Phase.PREFILL:
+            state = prefill_on(placement, q, k, v, segment.store, **rule)
+            result.output[at], result.lse[at] = state.output.transpose(0, 1), state.lse.T
         elif segment.phase is Phase.VERIFY:
+            if placement.accelerator is not None:
+                raise ArgumentError("tokens are verified to the bit by the processor alone: placement must be cpu")
             _verify(at, segment.store, query, keys, values, result, rule)
         else:
             state = prefill(q, k, v, segment.store, **rule)
@@ -202,12 +215,12 @@ def decode_step(
 ) -> AttentionState:
     """Appends one token to each of B stores and attends over them.
 
-    query: (B, H, D); keys, values: (B, G, D); all of one dtype, on the CPU. The rest as for `attend_layer`.
+    query: (B, H, D); keys, values: (B, G, D); all of one dtype. Where they are, and the rest, as for `attend_layer`.
     Returns output (B, H, D) in the query's dtype and lse (B, H) float32, natural log.
     errors: an empty list, to which one is appended for each sequence; without one the first is raised, naming all.
     A sequence whose query, keys or values are not finite has NaN for output and is as it was; the others are served.
     """
-    _check_stores(stores, query, len(stores), scale)
+    _check_stores(stores, query, len(stores), scale, placement)
     _check_new(query, keys, values, stores[0])
     rule = _rule(scale, softcap, sink_logits, query.shape[1])
     found: list[MagicPigError | None] = [None] * len(stores)
@@ -221,7 +234,7 @@ def decode_step(
         stepped = placement.step(LayerStep(query, keys, values, stores, rule))
         state, found = stepped.state, stepped.errors
     else:
-        lse = torch.full(query.shape[:2], math.nan, dtype=torch.float32, device="cpu")
+        lse = torch.full(query.shape[:2], math.nan, dtype=torch.float32, device=query.device)
         state = AttentionState(torch.full_like(query, math.nan), lse)
         if ready:
             q, k, v = (x[ready] for x in (query, keys, values))
@@ -316,7 +329,7 @@ def attend_stores(
 
     Over the index as it stands: `KVStore.settle` brings it up to the length. Raises NotFiniteError.
     """
-    _check_stores(stores, query, len(stores), scale)
+    _check_stores(stores, query, len(stores), scale, placement)
     for store in stores:
         store.tidy()
     rule = _rule(scale, softcap, sink_logits, query.shape[1])
@@ -355,7 +368,9 @@ def _raise_any(errors: Sequence[MagicPigError | None]) -> None:
     raise type(first)(f"{first}, in sequence {', '.join(map(str, found))} of {len(errors)}")
 
 
-def _check_stores(stores: Sequence[KVStore], query: Tensor, tokens: int, scale: float) -> None:
+def _check_stores(
+    stores: Sequence[KVStore], query: Tensor, tokens: int, scale: float, placement: Placement = CPU
+) -> None:
     if len(stores) == 0:
         raise ArgumentError("stores is empty; one store per sequence is needed")
     first = stores[0]
@@ -373,7 +388,7 @@ def _check_stores(stores: Sequence[KVStore], query: Tensor, tokens: int, scale: 
     H = shape[1]
     if H < 1 or H % G or H // G > MAX_GROUP:
         raise ArgumentError(f"query has {H} heads; expected a multiple of kv_heads={G}, at most {MAX_GROUP} times it")
-    if not query.is_cpu:
+    if not query.is_cpu and (placement.accelerator is None or query.device != placement.accelerator.torch_device):
         raise ArgumentError(f"query is on {query.device}; decoding reads stores in host memory and needs it on the cpu")
     check_dtype(query.dtype)
     if not math.isfinite(scale):
@@ -385,7 +400,7 @@ def _check_new(query: Tensor, keys: Tensor, values: Tensor, store: KVStore) -> N
     for name, x in (("keys", keys), ("values", values)):
         if x.shape != expected:
             raise ArgumentError(f"{name} has shape {tuple(x.shape)}; expected {expected}")
-        if x.dtype != query.dtype or not x.is_cpu:
+        if x.dtype != query.dtype or x.device != query.device:
             raise ArgumentError(
                 f"{name} is {x.dtype} on {x.device}; expected {query.dtype} on {query.device} as the query"
             )

@@ -18,12 +18,14 @@ from magicpig.cli.options import (
     Dtype,
     ModelDtype,
     System,
+    check_device,
     checked,
     or_pocket,
 )
-from magicpig.cli.settings import takes_config, takes_opening
+from magicpig.cli.settings import takes_config, takes_opening, takes_where
 from magicpig.config import Config
 from magicpig.errors import MagicPigError
+from magicpig.where import Where
 
 if TYPE_CHECKING:
     from magicpig.engine.engine import Engine
@@ -38,6 +40,7 @@ HELP = """\
 
 
 @takes_config
+@takes_where
 @takes_opening
 def chat(
     context: typer.Context,
@@ -51,19 +54,23 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="The most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.0,
     config: Config,
+    where: Where,
     dtype: ModelDtype = Dtype.auto,
     opening: dict[str, Any],
 ) -> None:
     """Talk with a local model. Type /help for what else can be said."""
+    check_device(where)
     folder = or_pocket(model)
     notes = Console(stderr=True)
     from magicpig import generation
     from magicpig.engine.engine import Engine
+    from magicpig.engine.options import EngineOptions
 
     with notes.status("Loading the model"):
         generation.silence_transformers()
         opened = generation.open_model(folder, **opening)
-        engine = checked(Engine, generation.load(opened, dtype=dtype.value), opened.tokenizer, config)
+        network = generation.load(opened, dtype=dtype.value, device=where.device)
+        engine = checked(Engine, network, opened.tokenizer, config, EngineOptions(**where.model_dump()))
     session = Session(engine, system=system, max_tokens=max_tokens, temperature=temperature)
     if doc is not None:
         session.add_document(read_text(doc))

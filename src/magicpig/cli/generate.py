@@ -21,13 +21,15 @@ from magicpig.cli.options import (
     ModelDtype,
     ModelOrPocket,
     PrefillChunk,
+    check_device,
     checked,
     or_pocket,
 )
 from magicpig.cli.report import cache_as_dict, prefill_progress
-from magicpig.cli.settings import takes_config, takes_opening
+from magicpig.cli.settings import takes_config, takes_opening, takes_where
 from magicpig.config import Config
 from magicpig.machine import versions
+from magicpig.where import Where
 from magicpig.wording import counted, printable
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ RESULT = "Output"
 
 
 @takes_config
+@takes_where
 @takes_opening
 def generate(
     context: typer.Context,
@@ -107,6 +110,7 @@ def generate(
         typer.Option(help="Stop before this text; may be given several times.", rich_help_panel=ANSWER),
     ] = None,
     config: Config,
+    where: Where,
     dtype: ModelDtype = Dtype.auto,
     prefill_chunk: PrefillChunk = 1024,
     opening: dict[str, Any],
@@ -147,6 +151,10 @@ def generate(
     if mode is Mode.lossless and not config.samples:
         raise InputError(f"--mode lossless drafts by sampling, but --sampler {config.sampler} reads every key")
 
+    if mode is Mode.lossless and where.device != "cpu":
+        raise InputError(f"--mode lossless is exact to the bit on the CPU alone; leave --device {where.device} out")
+    check_device(where)
+
     notes = Console(stderr=True)
     opening = opening | {"max_length": max_length}
     if jsonl is not None and output is not None:
@@ -170,6 +178,7 @@ def generate(
             dtype=dtype.value,
             system=system,
             chat=chat,
+            where=where,
         )
         return
     told: list[str] = []
@@ -193,7 +202,7 @@ def generate(
                 truncate=truncate,
                 on_note=told.append,
             )
-            network = generation.load(opened, dtype=dtype.value)
+            network = generation.load(opened, dtype=dtype.value, device=where.device)
 
         stream = _Stream(sys.stderr if as_json else sys.stdout)
         progress = prefill_progress(notes)
@@ -217,24 +226,30 @@ def generate(
                 stop=stop or (),
                 chunk=prefill_chunk,
                 max_length=max_length,
+                device=where.device,
+                placement=where.placement,
                 on_prefill=on_prefill,
                 on_text=stream.write,
                 on_note=told.append,
             )
-        settings = config.model_dump(mode="json") | {
-            "dtype": str(network.dtype).removeprefix("torch."),
-            "max_new_tokens": max_new_tokens,
-            "mode": mode.value,
-            "temperature": temperature,
-            "top_p": top_p,
-            "prefill_chunk": prefill_chunk,
-            "chat": chat or system is not None,
-            "system": system,
-            "stop": stop or [],
-            "rope_scaling": opening["rope_scaling"],
-            "weights": opening["weights"],
-            "adapter": None if opening["adapter"] is None else opening["adapter"].name,
-        }
+        settings = (
+            config.model_dump(mode="json")
+            | where.model_dump()
+            | {
+                "dtype": str(network.dtype).removeprefix("torch."),
+                "max_new_tokens": max_new_tokens,
+                "mode": mode.value,
+                "temperature": temperature,
+                "top_p": top_p,
+                "prefill_chunk": prefill_chunk,
+                "chat": chat or system is not None,
+                "system": system,
+                "stop": stop or [],
+                "rope_scaling": opening["rope_scaling"],
+                "weights": opening["weights"],
+                "adapter": None if opening["adapter"] is None else opening["adapter"].name,
+            }
+        )
         answer = json.dumps(_as_dict(result, settings), indent=2)
         if as_json:
             print(answer)

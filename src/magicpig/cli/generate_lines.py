@@ -16,6 +16,7 @@ from magicpig.cli.errors import InputError
 from magicpig.cli.files import read_text
 from magicpig.cli.options import checked
 from magicpig.strict_json import parse
+from magicpig.where import Where
 from magicpig.wording import counted, printable
 
 if TYPE_CHECKING:
@@ -120,11 +121,12 @@ def answer_file(
     dtype: str,
     system: str | None,
     chat: bool,
+    where: Where,
 ) -> None:
     """Answers the lines of `path` that `out` has not got. asked: settings of `SamplingParams` that lines may overrule.
 
-    opening: of `generation.open_model`. system, chat: as of `magicpig generate`. Raises InputError, before anything is
-    computed, for a line that asks for what does not exist.
+    opening: of `generation.open_model`. system, chat, where: as of `magicpig generate`. Raises InputError, before
+    anything is computed, for a line that asks for what does not exist.
     """
     given = {"model": directory.resolve().name, "config": config.nondefault(), **asked, "system": system, "chat": chat}
     lines = read_lines(path, given)
@@ -139,8 +141,9 @@ def answer_file(
             with notes.status("Loading the model"):
                 generation.silence_transformers()
                 opened = generation.open_model(directory, **opening)
-                network = generation.load(opened, dtype=dtype)
-            with checked(LLM, network, opened.tokenizer, config, max_length=opening["max_length"]) as llm:
+                network = generation.load(opened, dtype=dtype, device=where.device)
+            options = where.model_dump() | {"max_length": opening["max_length"]}
+            with checked(LLM, network, opened.tokenizer, config, **options) as llm:
                 params = checked(SamplingParams, **asked)
                 requests = [_request(llm, line, params, path, system, chat=chat) for line in left]
                 with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:

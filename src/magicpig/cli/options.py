@@ -12,6 +12,7 @@ import typer
 
 from magicpig.cli.errors import InputError
 from magicpig.model_dir import ModelError, check_directory, gguf_file
+from magicpig.where import Where
 from magicpig.wording import printable, shown
 
 if TYPE_CHECKING:
@@ -86,6 +87,14 @@ def checked(make: Callable[..., T], *arguments: Any, **settings: Any) -> T:
         return make(*arguments, **settings)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def check_device(where: Where) -> None:
+    """Raises InputError where CUDA is asked for and absent. Imports torch only where it is asked for."""
+    if where.device != "cpu":
+        from magicpig.placement.device import check_cuda
+
+        checked(check_cuda, where.device, "device")
 
 
 def or_pocket(model: Path | None, notes: Console | None = None) -> Path:

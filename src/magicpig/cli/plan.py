@@ -46,11 +46,11 @@ def plan(
     file = model / "config.json" if model.is_dir() else model
     if not file.is_file():
         raise InputError(f"--model {model}: neither a model directory nor a config.json")
-    from magicpig.integrations.transformers.shapes import sizes_of
+    from magicpig.integrations.transformers.shapes import sizes_of_file
     from magicpig.placement.foretell import Speeds, choose, foretell
 
     speeds = Speeds(gpu_speed * 1e9, link=link_speed * 1e9, host=host_speed * 1e9, rows=row_speed * 1e9)
-    sizes = sizes_of(file, config)
+    sizes = sizes_of_file(file, config)
     found = checked(
         foretell, sizes, config, context=tokens, batch=batch, vram=int(vram * GIB), ram=int(ram * GIB), speeds=speeds
     )

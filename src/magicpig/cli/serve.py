@@ -20,11 +20,13 @@ from magicpig.cli.options import (
     MOST_TOKENS,
     Dtype,
     ModelDtype,
+    check_device,
     checked,
     or_pocket,
 )
-from magicpig.cli.settings import takes_config, takes_opening
+from magicpig.cli.settings import takes_config, takes_opening, takes_where
 from magicpig.config import Config
+from magicpig.where import Where
 from magicpig.wording import printable
 
 KEYS_VARIABLE = "MAGICPIG_API_KEYS"
@@ -58,6 +60,7 @@ def _take_settings(context: typer.Context, path: Path | None) -> Path | None:
 
 
 @takes_config
+@takes_where
 @takes_opening
 def serve(
     context: typer.Context,
@@ -84,6 +87,7 @@ def serve(
         typer.Option(help="A Jinja file, in place of the tokenizer's own template.", rich_help_panel=MODEL),
     ] = None,
     opening: dict[str, Any],
+    where: Where,
     config: Config,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=NETWORK)
@@ -226,6 +230,7 @@ def serve(
     if many > 1 and (uds is not None or port == 0):
         raise InputError("--replicas listen on a --port of their own, on no Unix socket")
     keys = _api_keys(api_key_file)
+    check_device(where)
     folder = or_pocket(model)
     names = tuple(name or [folder.resolve().name if model is not None else "pocket"])
     try:
@@ -253,8 +258,11 @@ def serve(
         waiting=max_waiting,
         timeout=timeout,
         queue_timeout=queue_timeout,
+        **where.model_dump(),
     )
     group = Group.of_environment()
+    if group is not None and where.device != "cpu":
+        raise InputError(f"--device {where.device}: {group.size} ranks choose theirs themselves; leave it out")
     if group is not None and cache_dir is not None:
         raise InputError(f"--cache-dir {cache_dir}: {group.size} ranks cannot keep prompts in files")
     model_options = ModelOptions(
@@ -282,7 +290,7 @@ def serve(
         )
         return
     with Console(stderr=True).status("Loading the model"):
-        network, tokenizer = open_network(model_options, 1 if group is None else group.size)
+        network, tokenizer = open_network(model_options, 1 if group is None else group.size, where.device)
         if group is not None and group.rank > 0:
             follow(group, network, config, max_length=options.longest(network))
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +27,10 @@ from magicpig.cli.options import (
 )
 from magicpig.config import SAMPLERS, Config
 from magicpig.config_file import load_config
+from magicpig.where import Where, check_where
 
 PANEL = "Sampling of keys"
+WHERE_PANEL = "Device"
 IN_FILES_ONLY = ("layers",)
 """Settings that are no single value, so that only files have them."""
 
@@ -82,6 +84,23 @@ def takes_opening(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(command, "opening", options, opening)
 
 
+def takes_where(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `where` becomes --device and --placement, which are also taken from the environment.
+
+    Refuses what does not go together; whether there is such a device is for `options.check_device`, which needs torch.
+    """
+    options = [
+        _option(name, fields=Where.model_fields, panel=WHERE_PANEL, variables=(f"{command.__name__}_{name}", name))
+        for name in Where.model_fields
+    ]
+
+    def where(_: dict[str, Any], own: dict[str, Any]) -> Where:
+        checked(check_where, **own)
+        return Where(**own)
+
+    return _with_options(command, "where", options, where)
+
+
 def config_from(context: typer.Context, file: Path | None, **settings: Any) -> Config:
     """The config of a file, or of the options called like its settings. Raises InputError if there are both.
 
@@ -102,8 +121,15 @@ def parse_layers(value: Any) -> tuple[int, ...]:
     return () if value == "none" else whole_numbers(str(value), "--dense-layers", " nor none")
 
 
-def _option(name: str, *, default: Any = None, variables: Iterable[str] = ()) -> inspect.Parameter:
-    field = Config.model_fields[name]
+def _option(
+    name: str,
+    *,
+    default: Any = None,
+    variables: Iterable[str] = (),
+    fields: Mapping[str, FieldInfo] = Config.model_fields,
+    panel: str = PANEL,
+) -> inspect.Parameter:
+    field = fields[name]
     default = field.default if default is None else default
     info = typer.Option(
         *_flags(name, field),
@@ -111,7 +137,7 @@ def _option(name: str, *, default: Any = None, variables: Iterable[str] = ()) ->
         show_default=default not in (None, ()),
         envvar=[f"MAGICPIG_{variable.upper()}" for variable in variables] or None,
         show_envvar=False,
-        rich_help_panel=PANEL,
+        rich_help_panel=panel,
         **_SPECIAL.get(name, {}),
     )
     annotation = str if name == "sampler" else field.annotation

@@ -66,6 +66,11 @@ class Engine:
         self.observer = Observer() if observer is None else observer
         split = group.size if group is not None and splits_attention(network) else 1
         self.intake = Intake(network, tokenizer, self.config, options, split=split)
+        place = options.place(network, self.config)
+        if group is not None and place.accelerator is not None:
+            raise ArgumentError(
+                f"device={options.device}: {group.size} ranks place their parts themselves; leave it out"
+            )
         limits, files = options.limits(1 if group is None else group.here), None
         if options.cache_dir is not None:
             if group is not None:
@@ -79,7 +84,7 @@ class Engine:
             held=lambda: self.prefixes.nbytes,
             reclaim=self.prefixes.reclaim,
         )
-        make = Runner if group is None else partial(Leader, group)
+        make = partial(Runner, place=place) if group is None else partial(Leader, group)
         self.runner: Runner = make(network, self.config, max_length=self.max_length)
         self._clock = clock
         # Held whenever the scheduler or an answer changes; not while the model computes.

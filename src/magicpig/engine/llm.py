@@ -44,14 +44,15 @@ class LLM:
         observer: Observer | None = None,
         **options: Any,
     ) -> None:
+        chosen = EngineOptions(**options)
         if isinstance(model, (str, Path)):
             opened = open_model(model, weights=weights)
             tokenizer = opened.tokenizer if tokenizer is None else tokenizer
-            model = load(opened, dtype=dtype)
+            model = load(opened, dtype=dtype, device=chosen.device)
         elif tokenizer is None:
             raise ArgumentError("tokenizer is missing; a network does not know its own")
         self.tokenizer = tokenizer
-        self.engine = Engine(model, tokenizer, config, EngineOptions(**options), observer=observer)
+        self.engine = Engine(model, tokenizer, config, chosen, observer=observer)
 
     def generate(
         self,

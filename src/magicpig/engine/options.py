@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from magicpig.config import Config
 from magicpig.engine.scheduler import Limits
 from magicpig.errors import ArgumentError
-from magicpig.integrations.transformers.shapes import token_limit
+from magicpig.integrations.transformers.shapes import key_dtype, sizes_of, token_limit
 from magicpig.machine import free_memory
+from magicpig.placement import Placement
+from magicpig.placement.choice import place_of
+from magicpig.placement.device import Device
+from magicpig.where import check_where
 
 SAFE_SHARE = 0.8  # of the memory that is free when the engine starts
 UNLIMITED = 131072  # tokens, for models that name no limit
@@ -24,6 +29,7 @@ class EngineOptions:
     half of what is free there.
     max_length: the most tokens of prompt and answer; None for the model's own limit.
     timeout, queue_timeout: seconds, for requests that name none. The others are those of `scheduler.Limits`.
+    device, placement: as in `magicpig.where.Where`.
     """
 
     memory: int | None = None
@@ -38,6 +44,8 @@ class EngineOptions:
     aging: float = 60.0
     timeout: float | None = None
     queue_timeout: float | None = None
+    device: str | Device = "cpu"
+    placement: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.cache_share <= 1:
@@ -47,9 +55,23 @@ class EngineOptions:
             if value is not None and not value > 0:
                 raise ArgumentError(f"{name}={value} must be positive")
 
+        check_where(self.device if isinstance(self.device, str) else "cuda", self.placement)
+
     def longest(self, network: Any) -> int:
         """The most tokens of prompt and answer."""
         return self.max_length or token_limit(network.config) or UNLIMITED
+
+    def place(self, network: Any, config: Config) -> Placement:
+        """Where the parts of a step run. Raises ArgumentError as `place_of`."""
+        return place_of(
+            self.device,
+            self.placement,
+            config,
+            lambda: sizes_of(network.config, config),
+            context=self.longest(network),
+            batch=self.running,
+            dtype=key_dtype(network),
+        )
 
     def limits(self, processes: int = 1) -> Limits:
         """Of one of so many processes that share this machine."""

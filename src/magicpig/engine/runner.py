@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -26,7 +27,10 @@ from magicpig.engine.scheduler import Phase
 from magicpig.errors import MagicPigError, NotFiniteError
 from magicpig.integrations.transformers import NAME as ATTACHED
 from magicpig.integrations.transformers import MagicPigCache, UnsupportedModelError, attach, detach
+from magicpig.integrations.transformers.attach import check_on
 from magicpig.integrations.transformers.shapes import layer_shapes
+from magicpig.placement import CPU, Placement
+from magicpig.placement.schedule import Turns
 from magicpig.store import KVStore
 
 # Not among transformers' mask functions: then it makes no mask at all.
@@ -156,13 +160,17 @@ class Outcome:
 class Runner:
     """A network that computes pieces. It belongs to the runner until `close`, which puts back what was changed.
 
-    max_length: the most tokens of a sequence. Raises UnsupportedModelError for models that cannot be packed.
+    max_length: the most tokens of a sequence. place: where the parts of a step run; with an accelerator, pieces that
+    answer go through the model as two micro-batches, so that the host attends for one while the other is computed.
+    Raises UnsupportedModelError for models that cannot be packed.
     """
 
-    def __init__(self, network: Any, config: Config, *, max_length: int) -> None:
+    def __init__(self, network: Any, config: Config, *, max_length: int, place: Placement = CPU) -> None:
+        check_on(network, place)
         if (reason := _why_not(network, max_length)) is not None:
             raise UnsupportedModelError(network.config.model_type, f"requests cannot share a step: {reason}")
-        self.network = network
+        self.network, self.place = network, place
+        self.here = torch.device("cpu") if place.accelerator is None else place.accelerator.torch_device
         self._attached = network.config._attn_implementation != ATTACHED
         if self._attached:
             attach(network, config)  # knows which models work
@@ -182,9 +190,21 @@ class Runner:
         MagicPigCache(self.network.config, config)
         return SequenceState(config, [None] * len(self.shapes))
 
-    @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> list[Outcome]:
-        """Computes all pieces in one forward pass. States whose piece failed are of no use any more."""
+        """Computes all pieces in one forward pass, or two. States whose piece failed are of no use any more."""
+        if self.place.accelerator is None:
+            return self._run(work)
+        try:
+            parts = _micro_batches(work)
+            calls = [partial(self._run, part) for part in parts]
+            outcomes = Turns().run(calls) if len(calls) > 1 else [calls[0]()]
+            self.place.flush()
+        finally:
+            self.place.rest()
+        return [outcome for part in outcomes for outcome in part]
+
+    @torch.inference_mode()
+    def _run(self, work: Sequence[Work]) -> list[Outcome]:
         ids = [token for piece in work for token in piece.tokens]
         positions = [piece.begin + t for piece in work for t in range(len(piece.tokens))]
         kept: list[int] = []
@@ -250,6 +270,13 @@ class Runner:
             detach(self.network)
 
 
+def _micro_batches(work: Sequence[Work]) -> list[Sequence[Work]]:
+    """Two halves where at least two pieces answer."""
+    if sum(piece.phase is Phase.DECODE for piece in work) < 2:
+        return [work]
+    return [work[: len(work) // 2], work[len(work) // 2 :]]
+
+
 def _why_not(network: Any, max_length: int) -> str | None:
     """Why the pieces of several requests cannot go through the model side by side, if they cannot."""
     text = network.config.get_text_config(decoder=True)
@@ -297,11 +324,11 @@ class _Step:
         if window is not None:
             rule = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits, "window": window}
             return self._slide(index, window, query, keys, values, rule)
-        if self.decodes and sink_logits is None and not self.failed:
+        if self.decodes and sink_logits is None and not self.failed and self.runner.place.accelerator is None:
             output = self._decode(index, query, keys, values, scale=scale, softcap=softcap)
             if output is not None:
                 return output
-        q, k, v = (x.transpose(0, 1).to("cpu") for x in (query, keys, values))
+        q, k, v = (x.transpose(0, 1).to(self.runner.here) for x in (query, keys, values))
         sinks = None if sink_logits is None else sink_logits.to("cpu", torch.float32)
         # What failed in an earlier layer is not stored in this one.
         alive = [i for i in range(len(self.work)) if i not in self.failed]
@@ -317,7 +344,9 @@ class _Step:
             begin += count
         output = query.new_zeros(query.shape[1], query.shape[0], query.shape[2])
         if segments:
-            result = attention.attend_layer(segments, q, k, v, scale=scale, softcap=softcap, sink_logits=sinks)
+            result = attention.attend_layer(
+                segments, q, k, v, scale=scale, softcap=softcap, sink_logits=sinks, placement=self.runner.place
+            )
             output[rows] = result.output.to(query.device)
             for i, error in zip(alive, result.errors, strict=True):
                 if error is not None:

@@ -22,6 +22,7 @@ from magicpig.generation.passes import even_chunk, finite
 from magicpig.integrations.transformers import CacheReport, attach
 from magicpig.integrations.transformers.compat import cache_of
 from magicpig.model_dir import ModelError
+from magicpig.placement.device import Device
 from magicpig.text_stream import Detokenizer, StopStrings
 from magicpig.wording import one_line, shown
 
@@ -95,6 +96,8 @@ def generate(
     stop: Sequence[str] = (),
     chunk: int = 1024,
     max_length: int | None = None,
+    device: str | Device = "cpu",
+    placement: str = "auto",
     on_prefill: Callable[[int], None] = lambda tokens: None,
     on_text: Callable[[str], None] = lambda text: None,
     on_note: Callable[[str], None] = lambda note: None,
@@ -110,7 +113,7 @@ def generate(
     distributed as its are, and samples only to draft them (lossless.py); on_note is told where that holds up to
     rounding alone.
     stop: texts that end the answer and are no part of it; those in generation_config.json, which also end it, are.
-    chunk: the prompt is read this many tokens at a time. max_length: as in `attach`.
+    chunk: the prompt is read this many tokens at a time. max_length, device, placement: as in `attach`.
     on_prefill is called with the number of prompt tokens read by each chunk, on_text with every piece of new text.
     """
     if mode not in MODES:
@@ -119,9 +122,11 @@ def generate(
     lossless = Decoding(watch) if mode == "lossless" else None
     if lossless is not None:
         check(config, network.config)
+        if device != "cpu":
+            raise ArgumentError("mode='lossless' is exact to the bit on the CPU alone; leave device out")
         if (reason := why_not_to_the_bit(network)) is not None:
             on_note(reason)
-    attach(network, config, max_length=max_length)
+    attach(network, config, max_length=max_length, device=device, placement=placement)
     torch.manual_seed(config.seed)
     # None switches off what the model's own generation settings may say.
     sampling: dict[str, Any] = (

@@ -17,6 +17,8 @@ from magicpig.config import Config
 from magicpig.errors import ArgumentError, InsufficientMemoryError
 from magicpig.integrations.transformers.shapes import layer_shapes, scale_positions, token_limit
 from magicpig.model_dir import ModelError, brings_code, check_directory, gguf_file
+from magicpig.placement.choice import open_device
+from magicpig.placement.device import Device
 from magicpig.weights import FORMS, use_weights
 from magicpig.wording import one_line, shown
 
@@ -99,13 +101,18 @@ def open_model(
     )
 
 
-def load(model: Model, *, dtype: str = "auto", ranks: int = 1) -> Any:
+def load(model: Model, *, dtype: str = "auto", ranks: int = 1, device: str | Device = "cpu") -> Any:
     """The network in evaluation mode, its weights read from safetensors files.
 
     dtype: one of `DTYPES`; "auto" is what the weights are stored in. ranks: processes of the default group of
-    torch.distributed that share the weights (tensor parallel), of which this is one.
-    Raises ModelError if weights are damaged or missing, MemoryError if they do not fit.
+    torch.distributed that share the weights (tensor parallel), of which this is one. device: where the network goes,
+    as in `magicpig.where.Where`.
+    Raises ModelError if weights are damaged or missing, MemoryError if they do not fit, ArgumentError where there is no
+    such device, or it has no kernels for `Model.weights`.
     """
+    opened = open_device(device)
+    if opened is not None and model.weights != "auto":
+        raise ArgumentError(f"weights={model.weights!r} is for the CPU; with device={opened.name} leave it at 'auto'")
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     if ranks > 1:
@@ -140,6 +147,8 @@ def load(model: Model, *, dtype: str = "auto", ranks: int = 1) -> Any:
         raise ModelError(f"{model.directory}: {len(missing)} weights are missing, the first is {missing[0]}")
     if model.adapter is not None:
         network = adapters.merged(network, model.adapter)
+    if opened is not None:
+        return network.eval().to(opened.torch_device)
     # Of several ranks, each has parts of matrices, which torch knows how to multiply.
     return use_weights(network.eval(), model.weights) if ranks == 1 else network.eval()
 

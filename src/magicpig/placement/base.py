@@ -12,6 +12,7 @@ from torch import Tensor
 from magicpig.errors import MagicPigError, NotFiniteError
 from magicpig.kernels.attend.reference import merge, with_sink_logits
 from magicpig.kernels.base import FAULTS, Kernels, as_rows
+from magicpig.placement.device import Device
 from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample
 
@@ -48,10 +49,17 @@ class LayerStep(NamedTuple):
         keys, values = (None if x is None else x[rows] for x in (self.keys, self.values))
         return LayerStep(self.query[rows], keys, values, [self.stores[b] for b in rows], self.rule, self.capture)
 
+    def to(self, device: torch.device) -> LayerStep:
+        """The same with its tensors there."""
+        query, keys, values = (None if x is None else x.to(device) for x in (self.query, self.keys, self.values))
+        assert query is not None
+        return self._replace(query=query, keys=keys, values=values)
+
 
 class Stepped(NamedTuple):
-    """The state, output (B, H, D) in the query's dtype and lse (B, H) float32; where they are wanted the samples of all
-    heads of all sequences; predicted errors (B, H) float32; the errors of sequences, which then have NaN for a state.
+    """The state, output (B, H, D) in the query's dtype and lse (B, H) float32, both where the query is; where they are
+    wanted the samples of all heads of all sequences and predicted errors (B, H) float32; the errors of sequences, which
+    then have NaN for a state.
     """
 
     state: AttentionState
@@ -65,7 +73,13 @@ RepeatedStep = Callable[[list[Any], Tensor, Tensor, Tensor], tuple[Tensor, list[
 
 
 class Placement(Protocol):
-    """Where the parts of a step run. The stores are in host memory wherever that is."""
+    """Where the parts of a step run. The stores are in host memory wherever that is.
+
+    accelerator: the device whose tensors steps take and give, prompts included; None where that is the host.
+    """
+
+    @property
+    def accelerator(self) -> Device | None: ...
 
     def step(self, step: LayerStep) -> Stepped:
         """Appends the new tokens, and attends."""
@@ -74,6 +88,30 @@ class Placement(Protocol):
     def repeated(self, stores: Sequence[KVStore], heads: int, scale: float, softcap: float) -> RepeatedStep | None:
         """A faster way to step stores that stay together, where there is one."""
         ...
+
+    def settle(self, store: KVStore) -> None:
+        """`KVStore.settle`, which may go on in a thread until `rest`."""
+        ...
+
+    def rest(self) -> None:
+        """Waits until nothing goes on any more. To be called before anybody else touches the stores of a prompt."""
+        ...
+
+    def flush(self) -> None:
+        """Brings up to date what stores count of their steps."""
+        ...
+
+
+class OnHost:
+    """Of placements that do all at once, where the stores are."""
+
+    accelerator: Device | None = None
+
+    def settle(self, store: KVStore) -> None:
+        store.settle()
+
+    def rest(self) -> None: ...
+    def flush(self) -> None: ...
 
 
 def by_kind(
@@ -85,8 +123,8 @@ def by_kind(
     if all(kinds):
         return other(step)
     B, H, _ = step.query.shape
-    state = AttentionState(torch.empty_like(step.query), torch.empty(B, H, dtype=torch.float32, device="cpu"))
-    predicted = torch.empty_like(state.lse)
+    lse = torch.empty(B, H, dtype=torch.float32, device=step.query.device)
+    state, predicted = AttentionState(torch.empty_like(step.query), lse), torch.empty_like(lse, device="cpu")
     samples: list[list[Sample]] = [[] for _ in step.stores] if step.capture else []
     errors: list[MagicPigError | None] = [None] * B
     for way, kind in ((plain, False), (other, True)):

@@ -15,6 +15,7 @@ from torch import Tensor
 from magicpig.kernels.attend.reference import merge
 from magicpig.placement.base import (
     LayerStep,
+    OnHost,
     RepeatedStep,
     Rule,
     Stepped,
@@ -27,7 +28,7 @@ from magicpig.store import KVStore
 from magicpig.types import AttentionState, Sample
 
 
-class Cpu:
+class Cpu(OnHost):
     """The placement of today's machines without an accelerator."""
 
     def step(self, step: LayerStep) -> Stepped:

@@ -41,9 +41,17 @@ class Buffer:
 
 
 class Device(Protocol):
-    """One accelerator. Nothing but `finish` and `host` waits; errors of work may come later, from either."""
+    """One accelerator. Nothing but `finish` and `host` waits; errors of work may come later, from either.
+
+    torch_device: where its tensors are.
+    """
 
     name: str
+    torch_device: torch.device
+
+    def free_memory(self) -> int:
+        """Bytes that it has left."""
+        ...
 
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, pinned: bool = False) -> Buffer:
         """Memory without content."""
@@ -95,6 +103,11 @@ class Cuda:
             name: torch.cuda.current_stream(self.torch_device) if name == "compute" else torch.cuda.Stream(index)
             for name in STREAMS
         }
+
+    def free_memory(self) -> int:
+        here = self.torch_device
+        unused = torch.cuda.memory_reserved(here) - torch.cuda.memory_allocated(here)  # that torch keeps for itself
+        return int(torch.cuda.mem_get_info(here)[0]) + unused
 
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, pinned: bool = False) -> Buffer:
         if pinned:

@@ -34,8 +34,12 @@ class Trip(Protocol):
     @property
     def answer_name(self) -> str: ...
 
+    def tell(self) -> None:
+        """On the device: what the host needs to know where it is asked nothing."""
+        ...
+
     def ask(self) -> None:
-        """On the device: what the host needs to know."""
+        """On the device: what the host needs to know to answer."""
         ...
 
     def meanwhile(self) -> None:
@@ -68,11 +72,28 @@ def round_trip(device: Device, slot: Slot, trip: Trip, label: str = "") -> Itera
     device.launch("compute", f"merge{label}", trip.finish, reads=[slot.answered])
 
 
-def by_turns(parts: Sequence[Iterator[T]]) -> None:
-    """Runs micro-batches to their ends, each up to where it yields, then the next."""
+def one_way(device: Device, asked: Buffer, question: Buffer, trip: Trip, label: str = "") -> Iterator[None]:
+    """As `round_trip` where the device needs no answer: the host is told, the device goes on by itself."""
+    device.launch("compute", f"tell{label}", trip.tell, writes=[asked])
+    device.wait("down", device.record("compute"))
+    device.copy("down", asked, question)
+    down = device.record("down")
+    device.launch("compute", f"window{label}", trip.meanwhile)
+    device.launch("compute", f"merge{label}", trip.finish)
+    yield
+    device.finish(down)
+    device.host(f"{trip.answer_name}{label}", trip.answer, reads=[question])
+
+
+def by_turns(parts: Sequence[Iterator[T]], pass_on: Callable[[], None] = lambda: None) -> None:
+    """Runs micro-batches to their ends, each up to where it yields, then the next. pass_on: is called once all have
+    yielded, before the host waits for the first.
+    """
     left = list(parts)
     while left:
         left = [part for part in left if next(part, _END) is not _END]
+        if left:
+            pass_on()
 
 
 _END: Any = object()

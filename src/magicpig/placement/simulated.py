@@ -58,7 +58,7 @@ class Simulated:
     """costs: seconds that work takes, by its name or the first word of it, looked up anew each time; none is nothing.
     overhead: seconds that any work or copy takes besides. down, up: bytes a second of copies.
     fail: names of work that fails, as on a broken device; the error comes when the host waits for it.
-    tensors: "cpu", or "meta" for a schedule that computes nothing.
+    tensors: "cpu", or "meta" for a schedule that computes nothing. memory: bytes that it says it has left.
     """
 
     name = "simulated"
@@ -72,7 +72,9 @@ class Simulated:
         overhead: float = 0.0,
         fail: Sequence[str] = (),
         tensors: str = "cpu",
+        memory: int = 24 << 30,
     ) -> None:
+        self._memory = memory
         self.torch_device = torch.device(tensors)
         self.spans: list[Span] = []
         self._costs, self._overhead, self._fail = {} if costs is None else costs, overhead, set(fail)
@@ -82,7 +84,14 @@ class Simulated:
         self._known: dict[str, dict[str, int]] = {who: {} for who in everyone}
         self._failed: dict[str, str | None] = dict.fromkeys(everyone)
 
+    def break_at(self, what: str) -> None:
+        """From now on work of that name fails."""
+        self._fail.add(what)
+
     # --- the interface ------------------------------------------------------------------------------------------------
+
+    def free_memory(self) -> int:
+        return self._memory
 
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, pinned: bool = False) -> Buffer:
         tensor = torch.empty(*shape, dtype=dtype, device=self.torch_device)

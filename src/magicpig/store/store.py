@@ -94,6 +94,7 @@ class KVStore:
         stored = torch.int8 if config.kv_dtype == "int8" else self.dtype
         self.layout = RowLayout(self.head_dim, self.dtype, stored, self.kernels)
         self.view = self._new_view()
+        self.crops = 0  # how often tokens were taken back
         self.index: Index = self.sampler.empty()
         self.draw = DrawPolicy.of(config)
         self._schedule()
@@ -198,26 +199,35 @@ class KVStore:
         """The rows of one kv head as the kernels read them: blocks (capacity, width), key and value side by side."""
         return [block.rows[head] for block in self._blocks]
 
-    def count_drawn(self, sample_sizes: Sequence[int], tried: Sequence[int] | None = None) -> None:
+    def count_drawn(
+        self, sample_sizes: Sequence[int], tried: Sequence[int] | None = None, body: int | None = None
+    ) -> None:
         """Adds to `stats` what the query heads read that the native step did not see.
 
-        tried: how many rows each of them read for samples that were not good enough.
+        tried: how many rows each of them read for samples that were not good enough. body: as it was then, if not as
+        it is.
         """
-        view, before = self.view, tried or [0] * len(sample_sizes)
-        view.sampled_rows += sum(min(n + more, self.body) for n, more in zip(sample_sizes, before, strict=True))
-        view.whole_bodies += list(sample_sizes).count(self.body)
-        view.max_share = max(view.max_share, max(sample_sizes) / self.body)
+        view, before, body = self.view, tried or [0] * len(sample_sizes), self.body if body is None else body
+        view.sampled_rows += sum(min(n + more, body) for n, more in zip(sample_sizes, before, strict=True))
+        view.whole_bodies += list(sample_sizes).count(body)
+        view.max_share = max(view.max_share, max(sample_sizes) / body)
 
-    def count_step(self, sample_sizes: Sequence[int], predicted: Tensor, tried: Sequence[int] | None = None) -> None:
+    def count_step(
+        self,
+        sample_sizes: Sequence[int],
+        predicted: Tensor,
+        tried: Sequence[int] | None = None,
+        body: int | None = None,
+    ) -> None:
         """Adds a step that the kernels did not take: what its query heads read, and the errors (H,) they predict.
 
-        tried: see `count_drawn`.
+        tried, body: see `count_drawn`.
         """
-        view = self.view
+        view, body = self.view, self.body if body is None else body
         view.steps += 1
-        if self.body:
-            view.body_rows += self.body * len(sample_sizes)
-            self.count_drawn(sample_sizes, tried)
+        if body:
+            view.body_rows += body * len(sample_sizes)
+            self.count_drawn(sample_sizes, tried, body)
             self.kernels.count_predicted(view, predicted)
 
     @property
@@ -376,6 +386,7 @@ class KVStore:
         if not 0 <= length <= self.length:
             raise ArgumentError(f"length={length} is out of range; allowed: 0 to {self.length}")
         self.tidy()
+        self.crops += 1
         end = min(self.index.end, self.policy.index_end(length, self.spec.stride))
         flushed = length // self.spec.stride * self.spec.stride
         if end < self.index.end:  # while the rows are there

@@ -27,11 +27,15 @@ from magicpig.integrations.transformers.cache import MagicPigCache
 from magicpig.integrations.transformers.errors import CacheMismatchError, UnsupportedModelError
 from magicpig.integrations.transformers.layer import MagicPigLayer
 from magicpig.integrations.transformers.probe import probe
-from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes, token_limit
+from magicpig.integrations.transformers.shapes import key_dtype, layer_shapes, sizes_of, token_limit
 from magicpig.machine import free_memory
+from magicpig.placement import CPU, Placement
+from magicpig.placement.choice import place_of
+from magicpig.placement.device import Device
 from magicpig.store.planner import check, plan
 
 Model = TypeVar("Model", bound=nn.Module)
+LONGEST = 131072  # tokens, for models that name no limit
 
 
 @dataclass
@@ -39,6 +43,7 @@ class _Attachment:
     config: Config
     attn_implementation: str
     max_length: int | None
+    place: Placement = CPU
     warned: bool = False  # that settings do not work
 
 
@@ -55,7 +60,13 @@ class _Attached:
 
 
 def attach(
-    model: Model, config: Config | Path | str | None = None, *, max_length: int | None = None, **settings: Any
+    model: Model,
+    config: Config | Path | str | None = None,
+    *,
+    max_length: int | None = None,
+    device: str | Device = "cpu",
+    placement: str | Placement = "auto",
+    **settings: Any,
 ) -> Model:
     """Make `model.generate` attend by sampling, with a fresh `MagicPigCache` for each call that brings no cache.
 
@@ -64,6 +75,7 @@ def attach(
     `attach(model, K=9, L=120)`. Attaching again replaces them.
     max_length: the most tokens of a sequence, prompt and answer together, in place of what the model's configuration
     says (`token_limit`).
+    device, placement: what else takes part in a step, as in `magicpig.where.Where`; the model has to be on the device.
     Returns the model. Forward passes without a cache stay exact. Copies and pickles of an attached model are attached.
     Raises UnsupportedModelError, which is a ValueError, for models whose attention cannot be sampled, and leaves them
     as they were; ValueError for bad settings, ConfigFileError, which is one too, for bad files.
@@ -85,10 +97,11 @@ def attach(
             f"model must be a transformers model that generates text, got {type(inner).__name__}; "
             "of a part of a model, attach the whole"
         )
+    place = _place(inner, config, device, placement, max_length)
     attached = _attachment(inner)
     if attached is not None:
         MagicPigCache(inner.config, config)  # refuses what does not fit the model
-        attached.config, attached.max_length, attached.warned = config, max_length, False
+        attached.config, attached.max_length, attached.place, attached.warned = config, max_length, place, False
         return model
     part = _check_model(inner, config)
     before = part.config._attn_implementation
@@ -98,7 +111,7 @@ def attach(
     if not isinstance(inner, _Attached):
         base: Any = type(inner)
         inner.__class__ = _attached_class(base)
-    inner.__dict__["_magicpig"] = _Attachment(config, before, max_length)
+    inner.__dict__["_magicpig"] = _Attachment(config, before, max_length, place)
     return model
 
 
@@ -113,6 +126,30 @@ def detach(model: Model) -> Model:
             inner.__class__ = base
         _text_part(inner).set_attn_implementation(attached.attn_implementation)
     return model
+
+
+def _place(
+    model: Any, config: Config, device: str | Device, placement: str | Placement, max_length: int | None
+) -> Placement:
+    if device == "cpu" and placement in ("auto", "cpu"):
+        return CPU
+    place = place_of(
+        device,
+        placement,
+        config,
+        lambda: sizes_of(model.config, config),
+        context=max_length or token_limit(model.config) or LONGEST,
+        dtype=key_dtype(model),
+    )
+    check_on(model, place)
+    return place
+
+
+def check_on(model: Any, place: Placement) -> None:
+    """Raises ArgumentError where a model is not on the device that its placement needs."""
+    if place.accelerator is not None and model.device != place.accelerator.torch_device:
+        here, there = model.device, place.accelerator.torch_device
+        raise ArgumentError(f"the model is on {here}, its placement needs it on {there}: model.to({str(there)!r})")
 
 
 def _unwrapped(wrapped: nn.Module) -> Any:
@@ -214,7 +251,7 @@ def _prepared(model: Any, attached: _Attachment, request: dict[str, Any]) -> dic
             )
             request["use_cache"] = True
     if asked("use_cache", True) and cache is None:
-        cache = MagicPigCache(model.config, attached.config)
+        cache = MagicPigCache(model.config, attached.config, placement=attached.place)
         if asked("is_assistant", False):
             cache.activate_past_recording()  # its proposals will be taken back
     given = (request.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))

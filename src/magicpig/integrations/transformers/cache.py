@@ -23,7 +23,11 @@ from magicpig.integrations.transformers.errors import (
     UnsupportedModelError,
 )
 from magicpig.integrations.transformers.layer import MagicPigLayer, layer_report, shallow
+from magicpig.integrations.transformers.shapes import sizes_of
 from magicpig.kernels.arena import UNLIMITED, Arena
+from magicpig.placement import CPU, Placement
+from magicpig.placement.choice import place_of
+from magicpig.placement.device import Device
 from magicpig.report import CacheReport
 from magicpig.settings import DrawPolicy
 from magicpig.store import KVStore
@@ -38,6 +42,7 @@ class MagicPigCache(Cache):
 
     model_config: the model's; config: ours. Layers of sliding attention keep the stock cache of transformers.
     arena: where the memory of stores comes from, with its limit if it has one.
+    device, placement: as in `magicpig.where.Where`; or a placement that is there, with its device.
     A pass of a single token is decoding, one of several is prefill, which is exact; `decoding`, `prefilling` and
     `verifying` say otherwise.
     Every sequence of the batch has a store of its own per layer, so its result does not depend on the others.
@@ -46,9 +51,18 @@ class MagicPigCache(Cache):
     """
 
     def __init__(
-        self, model_config: PreTrainedConfig, config: Config | None = None, *, arena: Arena = UNLIMITED
+        self,
+        model_config: PreTrainedConfig,
+        config: Config | None = None,
+        *,
+        arena: Arena = UNLIMITED,
+        device: str | Device = "cpu",
+        placement: str | Placement = "auto",
     ) -> None:
         self.config = Config() if config is None else config
+        if device != "cpu" or placement != "auto":
+            placement = place_of(device, placement, self.config, lambda: sizes_of(model_config, self.config))
+        place = CPU if isinstance(placement, str) else placement
         self._model: weakref.ref[PreTrainedModel] | None = None
         decoder = model_config.get_text_config(decoder=True)
         types, settings = compat.layer_types(decoder)
@@ -65,12 +79,14 @@ class MagicPigCache(Cache):
             if types[index] != "full_attention":
                 raise ArgumentError(f"layers.{index}: the layer attends to a sliding window, of which all is read")
         layers: list[Any] = [
-            MagicPigLayer(self.config.of_layer(index), index, arena)
+            MagicPigLayer(self.config.of_layer(index), index, arena, place)
             if kind == "full_attention"
             else compat.new_layer(kind, kw)
             for index, (kind, kw) in enumerate(zip(types, settings, strict=True))
         ]
         super().__init__(layers=layers)
+        if own := self._own():
+            own[-1].last = True
 
     # The store is no business of torch.compile, here and in the attention function.
     @compat.opaque
@@ -117,8 +133,10 @@ class MagicPigCache(Cache):
 
     def settle(self) -> None:
         """Indexes now what the next decode step would index."""
-        for store in self._stores():
-            store.settle()
+        for layer in self._own():
+            layer.place.rest()
+            for store in layer.stores:
+                store.settle()
 
     @property
     def samples(self) -> bool:

@@ -28,6 +28,7 @@ from magicpig.integrations.transformers.errors import (
     UnsupportedModelError,
 )
 from magicpig.kernels.arena import UNLIMITED, Arena, Memory, unique_bytes
+from magicpig.placement import CPU, Placement
 from magicpig.report import LayerReport, PredictedErrors
 from magicpig.store import KVStore
 from magicpig.types import AttentionState
@@ -62,6 +63,8 @@ _CHANGED = (
 class MagicPigLayer(CacheLayerMixin):
     """The keys and values of one full-attention layer, for B sequences. config: of this layer (`Config.of_layer`).
 
+    place: where the parts of a step run.
+
     phase: what becomes of new tokens, if that is not to follow from their number. errors: of sequences that failed.
     """
 
@@ -70,11 +73,14 @@ class MagicPigLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, config: Config, index: int, arena: Arena = UNLIMITED) -> None:
+    def __init__(self, config: Config, index: int, arena: Arena = UNLIMITED, place: Placement = CPU) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.config = config
         self.index = index
         self.arena = arena
+        self.place = place
+        self._here = torch.device("cpu") if place.accelerator is None else place.accelerator.torch_device
+        self.last = False  # of the layers of its kind
         self.phase: Phase | None = None
         # Set while an assistant proposes tokens: several new tokens are then decoding, and `crop` will follow. Only the
         # first proposals come together with the prompt and are judged by exact attention, as the prompt is.
@@ -179,7 +185,9 @@ class MagicPigLayer(CacheLayerMixin):
         if T == 1 and mask is None and self._real is None and sink_logits is None and not self.errors:
             decoder = self._decoder
             if decoder is None or self.query_heads != H or decoder.scale != scale or decoder.softcap != softcap:
-                decoder = self._decoder = LayerDecoder(self.stores, H, scale=scale, softcap=softcap)
+                decoder = self._decoder = LayerDecoder(
+                    self.stores, H, scale=scale, softcap=softcap, placement=self.place
+                )
             if self.phase in (None, Phase.DECODE) and decoder.takes(query, pending.keys, pending.values):
                 self._pending = None
                 self.query_heads = H
@@ -191,11 +199,12 @@ class MagicPigLayer(CacheLayerMixin):
         blocks = mask[:, -T:].to("cpu") if mask is not None and bool((mask[:, -T:] > 1).any()) else None
         self._pending = None
         self.query_heads = H
-        keys, values = _on_cpu(pending.keys, self.dtype), _on_cpu(pending.values, self.dtype)
-        queries = _on_cpu(query, self.dtype)
-        sink_logits = None if sink_logits is None else _on_cpu(sink_logits, torch.float32)
+        here = self._here
+        keys, values = _on(here, pending.keys, self.dtype), _on(here, pending.values, self.dtype)
+        queries = _on(here, query, self.dtype)
+        sink_logits = None if sink_logits is None else _on(torch.device("cpu"), sink_logits, torch.float32)
         real = torch.ones(B, T, dtype=torch.bool, device="cpu") if real is None else real.clone()
-        output = torch.zeros(B, T, H, D, dtype=self.dtype, device="cpu")
+        output = torch.zeros(B, T, H, D, dtype=self.dtype, device=here)
         for row in self.errors:
             output[row, real[row]] = math.nan
             real[row] = False
@@ -211,9 +220,9 @@ class MagicPigLayer(CacheLayerMixin):
         if segments:
             rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
             q, k, v = (_tokens(x, real) for x in (queries, keys, values))
-            result = attend_layer(segments, q, k, v, **rule)
+            result = attend_layer(segments, q, k, v, placement=self.place, **rule)
             if blocks is not None:
-                groups = blocks[real]
+                groups = blocks[real].to(here)
                 for segment in segments:
                     at = slice(segment.begin, segment.begin + segment.count)
                     if bool((groups[at] > 1).any()):  # exact: the sample of a token does not look ahead
@@ -223,6 +232,8 @@ class MagicPigLayer(CacheLayerMixin):
                         result.output[at] = seen.output.transpose(0, 1)
             output[real] = result.output
             self._failed(dict(zip(rows, result.errors, strict=True)))
+        if self.last:
+            self.place.rest()
         return output if queries is query else output.to(query.device, query.dtype)
 
     def _phase_of(self, store: KVStore, count: int, T: int) -> Phase:
@@ -299,6 +310,7 @@ class MagicPigLayer(CacheLayerMixin):
     def fork(self, config: Config | None = None) -> MagicPigLayer:
         """As `MagicPigCache.fork`, of one layer."""
         self.check_attended()
+        self.place.rest()
         other = shallow(self)
         other.config = self.config if config is None else config
         sampled = not other.config.is_dense(self.index)
@@ -327,6 +339,7 @@ class MagicPigLayer(CacheLayerMixin):
     def _select(self, rows: list[int]) -> None:
         if not self.is_initialized:
             return
+        self.place.rest()
         before, taken = self.stores, set()
         self.stores, self._decoder = [], None
         for row in rows:
@@ -343,6 +356,7 @@ class MagicPigLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ArgumentError(f"tokens_to_remove={tokens_to_remove} must be negative: minus the tokens to remove")
         positions = max(0, self.positions + tokens_to_remove)
+        self.place.rest()
         self._decoder = None
         for row, store in enumerate(self.stores):
             removed = self.positions - positions
@@ -359,6 +373,7 @@ class MagicPigLayer(CacheLayerMixin):
 
     def work(self) -> _Work:
         """What all decode steps so far have read, those of sequences that are gone included."""
+        self.place.flush()
         total = _Work(self._work.sampled, self._work.body, self._work.largest)
         for store in self.stores:
             total.add(store)
@@ -401,11 +416,11 @@ def shallow(x: Part) -> Part:
     return other
 
 
-def _on_cpu(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _on(device: torch.device, x: Tensor, dtype: torch.dtype) -> Tensor:
     # Most often it is there already; asking costs a tenth of a call.
-    if x.is_cpu and x.dtype == dtype and not x.requires_grad:
+    if x.device == device and x.dtype == dtype and not x.requires_grad:
         return x
-    return x.detach().to("cpu", dtype)
+    return x.detach().to(device, dtype)
 
 
 def _tokens(x: Tensor, real: Tensor) -> Tensor:

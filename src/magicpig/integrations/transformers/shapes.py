@@ -33,17 +33,21 @@ def layer_shapes(model_config: PreTrainedConfig, config: Config) -> list[LayerSh
     return shapes
 
 
-def sizes_of(file: Path, config: Config) -> Sizes:
+def sizes_of_file(file: Path, config: Config) -> Sizes:
     """What a plan needs to know of the model that a config.json describes, its weights in bfloat16.
 
     Raises ModelError where transformers knows no such model.
     """
     try:
-        model_config = AutoConfig.from_pretrained(file)
-        with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(model_config)
+        return sizes_of(AutoConfig.from_pretrained(file), config)
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{file}: not the configuration of a model for text: {error}") from None
+
+
+def sizes_of(model_config: PreTrainedConfig, config: Config) -> Sizes:
+    """The same of a configuration."""
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(model_config)
     shapes = layer_shapes(model_config, config)
     stacks = [x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == len(shapes)]
     inside = sum(x.numel() for x in stacks[0].parameters()) if stacks else 0
