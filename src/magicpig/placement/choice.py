@@ -18,11 +18,16 @@ from magicpig.placement.base import Placement
 from magicpig.placement.cpu import CPU
 from magicpig.placement.device import Cuda, Device, check_cuda
 from magicpig.placement.foretell import Foretold, Sizes, Speeds, choose, foretell
+from magicpig.samplers import sampler_of
+from magicpig.samplers.lsh import Lsh
+from magicpig.samplers.sketch import Sketch
+from magicpig.settings import IndexSpec
 from magicpig.where import check_where
 
 logger = logging.getLogger("magicpig.placement")
 TRIED = 1 << 26  # bytes that are copied to see how fast that is
 TIMES = 3
+ANY_DIM = 16  # of a head, to ask what kind of sampler a config has
 
 
 def open_device(device: str | Device) -> Device | None:
@@ -76,9 +81,10 @@ def place_of(
 
 def ways_of(config: Config) -> tuple[Way, ...]:
     """The placements on an accelerator that have steps for a sampler. Raises ArgumentError where none has."""
-    if config.sampler == "sketch":
+    sampler = sampler_of(IndexSpec.of(config), ANY_DIM)
+    if isinstance(sampler, Sketch):
         return WAYS
-    if config.sampler == "lsh":
+    if isinstance(sampler, Lsh):
         return ("host",)
     raise ArgumentError(
         f"sampler={config.sampler!r} has no steps on an accelerator; allowed: 'sketch', and with placement=host 'lsh'"

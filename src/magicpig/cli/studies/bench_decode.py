@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from magicpig.cli.errors import InputError
 from magicpig.cli.files import STDIO, OutputFile
-from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, Dtype, KeptWeights, Weights, checked
+from magicpig.cli.options import MOST_REPEATS, MOST_STEPS, Dtype, KeptWeights, Weights, checked, whole_numbers
 from magicpig.cli.settings import takes_settings
+from magicpig.cli.studies.bench_decode_device import MOST_BATCH, MOST_GB, ON, on_device
 from magicpig.cli.studies.bench_options import (
     Contexts,
     JsonFile,
@@ -50,6 +52,18 @@ def decode(
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Tokens of an answer that are timed.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Answers of each sampler, in turns.")] = 3,
     threads: Threads = None,
+    device: Annotated[
+        str, typer.Option(help="cpu; or cuda, cuda:1 and so on; or simulated, which times nothing.", rich_help_panel=ON)
+    ] = "cpu",
+    batch: Annotated[
+        str, typer.Option(help="Requests decoded together; several numbers with commas.", rich_help_panel=ON)
+    ] = "1",
+    vram_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=MOST_GB, help="GiB of the GPU's memory to do with. [default: all]", rich_help_panel=ON
+        ),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Tokens per second of a model's shape behind a long context, by samplers in turns.
@@ -57,8 +71,18 @@ def decode(
     Weights are random and keys and values made up, so there is nothing to download and no prompt to wait for. The time
     of a token is split into the model's own layers, attention, indexing, the Python of this package, and transformers'
     loop around it. Medians, threads pinned to cores.
+
+    With --device a step of the engine is timed instead, for all placements, beside full attention in the memory of the
+    GPU, copied there layer by layer, and on the CPU.
     """
     to_stdout = json_file == STDIO
+    batches = whole_numbers(batch, "--batch")
+    if min(batches) < 1 or max(batches) > MOST_BATCH:
+        raise InputError(f"--batch {batch}: must be from 1 to {MOST_BATCH}")
+    if device == "cpu" and (batches != (1,) or vram_limit is not None):
+        raise InputError("--batch and --vram-limit go with --device cuda")
+    if device != "cpu" and (weights is not Weights.auto or threads is not None):
+        raise InputError(f"--weights and --threads go without --device {device}")
     console = Console(stderr=to_stdout)
     from magicpig.studies.bench.shapes import settings as shape_settings
     from magicpig.studies.evaluation.matrix import parse_lengths
@@ -66,6 +90,21 @@ def decode(
     checked(shape_settings, shape, layers)
     contexts = parse_lengths(context, "--context")
     compared = methods(samplers, (EXACT.sampler, *NATIVE), **settings)
+    if device != "cpu":
+        on_device(
+            device,
+            shape,
+            layers,
+            contexts,
+            batches,
+            compared,
+            dtype=dtype,
+            steps=steps * repeats,
+            vram_limit=vram_limit,
+            json_file=json_file,
+            console=console,
+        )
+        return
     with OutputFile(None if to_stdout else json_file) as file:
         from magicpig.studies.bench.decode import describe
 
