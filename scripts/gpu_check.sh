@@ -62,11 +62,15 @@ if [ -n "$dry" ]; then
   tests=(tests/kernels/test_triton.py tests/placement/test_simulated.py -k 'merged or 1-16-1 or cuda or poisoned or Turns')
   small=(--heads 2 --kv-heads 1 --head-dim 16 --budget 10 --repeats 1)
   context=320 batches=1,2 long=()
+  answers=(-k 'host')
+  model=(--shape tiny --dtype float32 --context 320 --batch 1,2 --vram-limit 1 --budget 10 --steps 1 --repeats 1)
 else
   device=cuda
   tests=(tests/kernels/test_triton.py tests/placement)
   small=()
   context=96K batches=1,2,4 long=(512K 1M)
+  answers=()
+  model=(--shape llama-3.1-8b --context 98304 --batch 1,2,4,8 --vram-limit 24 --steps 6 --repeats 1)
 fi
 
 step machine 20 "$PYTHON" -c 'import torch, triton, sys
@@ -75,6 +79,9 @@ cuda = torch.cuda.is_available()
 print(torch.cuda.get_device_name() if cuda else "no GPU", torch.cuda.mem_get_info() if cuda else "")'
 magicpig doctor 30 doctor
 step correctness 120 "$PYTHON" -m pytest -q -x -n 0 -p no:cacheprovider "${tests[@]}"
+step answers 60 "$PYTHON" -m pytest -q -x -n 0 -p no:cacheprovider tests/engine/test_pocket_device.py \
+  "${answers[@]}"
+magicpig decode 170 bench decode --device "$device" "${model[@]}" --samplers full,sketch --json "$OUT/decode.json"
 magicpig placements 120 bench placements --device "$device" --context "$context" --batch 1 "${small[@]}" \
   --json "$OUT/placements.json"
 magicpig batches 100 bench placements --device "$device" --context "$context" --batch "$batches" "${small[@]}" \

@@ -114,8 +114,8 @@ def test_settings_in_a_file(tiny: Tiny, tmp_path: Path) -> None:
 def test_attaching_again_replaces_the_settings(tiny: Tiny, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def watch(cache: MagicPigCache, *args: Any) -> None:
-        made(cache, *args)
+    def watch(cache: MagicPigCache, *args: Any, **where: Any) -> None:
+        made(cache, *args, **where)
         seen.append(cache.config.K)
 
     made = MagicPigCache.__init__

@@ -39,7 +39,7 @@ def on_device(
     json_file: Path | None,
     console: Console,
 ) -> None:
-    """Each result is shown, and written, as soon as it is there."""
+    """Each result is shown as soon as it is there; the file comes last."""
     configs: dict[str, Config] = {
         method.config.sampler: method.config.model_copy(update={"exact_below": 0}) for method in compared
     }
