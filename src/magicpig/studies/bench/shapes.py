@@ -10,18 +10,6 @@ _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5}
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "rms_norm_eps": 1e-6, "head_dim": 128}
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # no model: to see that something runs
-    "tiny": {
-        **_LLAMA,
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-    },
     # config.json of meta-llama/Llama-3.2-1B
     "llama-3.2-1b": {
         **_LLAMA,
@@ -94,6 +82,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
+    },
+    # no model: to see that something runs
+    "tiny": {
+        **_LLAMA,
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
     },
 }
 
