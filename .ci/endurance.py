@@ -28,7 +28,7 @@ import psutil
 
 from magicpig.studies.bench.serving import Load, drive, prompts, quantile
 
-GROWTH = 64 << 20  # bytes that a process may be larger after a soak than after its first tenth
+GROWTH = 64 << 20  # bytes that a process may be larger after a soak than in its first third with warm prompts
 
 
 class Server:
@@ -127,6 +127,7 @@ def soak(arguments: argparse.Namespace, log: Path) -> tuple[dict[str, object], b
         errors: list[str | None] = []
         freed: list[float] = []
         sizes: list[int] = []
+        cached: list[int] = []
         while (spent := time.monotonic() - start) < arguments.minutes * 60 or rounds < 3:
             load = Load(
                 requests=arguments.clients * 4,
@@ -143,11 +144,14 @@ def soak(arguments: argparse.Namespace, log: Path) -> tuple[dict[str, object], b
             left += sum(outcome.left for outcome in outcomes)
             longest = max(outcome.prompt_tokens for outcome in outcomes)
             freed.append(hang_ups(server, arguments.clients))
+            cached.append(int(server.metric("magicpig_cached_bytes")))
             sizes.append(server.resident)
             rounds += 1
             print(f"{spent:.0f} s: {answers} answers, {len(errors)} errors, {sizes[-1] >> 20} MiB", file=sys.stderr)
         alive, code = server.process.poll() is None, server.end()
-    early = statistics.median(sizes[: max(1, len(sizes) // 3)])
+    # A process grows until warm prompts have filled their share of memory.
+    full = [size for size, held in zip(sizes, cached, strict=True) if held > 0.9 * max(cached)]
+    early = statistics.median(full[: max(1, len(full) // 3)])
     found = {
         "seconds": time.monotonic() - start,
         "answers": answers,
@@ -157,6 +161,7 @@ def soak(arguments: argparse.Namespace, log: Path) -> tuple[dict[str, object], b
         "freed_s_median": statistics.median(freed),
         "freed_s_max": max(freed),
         "resident_mib": [size >> 20 for size in sizes],
+        "warm_prompts_mib": [size >> 20 for size in cached],
         "exit_code": code,
     }
     return found, alive and code == 0 and not errors and max(freed) < 1 and sizes[-1] < early + GROWTH

@@ -26,7 +26,7 @@ def _replicas(driver):
     return found
 
 
-def _wait(what, seconds=240.0):
+def _wait(what, seconds=900.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:

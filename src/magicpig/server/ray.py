@@ -178,6 +178,8 @@ def scale(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 def run(make: MakeEngine, engine: EngineOptions, server: ServerOptions, options: ReplicaOptions) -> None:
     """Serves until a signal comes: on the cluster of RAY_ADDRESS, or on one of its own on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    # On a busy machine what listens may need more than the five seconds after which Ray ends it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True)
     else:
