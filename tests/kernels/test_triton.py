@@ -14,7 +14,7 @@ from torch import Tensor
 from magicpig.errors import ArgumentError
 from magicpig.kernels import cpu, library
 from magicpig.kernels.attend import reference as attention
-from magicpig.kernels.base import BLOCK_ROWS, SampledHalf, padded
+from magicpig.kernels.base import SampledHalf, padded
 from magicpig.kernels.hash import reference as hashing
 from magicpig.kernels.sketch import reference
 
@@ -203,43 +203,7 @@ def test_samples_are_the_processors_bit_for_bit(n: int, budget: int, sinks: int,
         verbs.draw(rows.to(DEVICE, torch.int32), 0, seed=0, layer=0, heads=[0, 1, 2], position=1)
 
 
-# --- gather, attend, merge --------------------------------------------------------------------------------------------
-
-
-def blocks_of(n: int, D: int, dtype: torch.dtype, heads: int) -> tuple[list[Tensor], Tensor]:
-    """Rows in blocks as stores have them, NaN behind the last, and all of them in one tensor (heads, n, width)."""
-    rows = torch.zeros(heads, n, 2 * padded(D), dtype=dtype)
-    for half in (0, padded(D)):
-        rows[:, :, half : half + D] = torch.randn(heads, n, D)
-    blocks = []
-    for first in range(0, n, BLOCK_ROWS):
-        own = rows[:, first : first + BLOCK_ROWS]
-        block = torch.full((heads, BLOCK_ROWS if first else own.shape[1] + 7, rows.shape[2]), math.nan, dtype=dtype)
-        block[:, : own.shape[1]] = own
-        blocks.append(block)
-    return blocks, rows
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "S", "D"), [(50, 1, 40), (4100, 37, 128)])
-def test_gathered_rows_are_those_of_the_blocks(n: int, S: int, D: int, dtype: torch.dtype) -> None:
-    blocks, rows = blocks_of(n, D, dtype, heads=3)
-    blocks = [block.to(DEVICE) for block in blocks]
-    ids = torch.stack([torch.randperm(n)[:S].sort().values for _ in range(3)])
-    ids[1, S // 2 :] = 10**6  # behind the last one
-    if n > BLOCK_ROWS:
-        ids[0, -1] = n - 1
-    addresses = torch.tensor([block.data_ptr() for block in blocks], device=DEVICE)
-    capacities = torch.tensor([block.shape[1] for block in blocks], device=DEVICE)
-    heads = torch.tensor([0, 2, 1], dtype=torch.int32, device=DEVICE)
-    size = rows.shape[2] * dtype.itemsize
-    found = verbs.gather(addresses, capacities, ids.to(DEVICE, torch.int32), size, heads).view(dtype).cpu()
-    for unit, head in enumerate((0, 2, 1)):
-        there = ids[unit] < n
-        assert torch.equal(found[unit, there], rows[head, ids[unit, there]])
-        assert not found[unit, ~there].any()
-    with pytest.raises(ArgumentError, match="row_bytes=6"):
-        verbs.gather(addresses, capacities, ids.to(DEVICE, torch.int32), 6, heads)
+# --- attend, merge ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -247,7 +211,9 @@ def test_gathered_rows_are_those_of_the_blocks(n: int, S: int, D: int, dtype: to
 def test_attention_over_a_sample_and_its_predicted_error_are_the_references(
     R: int, S: int, D: int, softcap: float
 ) -> None:
-    _, rows = blocks_of(700, D, torch.float32, heads=3)
+    rows = torch.zeros(3, 700, 2 * padded(D))
+    for half in (0, padded(D)):
+        rows[:, :, half : half + D] = torch.randn(3, 700, D)
     rows[:, 650:] = math.nan
     query, scale = torch.randn(3, R, D), D**-0.5
     counts = torch.tensor([S, max(0, S - 5), 0], dtype=torch.int32)

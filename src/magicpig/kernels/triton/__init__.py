@@ -8,7 +8,7 @@ on a processor, for tests.
 Axes beside the usual ones: U units, each the group of one key/value head of one sequence; S rows of a sample, at most.
 """
 
-from magicpig.kernels.triton.attend import attend, gather, merge
+from magicpig.kernels.triton.attend import attend, merge
 from magicpig.kernels.triton.draw import Drawn, draw, weigh_rows
 from magicpig.kernels.triton.hash import hash_vectors
 from magicpig.kernels.triton.sketch import Weighed, sketch_keys, weigh
@@ -18,7 +18,6 @@ __all__ = [
     "Weighed",
     "attend",
     "draw",
-    "gather",
     "hash_vectors",
     "merge",
     "sketch_keys",

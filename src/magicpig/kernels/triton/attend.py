@@ -1,4 +1,4 @@
-"""The twin of kernels/attend: rows that were chosen are fetched, attended to with their weights, and states merged.
+"""The twin of kernels/attend: rows that were chosen are attended to with their weights, and states merged.
 
 Beside each state come the sums over the sample from which the error of whatever it is merged into follows: see
 `SampledHalf` in kernels/base.py.
@@ -12,31 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from magicpig.errors import ArgumentError
-from magicpig.kernels.base import BLOCK_ROWS, padded
+from magicpig.kernels.base import padded
 from magicpig.types import AttentionState
 
 ROWS = 32  # attended to at once
 SPLIT = 256  # rows of a program: more programs than heads keep a device busy
-
-
-def gather(addresses: Tensor, capacities: Tensor, ids: Tensor, row_bytes: int, head_of: Tensor) -> Tensor:
-    """Rows (U, S, row_bytes) uint8 that blocks of a store hold at positions ids (U, S) int32; zeros behind the last.
-
-    addresses: (blocks,) int64, where blocks (G, capacity, row) begin, in memory that the device can read: its own, or
-    pinned memory of the host; capacities: (blocks,) int64, in rows. head_of: (U,) int32, the kv head of each unit.
-    Raises ArgumentError where a row is not whole words.
-    """
-    if row_bytes % 4:
-        raise ArgumentError(f"row_bytes={row_bytes} must be a multiple of 4")
-    U, S = ids.shape
-    rows = torch.empty(U, S, row_bytes, dtype=torch.uint8, device=ids.device)
-    words = row_bytes // 4
-    if S:
-        _gather[(U, S)](
-            addresses, capacities, len(addresses), ids.contiguous(), head_of, rows.view(torch.int32), S, words,
-            BLOCK_ROWS, triton.next_power_of_2(words),
-        )  # fmt: skip
-    return rows
 
 
 def attend(
@@ -89,24 +69,6 @@ def merge(outputs: Tensor, lses: Tensor) -> AttentionState:
             triton.next_power_of_2(D),
         )  # fmt: skip
     return AttentionState(output, lse)
-
-
-@triton.jit
-def _gather(addresses, capacities, blocks, ids, head_of, rows, S, words, BLOCK_ROWS: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
-    unit, i = tl.program_id(0), tl.program_id(1)
-    id = tl.load(ids + unit.to(tl.int64) * S + i)
-    block = id // BLOCK_ROWS
-    there = block < blocks
-    base = tl.load(addresses + block, mask=there, other=0)
-    capacity = tl.load(capacities + block, mask=there, other=0)
-    inside = id % BLOCK_ROWS
-    there = there & (inside < capacity)
-    row = (tl.load(head_of + unit).to(tl.int64) * capacity + inside) * words
-    word = tl.arange(0, BLOCK)
-    at = base.to(tl.pointer_type(tl.int32)) + row + word
-    value = tl.load(at, mask=there & (word < words), other=0)
-    tl.store(rows + (unit.to(tl.int64) * S + i) * words + word, value, mask=word < words)
 
 
 @triton.jit
