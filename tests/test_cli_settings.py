@@ -134,3 +134,29 @@ def test_help_describes_every_setting_as_config_does(command):
     for name in VALUES:
         assert described[name] == Config.model_fields[name].description
         assert described[name].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (["generate", "--prompt", "x", "--placement", "host"], {}, "placement=host needs a GPU"),
+        (["generate", "--prompt", "x"], {"MAGICPIG_PLACEMENT": "gpu"}, "placement=gpu needs a GPU"),
+        (["generate", "--prompt", "x", "--device", "tpu"], {}, "device='tpu' is not a device"),
+        (["chat", "--device", "cuda", "--placement", "cpu"], {}, "placement=cpu leaves device=cuda nothing to do"),
+        (["serve"], {"MAGICPIG_SERVE_DEVICE": "cuda:x"}, "device='cuda:x' is not a device"),
+        (["generate", "--prompt", "x", "--mode", "lossless", "--device", "cuda"], {}, "--mode lossless is exact"),
+    ],
+)
+def test_a_device_and_its_placement_are_checked_from_wherever_they_come(words, environment, said, monkeypatch):
+    monkeypatch.setattr("magicpig.cli.options.check_directory", lambda _: pytest.fail("looked for a model first"))
+    result = CliRunner().invoke(magicpig, words, env=environment)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_file_of_settings_has_the_placement_too(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("placement: gpu_index\n")
+    result = CliRunner().invoke(magicpig, ["serve", "--settings", str(file)])
+    assert result.exit_code == 2
+    assert "placement=gpu_index needs a GPU" in result.output
