@@ -558,6 +558,12 @@ template <class T>
 void to_float_of(const T* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen_one(from[i]);
 }
+// No compiler turns these by one into vectors.
+inline void to_float_of(const f16* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, widen(from + i));
+  for (; i < n; ++i) to[i] = widen_one(from[i]);
+}
 
 template <class T>
 void from_float_of(const float* from, int64_t n, T* to) {
