@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from magicpig.config import Config
 from magicpig.studies.figures.style import BLACK, LOOKS, legend_below, percent_ticks
@@ -66,6 +66,7 @@ def plot_heads(rows: Rows, layers: Sequence[int]) -> Figure:
         image = axes.imshow(row["heads"], aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
         axes.set_title(f"{row['name']}: {100 * row['error']:.2g} %")
         axes.set_xlabel("query head")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=False)
     marked = range(0, len(layers), max(1, math.ceil(len(layers) / 10)))
     grid[0].set_yticks(list(marked), [str(layers[i]) for i in marked])
