@@ -43,6 +43,12 @@ def test_links_lead_somewhere(document):
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_have_at_most_120_characters(document):
+    prose = (line for line in document.read_text().splitlines() if not line.startswith(("|", "    ")))
+    assert not [line for line in prose if len(line) > 120]
+
+
 def _named(line: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; #]", line.strip(), maxsplit=1)[0]).lower()
 
