@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 ERROR_BINS, BINS_PER_OCTAVE = 128, 8  # bin i: up to 2^((i + 1) / 8 - 12), below and above included
@@ -112,6 +113,17 @@ class LayerReport:
     all_read: float | None = None
 
 
+def _mean(numbers: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
+    known = [x for x in numbers if x is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _largest(numbers: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
+    return max((x for x in numbers if x is not None), default=None)
+
+
 @dataclass(frozen=True)
 class CacheReport:
     """Layer by layer; the totals, under the same names, are properties."""
@@ -126,46 +138,42 @@ class CacheReport:
     @property
     def sampled_share_mean(self) -> float | None:
         """Mean over the layers that sample, None if none has yet."""
-        shares = [layer.sampled_share_mean for layer in self.layers if layer.sampled_share_mean is not None]
-        return sum(shares) / len(shares) if shares else None
+        return _mean(x.sampled_share_mean for x in self.layers)
 
     @property
     def sampled_share_max(self) -> float | None:
         """Largest of any layer, step and head; None if no layer has sampled yet."""
-        return max((x.sampled_share_max for x in self.layers if x.sampled_share_max is not None), default=None)
+        return _largest(x.sampled_share_max for x in self.layers)
 
     @property
     def predicted_error_mean(self) -> float | None:
         """Mean over the layers that predict one."""
-        errors = [x.predicted_error_mean for x in self.layers if x.predicted_error_mean is not None]
-        return sum(errors) / len(errors) if errors else None
+        return _mean(x.predicted_error_mean for x in self.layers)
 
     @property
     def predicted_error_p95(self) -> float | None:
         """That of the layer where it is largest."""
-        return max((x.predicted_error_p95 for x in self.layers if x.predicted_error_p95 is not None), default=None)
+        return _largest(x.predicted_error_p95 for x in self.layers)
 
     @property
     def predicted_error_max(self) -> float | None:
         """Largest of any layer, step and head."""
-        return max((x.predicted_error_max for x in self.layers if x.predicted_error_max is not None), default=None)
+        return _largest(x.predicted_error_max for x in self.layers)
 
     @property
     def predicted_error_unknown(self) -> float | None:
         """Mean over the layers that predict one."""
-        shares = [x.predicted_error_unknown for x in self.layers if x.predicted_error_unknown is not None]
-        return sum(shares) / len(shares) if shares else None
+        return _mean(x.predicted_error_unknown for x in self.layers)
 
     @property
     def epsilon(self) -> float | None:
         """The largest that was asked for in any layer."""
-        return max((x.epsilon for x in self.layers if x.epsilon is not None), default=None)
+        return _largest(x.epsilon for x in self.layers)
 
     @property
     def all_read(self) -> float | None:
         """Mean over the layers that have an epsilon."""
-        shares = [x.all_read for x in self.layers if x.all_read is not None]
-        return sum(shares) / len(shares) if shares else None
+        return _mean(x.all_read for x in self.layers)
 
     @property
     def kv_bytes(self) -> int:

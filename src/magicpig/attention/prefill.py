@@ -219,7 +219,7 @@ def _held(keys: Tensor, values: Tensor) -> _Block:
 
 def _read(store: KVStore, begin: int, end: int, device: torch.device = _CPU) -> tuple[Tensor, Tensor]:
     keys, values = next(store.blocks(begin, end))
-    return (keys, values) if device.type == "cpu" else (keys.to(device), values.to(device))
+    return keys.to(device), values.to(device)
 
 
 def _attend_blocks(
@@ -299,24 +299,26 @@ def _suits_kernel(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def _suits_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    differentiated = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
     return (
         query.device.type == "cpu"
         and query.dtype == keys.dtype == values.dtype
         and query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        and not differentiated  # the gradient of the log-sum-exp is not defined there
+        and not _differentiated(query, keys, values)  # the gradient of the log-sum-exp is not defined there
     )
 
 
+def _differentiated(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def _suits_cuda(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    differentiated = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
     return (
         query.is_cuda
         and query.dtype == keys.dtype == values.dtype
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[2] % 8 == 0
         and query.shape[2] <= 256
-        and not differentiated
+        and not _differentiated(query, keys, values)
     )
 
 
