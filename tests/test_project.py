@@ -65,6 +65,12 @@ def test_everything_that_make_installs_has_an_exact_version():
     assert {_named(line) for line in wanted} - {_named(line) for line in pinned} == set()
 
 
+def test_dependencies_that_come_as_source_find_what_builds_them():
+    """rouge-score has no wheel, nothing is fetched while it is built, and an old pip wants both of these for it."""
+    tools = (ROOT / "requirements/build.in").read_text().splitlines()
+    assert {"setuptools", "wheel"} <= {_named(line) for line in tools}
+
+
 def test_what_is_installed_here_is_what_is_pinned():
     """Only where `make` installed it so: whoever tests the newest versions has others."""
     made = Path(sys.prefix, ".stamps/constraints.txt")
