@@ -13,7 +13,7 @@ from magicpig.config import Config
 from magicpig.errors import ArgumentError
 from magicpig.integrations.transformers import MagicPigCache, attach
 from magicpig.integrations.transformers.compat import cache_argument
-from magicpig.kernels.base import MAX_LINEAR
+from magicpig.kernels.base import DTYPES, MAX_LINEAR, load_kernels
 from magicpig.weights import FORMS, FastLinear, PackedLinear, use_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,9 +71,27 @@ def test_which_layers_take_part(form):
     assert use_weights(model, form) is model
 
 
-def test_float32_stays_with_torch():
-    assert type(use_weights(layer(torch.float32))[0]) is nn.Linear
+def test_layers_in_float32_change_only_where_they_are_rounded():
+    assert type(use_weights(layer(torch.float32))[0]) is FastLinear
     assert type(use_weights(layer(torch.float32), "bf16")[0]) is PackedLinear
+
+
+@pytest.mark.parametrize("few", [0, 3, MAX_LINEAR])
+def test_as_many_rows_go_to_the_kernels_as_they_are_faster_with(monkeypatch, few):
+    kernels, given = load_kernels(), []
+    linear = kernels.linear
+    monkeypatch.setattr(kernels, "few_vectors", lambda dtype: few)
+    monkeypatch.setattr(kernels, "linear", lambda x, *rest: given.append(len(x)) or linear(x, *rest))
+    kept = use_weights(layer(torch.float32))
+    with torch.inference_mode():
+        for rows in range(1, MAX_LINEAR + 2):
+            kept(torch.randn(1, rows, 70))
+    assert given == list(range(1, few + 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_how_many_rows_the_kernels_are_faster_with_on_each_level(isa, dtype):
+    assert 0 <= load_kernels().few_vectors(dtype) <= MAX_LINEAR
 
 
 def test_an_unknown_form():

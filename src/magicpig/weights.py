@@ -19,8 +19,6 @@ from magicpig.kernels.linear.reference import pack
 Network = TypeVar("Network", bound=nn.Module)
 
 FORMS = ("auto", "bf16", "int8")
-_FAST = (torch.bfloat16, torch.float16)  # float32 is where torch is as fast
-_FEW = 4  # vectors up to which these are faster than torch, which needs nothing to be unpacked (docs/log.md)
 
 
 def use_weights(network: Network, form: str = "auto") -> Network:
@@ -49,7 +47,7 @@ def _in_form(layer: nn.Linear, form: str) -> nn.Module:
         return PackedLinear(*pack(weight), layer.in_features, layer.bias)
     if form == "bf16" and weight.dtype != torch.bfloat16:
         return PackedLinear(weight.to(torch.bfloat16), None, layer.in_features, layer.bias)
-    if weight.dtype in _FAST:
+    if weight.dtype in DTYPES:
         layer.__class__ = FastLinear  # hooks, names and shared parameters stay
     return layer
 
@@ -67,7 +65,7 @@ class FastLinear(nn.Linear):
             weight.dtype == input.dtype
             and weight.device.type == "cpu"
             and weight.is_contiguous()
-            and _few(input, self.in_features, _FEW)
+            and _few(input, self.in_features, load_kernels().few_vectors(input.dtype))
             and not (torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad))
         )
 
@@ -127,7 +125,7 @@ def rows_alike(layer: nn.Module, input: Tensor) -> int:
     """
     if not isinstance(layer, (FastLinear, PackedLinear)) or not layer.is_fast(input[..., :1, :]):
         return 1
-    return _FEW if isinstance(layer, FastLinear) else MAX_LINEAR
+    return load_kernels().few_vectors(input.dtype) if isinstance(layer, FastLinear) else MAX_LINEAR
 
 
 def _few(input: Tensor, columns: int, most: int) -> bool:

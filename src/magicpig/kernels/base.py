@@ -309,6 +309,7 @@ class Kernels(Protocol):
     # --- weights ---
 
     def linear(self, x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor: ...
+    def few_vectors(self, dtype: torch.dtype) -> int: ...
 
     # --- sketch, score, draw ---
 

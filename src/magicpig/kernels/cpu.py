@@ -677,6 +677,15 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor
     return out
 
 
+def few_vectors(dtype: torch.dtype) -> int:
+    """Up to how many vectors `linear` multiplies by a weight of their own dtype faster than torch (docs/log.md)."""
+    if not _native.is_amd():
+        return 0 if dtype == torch.float32 else 4
+    if _native.isa() == "portable":
+        return 4 if dtype == torch.float32 else 1
+    return MAX_LINEAR if dtype == torch.float32 else 8
+
+
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in another dtype, through the kernels' own widening and rounding."""
     out = torch.empty_like(x, dtype=dtype)

@@ -467,6 +467,12 @@ def prefers_many(dtype: torch.dtype, *, capped: bool) -> bool:
     return False
 
 
+def few_vectors(dtype: torch.dtype) -> int:
+    """None: torch is faster."""
+    del dtype
+    return 0
+
+
 def merge(states: Sequence[AttentionState]) -> AttentionState:
     """Attention over the union of disjoint sets of keys, from float32 states (H, D), (H,) over each."""
     return _float(rows_of_attention.merge([AttentionState(s.output.double(), s.lse.double()) for s in states]))

@@ -529,6 +529,7 @@ NB_MODULE(_native, m) {
         "heads"_a, "offsets"_a, "scale"_a, "softcap"_a, "weights"_a, Unlocked());
 
   m.def("flash_form", [] { return flash_kernels().name; });
+  m.def("is_amd", is_amd);
   m.def("use_tiles", &use_tiles, "on"_a);
   m.def(
       "attend_many",

@@ -125,4 +125,13 @@ void use_level(const char* name) {
   active.store(table, std::memory_order_release);
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace magicpig

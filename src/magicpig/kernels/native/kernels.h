@@ -248,4 +248,7 @@ int levels(const Level** out);
 const Kernels& kernels();
 void use_level(const char* name);
 
+// Whether the processor is one of AMD's: some libraries choose slower code there.
+bool is_amd();
+
 }  // namespace magicpig

@@ -290,6 +290,7 @@ void sum_powers_of(const SketchLayout& layout, const SketchBlock* blocks, int co
         layout, count, group, rules + h, offsets.per_head, offsets.shift,
         [&](int block) {
           const SketchBlock& next = blocks[block + kPilotBlocksAhead < count ? block + kPilotBlocksAhead : block];
+          for (int key = 0; key < kSketchKeys; key += 32) __builtin_prefetch(next.scales + key, 0, 3);
           return BlockAt{blocks[block].words, next.words, blocks[block].scales,
                          blocks[block].offsets + h * offsets.per_head};
         },
