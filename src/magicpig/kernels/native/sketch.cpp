@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -168,7 +167,7 @@ void sum_pilot(const ScoredGroup& group, const std::vector<SketchPiece>& pieces,
 }
 
 double sum_scale_squares(const std::vector<SketchPiece>& pieces, const Pilot& pilot, int64_t begin, int64_t end) {
-  double total = 0;
+  double totals[8] = {};  // so that one sum need not wait for the last
   auto piece = pieces.begin();
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = pilot.block(i) * kSketchKeys;
@@ -177,9 +176,13 @@ double sum_scale_squares(const std::vector<SketchPiece>& pieces, const Pilot& pi
     kernels().to_float(Dtype::f16, piece->scales + first - piece->first, kSketchKeys, scales);
     const int64_t from = std::max<int64_t>(0, pilot.sinks - first),
                   to = std::min<int64_t>(kSketchKeys, pilot.keys - first);
-    for (int64_t j = from; j < to; ++j) total += static_cast<double>(scales[j]) * scales[j];
+    std::fill(scales, scales + from, 0.0f);
+    std::fill(scales + to, scales + kSketchKeys, 0.0f);
+    for (int64_t j = 0; j < kSketchKeys; j += 8) {
+      for (int i = 0; i < 8; ++i) totals[i] += static_cast<double>(scales[j + i]) * scales[j + i];
+    }
   }
-  return total;
+  return std::accumulate(totals, totals + 8, 0.0);
 }
 
 int64_t candidates_by_noise(int64_t rows, double noise) {
