@@ -56,14 +56,18 @@ class FastLinear(nn.Linear):
     """`torch.nn.Linear`, which asks the kernels where a few vectors come and nothing is differentiated."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _multiplied(input, self.weight, None, self.bias) if self.is_fast(input) else super().forward(input)
+        if not self.is_fast(input):
+            return super().forward(input)
+        own = self._parameters  # a parameter that is asked for as an attribute takes a microsecond
+        return _multiplied(input, own["weight"], None, own["bias"])
 
     def is_fast(self, input: Tensor) -> bool:
         """Whether the kernels multiply these vectors."""
-        weight = self.weight
+        weight = self._parameters.get("weight")  # none where something computes it from others
         return (
-            weight.dtype == input.dtype
-            and weight.device.type == "cpu"
+            weight is not None
+            and weight.dtype is input.dtype
+            and weight.is_cpu
             and weight.is_contiguous()
             and _few(input, self.in_features, load_kernels().few_vectors(input.dtype))
             and not (torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad))
@@ -93,7 +97,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.is_fast(input):
-            return _multiplied(input, self.numbers, self.scales, self.bias)
+            own = self._buffers
+            return _multiplied(input, own["numbers"], own["scales"], own["bias"])
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return functional.linear(input, self.unpacked(input.dtype), bias)
 
@@ -131,7 +136,7 @@ def rows_alike(layer: nn.Module, input: Tensor) -> int:
 def _few(input: Tensor, columns: int, most: int) -> bool:
     """Whether these are at most so many vectors on the CPU, of which nothing but the product is asked."""
     return (
-        input.device.type == "cpu"
+        input.is_cpu
         and input.dtype in DTYPES
         and input.shape[-1] == columns
         and 0 < input.numel() <= most * columns
@@ -140,7 +145,8 @@ def _few(input: Tensor, columns: int, most: int) -> bool:
     )
 
 
-def _multiplied(input: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = input.reshape(-1, input.shape[-1]).contiguous()
-    bias = None if bias is None else bias.detach().to(x.dtype)
-    return load_kernels().linear(x, weight.detach(), scales, bias).view(*input.shape[:-1], len(weight))
+def _multiplied(input: Tensor, weight: Tensor | None, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert weight is not None
+    if bias is not None and bias.dtype is not input.dtype:
+        bias = bias.to(input.dtype)
+    return load_kernels().linear(input if input.is_contiguous() else input.contiguous(), weight, scales, bias)

@@ -133,6 +133,14 @@ def test_many_rows_are_packed_as_few_are():
         assert torch.equal(part_scales, scales[first:last])
 
 
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (2, 3, 64), (0, 64), (2, 0)], ids=str)
+def test_any_shape_of_vectors(shape):
+    x, weight = torch.randn(shape), torch.randn(5, shape[-1])
+    y = cpu.linear(x, weight)
+    assert y.shape == (*shape[:-1], 5)
+    torch.testing.assert_close(y, reference.linear(x, weight))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -434,10 +434,9 @@ def load_kernels(name: str | None = None) -> Kernels:
 
     Raises ArgumentError for a name that there is none of, EnvironmentVariableError where that is the environment's.
     """
-    names = get_args(KernelsName)
     if name is None:
         name = os.environ.get("MAGICPIG_KERNELS") or "cpu"
-        if name not in names:
+        if name not in (names := get_args(KernelsName)):
             raise EnvironmentVariableError(f"MAGICPIG_KERNELS={name} is not one of {', '.join(names)}")
     if name == "cpu":
         from magicpig.kernels import cpu
@@ -447,4 +446,4 @@ def load_kernels(name: str | None = None) -> Kernels:
         from magicpig.kernels import reference
 
         return reference
-    raise ArgumentError(f"kernels={name!r} is not one of {', '.join(map(repr, names))}")
+    raise ArgumentError(f"kernels={name!r} is not one of {', '.join(map(repr, get_args(KernelsName)))}")

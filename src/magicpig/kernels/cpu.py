@@ -648,19 +648,26 @@ def merge(states: Sequence[AttentionState]) -> AttentionState:
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """x (V, K), of at most `MAX_LINEAR` vectors, times weight (N, K) transposed, plus bias (N,): (V, N) in x's dtype.
+    """x (..., K), of up to `MAX_LINEAR` vectors, times weight (N, K) transposed, plus bias (N,): (..., N) in x's dtype.
 
     scales: (N,) float32, of a weight in int8, whose rows are padded to a multiple of `BYTE_LANE`. bias: in x's dtype.
     All are contiguous. Sums are float32; with VNNI and of int8, x is rounded to 16 bits and a scale for 256 numbers.
     """
-    (vectors, columns), (rows, stride) = x.shape, weight.shape
+    shape, (rows, stride) = x.shape, weight.shape
+    columns = shape[-1]
+    vectors = x.numel() // columns if columns else shape[:-1].numel()
     lane = 1 if scales is None else BYTE_LANE
-    _require(vectors <= MAX_LINEAR, f"{vectors} vectors are too many; allowed: {MAX_LINEAR}")
-    _require(stride == -(-columns // lane) * lane, f"weight has shape ({rows}, {stride}), x has {columns} columns")
-    _require((weight.dtype == torch.int8) == (scales is not None), "weights in int8 have scales, others have none")
-    _require(bias is None or bias.dtype == x.dtype, "bias and x are of different dtypes")
-    _require(x.is_contiguous() and weight.is_contiguous(), "x and weight must be contiguous")
-    out = torch.empty(vectors, rows, dtype=x.dtype, device="cpu")
+    # One condition: a token asks a hundred times, and messages take longer to make than checks.
+    if not (
+        vectors <= MAX_LINEAR
+        and stride == -(-columns // lane) * lane
+        and (weight.dtype is torch.int8) == (scales is not None)
+        and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
+        and x.is_contiguous()
+        and weight.is_contiguous()
+    ):
+        _refuse_linear(x, weight, scales, bias, vectors, lane)
+    out = x.new_empty((*shape[:-1], rows))
     _native.linear(
         row_code(weight.dtype),
         weight.data_ptr(),
@@ -684,6 +691,18 @@ def few_vectors(dtype: torch.dtype) -> int:
     if _native.isa() == "portable":
         return 4 if dtype == torch.float32 else 1
     return MAX_LINEAR if dtype == torch.float32 else 8
+
+
+def _refuse_linear(
+    x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, vectors: int, lane: int
+) -> None:
+    """Raises ArgumentError, which says why these cannot be multiplied."""
+    columns, (rows, stride) = x.shape[-1], weight.shape
+    _require(vectors <= MAX_LINEAR, f"{vectors} vectors are too many; allowed: {MAX_LINEAR}")
+    _require(stride == -(-columns // lane) * lane, f"weight has shape ({rows}, {stride}), x has {columns} columns")
+    _require((weight.dtype == torch.int8) == (scales is not None), "weights in int8 have scales, others have none")
+    _require(bias is None or bias.dtype == x.dtype, "bias and x are of different dtypes")
+    raise ArgumentError("x and weight must be contiguous, as bias")
 
 
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -447,7 +447,7 @@ def attend_hashed(
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """x (V, K) times weight (N, K or padded) transposed, its rows times scales (N,) if any, plus bias (N,): (V, N)."""
+    """x (..., K) times weight (N, K or padded) transposed, its rows times scales (N,) if any, plus bias: (..., N)."""
     return layers.linear(x, weight, scales, bias)
 
 

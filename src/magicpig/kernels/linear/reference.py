@@ -28,12 +28,12 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """x (V, K) times weight (N, >= K) transposed, its rows times scales (N,), plus bias (N,): (V, N) in x's dtype.
+    """x (..., K) times weight (N, >= K) transposed, its rows times scales (N,), plus bias (N,): (..., N) in x's dtype.
 
     Computed in float32, or float64 for such x.
     """
     working = torch.promote_types(x.dtype, torch.float32)
-    plain = weight[:, : x.shape[1]]
+    plain = weight[:, : x.shape[-1]]
     plain = plain.to(working) if scales is None else from_bytes(plain, scales.to(working))
     y = x.to(working) @ plain.T
     return (y if bias is None else y + bias.to(working)).to(x.dtype)
