@@ -68,6 +68,18 @@ def test_rows_of_each_kind_are_there_once():
     assert full.ratio_full == 1
 
 
+def test_requests_that_are_answered_together():
+    turns, made = [], decoder()
+    one = made.measure(600, METHODS, repeats=1, beside=[lambda: turns.append(1)])
+    assert len(turns) == 2  # the first warms up
+    four = made.measure(600, METHODS, repeats=1, batch=4)
+    for alone, together in zip(one, four, strict=True):
+        assert (alone.batch, together.batch) == (1, 4)
+        assert together.tokens_per_s == pytest.approx(4e3 / together.token_ms)
+        assert together.kv_bytes == 4 * alone.kv_bytes
+        assert together.index_bytes == 4 * alone.index_bytes
+
+
 def test_the_parts_of_a_token_are_all_of_it():
     made = decoder()
     made.measure(300, METHODS[:1], repeats=1)

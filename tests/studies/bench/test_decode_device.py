@@ -61,9 +61,12 @@ def test_what_does_not_fit_is_told_and_not_run() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--batch", "2"], "--batch and --vram-limit go with --device cuda"),
+        (["--vram-limit", "2"], "--vram-limit goes with --device cuda"),
         (["--device", "simulated", "--batch", "0"], "--batch 0: must be from 1 to 1024"),
-        (["--device", "simulated", "--weights", "int8"], "--weights and --threads go without --device simulated"),
+        (
+            ["--device", "simulated", "--weights", "int8"],
+            "--weights, --threads and --llama-cpp go without --device simulated",
+        ),
         (["--device", "simulated", "--samplers", "sketch:9,sketch:8"], "--samplers names one twice"),
         (["--device", "tpu"], "--device=tpu is not a device"),
     ],

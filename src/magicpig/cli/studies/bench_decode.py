@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,11 +20,14 @@ from magicpig.cli.studies.bench_decode_device import MOST_BATCH, MOST_GB, ON, on
 from magicpig.cli.studies.bench_options import (
     Contexts,
     JsonFile,
+    LlamaKinds,
     Samplers,
     Threads,
+    llama_kinds,
     made_of,
     made_up_model,
     methods,
+    opened_llamas,
     say_if_busy,
     say_if_slow_baseline,
     short_length,
@@ -35,6 +39,7 @@ from magicpig.studies.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from magicpig.studies.bench.decode import Result
+    from magicpig.studies.bench.llama_cpp import Result as LlamaResult
 
 
 @takes_settings("budget", "candidates", "bits", "dense_layers")
@@ -52,12 +57,11 @@ def decode(
     steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Tokens of an answer that are timed.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, max=MOST_REPEATS, help="Answers of each sampler, in turns.")] = 3,
     threads: Threads = None,
+    llama_cpp: LlamaKinds = None,
     device: Annotated[
         str, typer.Option(help="cpu; or cuda, cuda:1 and so on; or simulated, which times nothing.", rich_help_panel=ON)
     ] = "cpu",
-    batch: Annotated[
-        str, typer.Option(help="Requests decoded together; several numbers with commas.", rich_help_panel=ON)
-    ] = "1",
+    batch: Annotated[str, typer.Option(help="Requests decoded together; several numbers with commas.")] = "1",
     vram_limit: Annotated[
         float | None,
         typer.Option(
@@ -70,7 +74,8 @@ def decode(
 
     Weights are random and keys and values made up, so there is nothing to download and no prompt to wait for. The time
     of a token is split into the model's own layers, attention, indexing, the Python of this package, and transformers'
-    loop around it. Medians, threads pinned to cores.
+    of a token is split into the model's own layers, attention, indexing, the Python of this package, and transformers'
+    loop around it. Medians, threads pinned to cores. With --llama-cpp, llama.cpp takes its turns among the samplers.
 
     With --device a step of the engine is timed instead, for all placements, beside full attention in the memory of the
     GPU, copied there layer by layer, and on the CPU.
@@ -79,10 +84,10 @@ def decode(
     batches = whole_numbers(batch, "--batch")
     if min(batches) < 1 or max(batches) > MOST_BATCH:
         raise InputError(f"--batch {batch}: must be from 1 to {MOST_BATCH}")
-    if device == "cpu" and (batches != (1,) or vram_limit is not None):
-        raise InputError("--batch and --vram-limit go with --device cuda")
-    if device != "cpu" and (weights is not Weights.auto or threads is not None):
-        raise InputError(f"--weights and --threads go without --device {device}")
+    if device == "cpu" and vram_limit is not None:
+        raise InputError("--vram-limit goes with --device cuda")
+    if device != "cpu" and (weights is not Weights.auto or threads is not None or llama_cpp is not None):
+        raise InputError(f"--weights, --threads and --llama-cpp go without --device {device}")
     console = Console(stderr=to_stdout)
     from magicpig.studies.bench.shapes import settings as shape_settings
     from magicpig.studies.evaluation.matrix import parse_lengths
@@ -105,21 +110,35 @@ def decode(
             console=console,
         )
         return
+    kinds = llama_kinds(llama_cpp)
     with OutputFile(None if to_stdout else json_file) as file:
         from magicpig.studies.bench.decode import describe
+        from magicpig.studies.bench.llama_cpp import Turns
 
         decoder = made_up_model(shape, layers, dtype, weights, contexts=contexts, steps=steps, threads=threads)
         for tokens in contexts:
-            checked(decoder.check, tokens, compared)
-        results = []
+            checked(decoder.check, tokens, compared, max(batches))
+        results, others = [], []
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("Generating", total=None)
-            for tokens in contexts:
-                results += decoder.measure(tokens, compared, repeats=repeats, on_round=lambda: progress.advance(task))
+            for tokens, together in product(contexts, batches):
+                with opened_llamas(kinds, decoder.model_config, longest=tokens + steps + 2, batch=together) as llamas:
+                    turns = [checked(Turns, llama, tokens, steps) for llama in llamas]
+                    results += decoder.measure(
+                        tokens,
+                        compared,
+                        repeats=repeats,
+                        batch=together,
+                        beside=turns,
+                        on_round=lambda: progress.advance(task),
+                    )
+                    others += [each.result() for each in turns]
         described = describe(decoder, shape, repeats)
+        if others:
+            described["llama_cpp"] = [asdict(each) for each in others]
         write_results(described, [asdict(result) for result in results], file, to_stdout=to_stdout)
-    console.print(_table(results))
-    say_if_busy(console, results)
+    console.print(_table(results, others))
+    say_if_busy(console, [*results, *others])
     say_if_slow_baseline(console, ((each.read_ms, each.attention_ms) for each in results))
     console.print(
         f"[dim]ms per token, medians of {repeats * steps} tokens; ours: Python of this package, per layer in "
@@ -127,15 +146,18 @@ def decode(
     )
 
 
-def _table(results: list[Result]) -> Table:
+def _table(results: list[Result], others: list[LlamaResult]) -> Table:
+    batches = len({each.batch for each in results}) > 1
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("keys", justify="right", no_wrap=True)
+    if batches:
+        table.add_column(" batch", justify="right", no_wrap=True)
     table.add_column(" sampler", no_wrap=True)
     for name in ("tokens/s", "vs full", "token", "weights", "attention", "index", "loop", "ours", "us/layer"):
         table.add_column(name, justify="right", no_wrap=" " not in name)
+    rows: list[tuple[tuple[int, int], list[str]]] = []
     for each in results:
-        table.add_row(
-            short_length(each.context),
+        row = [
             f" {each.name}",
             f"[bold]{each.tokens_per_s:.2f}",
             "" if each.ratio_full is None else f"[bold]{each.ratio_full:.2f}x",
@@ -146,5 +168,12 @@ def _table(results: list[Result]) -> Table:
             f"{each.generate_ms:.1f}",
             f"{each.python_ms:.2f}",
             f"{each.python_us_per_layer:.0f}",
-        )
+        ]
+        rows.append(((each.context, each.batch), row))
+    for other in others:
+        row = [f" {other.name}", f"[bold]{other.tokens_per_s:.2f}", "", f"{other.token_ms:.1f}"]
+        rows.append(((other.context, other.batch), row))
+    order = list(dict.fromkeys(place for place, _ in rows))
+    for (context, batch), row in sorted(rows, key=lambda each: order.index(each[0])):
+        table.add_row(short_length(context), *([str(batch)] if batches else []), *row)
     return table

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -16,8 +17,10 @@ from magicpig.cli.options import MOST_THREADS, MOST_TOKENS, Dtype, Weights, chec
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from transformers import PreTrainedConfig
 
     from magicpig.studies.bench.decode import Decoder
+    from magicpig.studies.bench.llama_cpp import LlamaCpp
     from magicpig.studies.capture import Capture
     from magicpig.studies.evaluation.matrix import Method
 
@@ -44,6 +47,12 @@ SyntheticHeadDim = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads; as many as torch takes by default.")
+]
+LlamaKinds = Annotated[
+    str | None,
+    typer.Option(
+        help="Also llama.cpp, where llama-cpp-python is installed, with weights in q8_0, bf16 or both with a comma."
+    ),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file; - is standard output.")]
 
@@ -116,6 +125,42 @@ def say_if_slow_baseline(console: Console, baselines: Iterable[tuple[float | Non
 
     if note := flattery((read, exact) for read, exact in baselines if read is not None and exact is not None):
         console.print(f"[yellow]{note}")
+
+
+def llama_kinds(kinds: str | None) -> tuple[str, ...]:
+    """What weights llama.cpp is measured with. Raises InputError for others, and where it is not installed."""
+    from magicpig.studies.bench.llama_cpp import KINDS, missing
+
+    if kinds is None:
+        return ()
+    found = tuple(dict.fromkeys(kinds.split(",")))
+    if unknown := [kind for kind in found if kind not in KINDS]:
+        raise InputError(f"--llama-cpp {unknown[0]!r} is not one of {', '.join(KINDS)}")
+    if lacking := missing():
+        raise InputError(f"--llama-cpp takes packages that are not installed: pip install {' '.join(lacking)}")
+    return found
+
+
+@contextmanager
+def opened_llamas(
+    kinds: Sequence[str], config: PreTrainedConfig, *, longest: int, batch: int = 1
+) -> Iterator[list[LlamaCpp]]:
+    """llama.cpp with weights of each kind, in files that go with it. Raises InputError for what cannot be."""
+    import tempfile
+
+    import torch
+
+    from magicpig.studies.bench.llama_cpp import LlamaCpp
+
+    with ExitStack() as open_ones:
+        folder = Path(open_ones.enter_context(tempfile.TemporaryDirectory(prefix="magicpig-llama-cpp-")))
+        threads = torch.get_num_threads()
+        yield [
+            open_ones.enter_context(
+                checked(LlamaCpp, config, kind, folder, longest=longest, batch=batch, threads=threads)
+            )
+            for kind in kinds
+        ]
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

@@ -43,9 +43,10 @@ _COMFORT = 0.75  # of the free memory, which other programs use, too
 
 @dataclass(frozen=True)
 class Result:
-    """One context and sampler. Milliseconds per token; the parts are medians and add up to about token_ms.
+    """One context, batch and sampler. Milliseconds per step, which is a token of each request of the batch.
 
-    token_ms: median without indexing, plus index_ms; ratio_full: how many times as long full attention takes.
+    The parts are medians and add up to about token_ms. tokens_per_s: of all requests together. token_ms: median
+    without indexing, plus index_ms; ratio_full: how many times as long full attention takes.
     weights_ms, attention_ms, python_ms, generate_ms: see clocks.py; python_us_per_layer: of this package, without its
     native code. index_ms: of indexing a block of tokens, spread over the block. build_s: indexing the context.
     read_ms: of full attention, a plain read of all rows on all threads, below which attention_ms cannot fall.
@@ -55,6 +56,7 @@ class Result:
 
     context: int
     name: str
+    batch: int
     config: dict[str, object]
     tokens_per_s: float
     token_ms: float
@@ -146,7 +148,7 @@ class Decoder:
         model.tie_weights()
         return sum(weights.nbytes for weights in model.parameters())
 
-    def check(self, context: int, methods: Sequence[Method]) -> list[list[Method]]:
+    def check(self, context: int, methods: Sequence[Method], batch: int = 1) -> list[list[Method]]:
         """The methods as groups that memory lets take turns.
 
         Raises ValueError for a context that is too short, MemoryError for one that is too long.
@@ -161,21 +163,22 @@ class Decoder:
         shapes = layer_shapes(self.model_config, EXACT)
         fixed = 2 * context * shapes[0].kv_heads * shapes[0].head_dim * self.dtype.itemsize  # made once, then copied
         fixed += self.weight_bytes() if self._model is None else 0
-        fixed += sum(self._cache_bytes(context, _exact(kv_dtype)) for kv_dtype in _kinds(methods))
-        each = [self._cache_bytes(context, method.config) for method in sampled]
+        fixed += sum(self._cache_bytes(context, _exact(kv_dtype), batch) for kv_dtype in _kinds(methods))
+        each = [self._cache_bytes(context, method.config, batch) for method in sampled]
         free = free_memory()
         if (needed := fixed + max(each, default=0)) > free:
+            asked = f"context={context}" if batch == 1 else f"context={context} of {batch} requests"
             raise MemoryError(
-                f"context={context} needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
+                f"{asked} needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
                 f"available; fewer layers than {self.layers} need less"
             )
         if fixed + sum(each) <= _COMFORT * free:
             return [list(methods)]
         return [[*full, method] for method in sampled]
 
-    def _cache_bytes(self, context: int, config: Config) -> int:
+    def _cache_bytes(self, context: int, config: Config, batch: int = 1) -> int:
         shapes, tokens = layer_shapes(self.model_config, config), context + self.steps + 2
-        return plan(shapes, config, sequences=1, tokens=tokens, dtype=self.dtype).total
+        return plan(shapes, config, sequences=batch, tokens=tokens, dtype=self.dtype).total
 
     def measure(
         self,
@@ -183,18 +186,22 @@ class Decoder:
         methods: Sequence[Method],
         *,
         repeats: int,
+        batch: int = 1,
+        beside: Sequence[Callable[[], None]] = (),
         on_round: Callable[[], None] = lambda: None,
     ) -> list[Result]:
         """Generate ``steps`` tokens ``repeats`` times by each method, in turns; one `Result` each.
 
+        batch: requests that are answered together. beside: who else has a turn, once more than there are repeats.
         on_round is called after every answer. Raises what `check` raises, before anything is made.
         """
-        groups = self.check(context, methods)
+        groups = self.check(context, methods, batch)
         self.model()
-        bases = {kv_dtype: self.filled(context, _exact(kv_dtype)) for kv_dtype in _kinds(methods)}
+        bases = {kv_dtype: self.filled(context, _exact(kv_dtype), batch) for kv_dtype in _kinds(methods)}
         results: dict[str, Result] = {}
-        for group in groups:
-            for result in self._in_turns(bases, group, context, repeats, on_round):
+        for number, group in enumerate(groups):
+            others = beside if number == 0 else ()
+            for result in self._in_turns(bases, group, context, repeats, others, on_round):
                 results.setdefault(result.name, result)  # full attention is in every group
         return list(results.values())
 
@@ -204,15 +211,16 @@ class Decoder:
             self._model = attach(use_weights(random_model(self.model_config, self.dtype), self.weights), EXACT)
         return self._model
 
-    def filled(self, context: int, exact: Config) -> MagicPigCache:
-        """A cache that holds a synthetic context in every layer, indexed by nothing yet."""
+    def filled(self, context: int, exact: Config, batch: int = 1) -> MagicPigCache:
+        """A cache whose every sequence holds a synthetic context in every layer, indexed by nothing yet."""
         shapes = layer_shapes(self.model_config, EXACT)
         heads, D = shapes[0].kv_heads, shapes[0].head_dim
         data = synthetic_context(context - 1, heads=heads, kv_heads=heads, head_dim=D, dtype=self.dtype)
         cache = MagicPigCache(self.model_config, exact)
         for layer in _layers(cache):
-            layer.lazy_initialization(data.keys[None], data.values[None])
-            layer.stores[0].append(data.keys, data.values)
+            layer.lazy_initialization(*(each.expand(batch, *each.shape) for each in (data.keys, data.values)))
+            for store in layer.stores:
+                store.append(data.keys, data.values)
             layer.positions = context
         return cache
 
@@ -222,6 +230,7 @@ class Decoder:
         methods: Sequence[Method],
         context: int,
         repeats: int,
+        beside: Sequence[Callable[[], None]],
         on_round: Callable[[], None],
     ) -> list[Result]:
         caches, builds = [], []
@@ -239,6 +248,8 @@ class Decoder:
                     clock.waited.clear()
                 else:
                     on_round()
+            for other in beside:
+                other()
         times = [_Times.of(clock, _index_seconds(cache)) for cache, clock in zip(caches, clocks, strict=True)]
         full = next((t.token for t, method in zip(times, methods, strict=True) if not method.config.samples), None)
         return [
@@ -248,8 +259,8 @@ class Decoder:
 
     def _generate(self, cache: MagicPigCache, context: int, clock: Clocks) -> None:
         model = self.model()
-        prompt = torch.zeros(1, context + 1, dtype=torch.int64, device="cpu")
-        prompt[0, -1] = 1 + context % 7  # any word
+        prompt = torch.zeros(_sequences(cache), context + 1, dtype=torch.int64, device="cpu")
+        prompt[:, -1] = 1 + context % 7  # any word
         with clock.running(model):
             model.generate(  # type: ignore[operator]
                 prompt,
@@ -273,8 +284,9 @@ class Decoder:
         return Result(
             context=context,
             name=method.name,
+            batch=_sequences(cache),
             config=method.config.model_dump(mode="json"),
-            tokens_per_s=1 / times.token,
+            tokens_per_s=_sequences(cache) / times.token,
             token_ms=1e3 * times.token,
             token_min_ms=1e3 * times.shortest,
             ratio_full=None if full is None else full / times.token,
@@ -327,6 +339,10 @@ def _exact(kv_dtype: KVDtype) -> Config:
 
 def _layers(cache: MagicPigCache) -> list[MagicPigLayer]:
     return [layer for layer in cache.layers if isinstance(layer, MagicPigLayer)]
+
+
+def _sequences(cache: MagicPigCache) -> int:
+    return len(_layers(cache)[0].stores)
 
 
 def _read_seconds(cache: MagicPigCache) -> float:
