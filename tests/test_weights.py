@@ -81,7 +81,7 @@ def test_as_many_rows_go_to_the_kernels_as_they_are_faster_with(monkeypatch, few
     kernels, given = load_kernels(), []
     linear = kernels.linear
     monkeypatch.setattr(kernels, "few_vectors", lambda dtype: few)
-    monkeypatch.setattr(kernels, "linear", lambda x, *rest: given.append(len(x)) or linear(x, *rest))
+    monkeypatch.setattr(kernels, "linear", lambda x, *rest: given.append(x.shape[-2]) or linear(x, *rest))
     kept = use_weights(layer(torch.float32))
     with torch.inference_mode():
         for rows in range(1, MAX_LINEAR + 2):

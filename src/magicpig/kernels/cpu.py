@@ -632,6 +632,8 @@ def prefers_many(dtype: torch.dtype, *, capped: bool) -> bool:
     form = _native.flash_form()
     if capped:
         return form != "portable"
+    if dtype == torch.bfloat16:
+        return form == "avx512bf16" and _native.is_amd()
     return dtype == torch.float32 and form in ("avx512", "avx512bf16", "amx")
 
 

@@ -31,21 +31,28 @@ inline int padded_depth(int depth) {
 inline int padded_rows(int rows) { return (rows + kRowTile - 1) / kRowTile * kRowTile; }
 
 // c [m][columns] = or += a [m][depth] times a panel [depth / pair][columns][pair].
+// Loops over the register tile are unrolled before the compiler decides what lives in registers: unrolled later, as it
+// would by itself, all sums went to memory with every step.
 template <class E, int M, int C, bool ADD>
 inline void multiply_panel(const E* a, int64_t a_stride, const E* panel, int depth, float* c, int64_t c_stride) {
   F sums[M][C];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
     for (int i = 0; i < C; ++i) sums[m][i] = ADD ? load(c + m * c_stride + i * W) : F{};
   }
   if constexpr (kPair<E> == 2) {
 #if defined(MAGICPIG_BF16)
     for (int k = 0; k < depth; k += 2) {
-      U columns[C];
-      memcpy(columns, panel + (int64_t)k * C * W, sizeof columns);
+      F columns[C];
+#pragma GCC unroll 8
+      for (int i = 0; i < C; ++i) columns[i] = load((const float*)(panel + ((int64_t)k * C + 2 * i) * W));
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         uint32_t pair;
         memcpy(&pair, a + m * a_stride + k, sizeof pair);
         const __m512bh both = (__m512bh)_mm512_set1_epi32((int)pair);
+#pragma GCC unroll 8
         for (int i = 0; i < C; ++i) {
           sums[m][i] = (F)_mm512_dpbf16_ps((__m512)sums[m][i], (__m512bh)columns[i], both);
         }
@@ -55,13 +62,18 @@ inline void multiply_panel(const E* a, int64_t a_stride, const E* panel, int dep
   } else {
     for (int k = 0; k < depth; ++k) {
       F columns[C];
+#pragma GCC unroll 8
       for (int i = 0; i < C; ++i) columns[i] = load(panel + ((int64_t)k * C + i) * W);
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
         for (int i = 0; i < C; ++i) sums[m][i] += columns[i] * a[m * a_stride + k];
       }
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
     for (int i = 0; i < C; ++i) store(c + m * c_stride + i * W, sums[m][i]);
   }
 }
@@ -265,24 +277,38 @@ inline void pack_values(const T* values, int64_t stride, int count, int dim, int
 
 inline void store_factors(float* to, F p) { store(to, p); }
 inline void store_factors(bf16* to, F p) {
+#if defined(MAGICPIG_BF16)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)p);
+#else
   typedef uint16_t Half __attribute__((vector_size(W * 2)));
   const U bits = (U)p;
   const Half rounded = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Half);
+#endif
   memcpy(to, &rounded, sizeof rounded);
 }
 
-// 2^x for x <= 0; 0 below -126. Cephes' exp2f: a polynomial of degree 6 on [-0.5, 0.5], about 1 ulp.
+// 2^x for x <= 0; 0 or almost below -126. Cephes' exp2f: a polynomial of degree 6 on [-0.5, 0.5], about 1 ulp.
 inline F power_of_two(F x) {
+#if defined(__AVX512F__)
+  const __m512 least = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // in this order it keeps what is no number
+  const __m512 whole = _mm512_roundscale_ps(least, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F r = (F)_mm512_sub_ps(least, whole);
+#else
   const F n = max(x, splat(-126.0f)) + kRounding;
   const F r = max(x, splat(-126.0f)) - (n - kRounding);
+#endif
   F p = r * 1.535336188e-4f + 1.339887440e-3f;
   p = p * r + 9.618437358e-3f;
   p = p * r + 5.550332471e-2f;
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472029e-1f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (F)_mm512_scalef_ps((__m512)p, whole);
+#else
   const F power = (F)((I)p + ((I)n << 23));
   return x < -126.0f ? F{} : (x == x ? power : x);
+#endif
 }
 
 // Scores of one query with the first `end` keys of a block become softmax terms; what it has summed shrinks where there
