@@ -160,3 +160,27 @@ def test_a_file_of_settings_has_the_placement_too(tmp_path):
     result = CliRunner().invoke(magicpig, ["serve", "--settings", str(file)])
     assert result.exit_code == 2
     assert "placement=gpu_index needs a GPU" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (TimeoutError("no replica came up in 60 s"), "error: no replica came up in 60 s"),
+        (ConnectionError(), "error: ConnectionError"),
+        (OSError(28, "No space left on device"), "error: cannot use standard output or standard error: No space left"),
+    ],
+)
+def test_a_librarys_own_words_are_not_taken_for_a_broken_output(error, line):
+    app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False)
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    @app.command()
+    def other() -> None:
+        pass
+
+    result = run(app, "fail")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"magicpig: {line}")

@@ -70,6 +70,8 @@ def _line(error: Exception) -> str | None:
         return f"error: {error.format_message()}"
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         return f"error: there is not enough memory: {str(error) or 'Python asked for more than it got'}"
+    if isinstance(error, OSError) and error.errno is None:  # in a library's own words: something took too long, say
+        return f"error: {str(error) or type(error).__name__}"
     if isinstance(error, OSError):
         where = "standard output or standard error" if error.filename is None else error.filename
         return f"error: cannot use {where}: {error.strerror or error}"
