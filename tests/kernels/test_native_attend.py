@@ -77,6 +77,35 @@ def test_groups_of_every_size(R, stored, isa):
     assert_states_close(state, expected(query, keys, values, scale=0.1))
 
 
+@pytest.mark.parametrize("D", HEAD_DIMS[1:])  # of one value the mean may be next to nothing
+@pytest.mark.parametrize("n", [1, 47, 4100])
+def test_queries_of_bfloat16_meet_rows_of_bfloat16(n, D, isa):
+    """They may be multiplied as they are, which is as exact."""
+    query, keys, values = draw(5, n, D, torch.bfloat16)
+    query = query.bfloat16().float()
+    offset = torch.linspace(-4, 4, 5)
+    rows = cpu.interleave(keys, values, torch.bfloat16)
+    for softcap in (None, 3.0):
+        state = cpu.attend_rows(query, rows, scale=D**-0.5, offset=offset, softcap=softcap or 0.0)
+        right = expected(query, keys, values, scale=D**-0.5, offset=offset.double(), softcap=softcap)
+        assert_states_close(state, right)
+
+
+@pytest.mark.parametrize("D", [40, 64, 128, 512])
+def test_what_one_query_gets_does_not_depend_on_how_many_come_with_it(D, stored, isa):
+    """To the bit: more queries than meet a batch of rows at once, some of them of numbers that bfloat16 has."""
+    query, keys, values = draw(75, 333, D, stored)
+    query[::3] = query[::3].bfloat16().float()
+    offset = torch.linspace(-4, 4, 75)
+    rows = cpu.interleave(keys, values, stored)
+    whole = cpu.attend_rows(query, rows, scale=D**-0.5, offset=offset)
+    for first, count in ((0, 1), (1, 1), (3, 2), (7, 3), (10, 7), (31, 5), (40, 35)):
+        some = slice(first, first + count)
+        state = cpu.attend_rows(query[some], rows, scale=D**-0.5, offset=offset[some])
+        assert torch.equal(state.output, whole.output[some])
+        assert torch.equal(state.lse, whole.lse[some])
+
+
 @pytest.mark.parametrize("n", COUNTS)
 def test_any_number_of_rows(n, stored, isa):
     query, keys, values = draw(3, n, 64, stored)

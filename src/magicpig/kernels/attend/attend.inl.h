@@ -216,11 +216,11 @@ inline void add_from(const Batch<T, PART>& batch, int dim, int from, const Share
 }
 
 // The same for all columns, of as many heads at once as the registers have sums for.
-template <class T, int HEADS, bool SPREAD, Part PART>
+template <class T, int HEADS, bool SPREAD, bool PREFETCH = true, Part PART>
 inline void add_values(const Batch<T, PART>& batch, int dim, const Shares* shares, State* states) {
   constexpr int kSums = SPREAD ? 4 : 2, kHeads = HEADS * kSums > kAccumulators ? kAccumulators / kSums : HEADS;
   constexpr int kChunks = kAccumulators / (kSums * kHeads);
-  add_from<T, kHeads, kChunks, true, SPREAD>(batch, dim, 0, shares, states);
+  add_from<T, kHeads, kChunks, PREFETCH, SPREAD>(batch, dim, 0, shares, states);
   for (int h = kHeads; h < HEADS; h += kHeads) {
     add_from<T, kHeads, kChunks, false, SPREAD>(batch, dim, 0, shares + h, states + h);
   }
@@ -298,19 +298,122 @@ inline void add_batch(const Batch<T, PART>& batch, int dim, const float* log_u, 
   }
 }
 
-// Of rows that are certain. offsets: what joins the logits of each head.
-template <class T, int HEADS>
-inline void attend_batch(const Batch<T>& batch, int dim, const float* const* queries, const float* offsets,
-                         LogitRule rule, State* states) {
-  Shares shares[HEADS];
-  group_dots<T, HEADS, true>(batch, dim, queries, shares);
-  for (int h = 0; h < HEADS; ++h) {
-    for (int j = 0; j < kBatch; j += W) {
-      store(shares[h].p + j, cap_logits(load(shares[h].p + j) * rule.scale + offsets[h], rule.softcap));
-    }
-    softmax_terms(shares[h].p, batch.count, dim, &states[h]);
+// Whether queries and keys of this type are dotted as pairs of bfloat16.
+template <class T>
+constexpr bool kPairRows = false;
+
+// The keys of a batch for that, as columns: [dim / 2][kBatch] pairs.
+template <class T, bool PAIRS>
+struct Columns {};
+
+// Whether a query in lane order is one of bfloat16 numbers, of which it becomes pairs then; never where nobody dots them.
+template <class T>
+inline bool as_pairs(const float*, int, float*) {
+  return false;
+}
+
+#if defined(MAGICPIG_BF16)
+template <>
+constexpr bool kPairRows<bf16> = true;
+
+// Sixteen rows of sixteen words become columns, `stride` words apart.
+inline void transpose(const bf16* const* rows, int at, float* to, int stride) {
+  __m512 low[W], high[W];
+  for (int r = 0; r < W; r += 2) {
+    __m512 a, b;
+    memcpy(&a, rows[r] + at, sizeof a);
+    memcpy(&b, rows[r + 1] + at, sizeof b);
+    low[r] = _mm512_unpacklo_ps(a, b);
+    low[r + 1] = _mm512_unpackhi_ps(a, b);
   }
-  add_batch<T, HEADS>(batch, dim, nullptr, shares, states);
+  for (int r = 0; r < W; r += 4) {  // high[r + i] has the words i, i + 4, .. of rows r to r + 3
+    for (int i = 0; i < 2; ++i) {
+      const __m512d a = (__m512d)low[r + i], b = (__m512d)low[r + i + 2];
+      high[r + 2 * i] = (__m512)_mm512_unpacklo_pd(a, b);
+      high[r + 2 * i + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even = _mm512_shuffle_f32x4(high[i], high[i + 4], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(high[i], high[i + 4], 0xdd);
+    const __m512 later_even = _mm512_shuffle_f32x4(high[i + 8], high[i + 12], 0x88);
+    const __m512 later_odd = _mm512_shuffle_f32x4(high[i + 8], high[i + 12], 0xdd);
+    store(to + i * stride, (F)_mm512_shuffle_f32x4(even, later_even, 0x88));
+    store(to + (i + 4) * stride, (F)_mm512_shuffle_f32x4(odd, later_odd, 0x88));
+    store(to + (i + 8) * stride, (F)_mm512_shuffle_f32x4(even, later_even, 0xdd));
+    store(to + (i + 12) * stride, (F)_mm512_shuffle_f32x4(odd, later_odd, 0xdd));
+  }
+}
+
+template <>
+struct Columns<bf16, true> {
+  alignas(64) float pairs[kMaxDim / 2 * kBatch];
+
+  void fill(const Batch<bf16>& batch, int dim) {
+    const bf16* rows[kBatch];
+    for (int j = 0; j < kBatch; ++j) rows[j] = batch.row[j < batch.count ? j : batch.count - 1];
+    for (int j = 0; j < kBatch; j += W) {
+      for (int d = 0; d < dim; d += 2 * W) {
+        transpose(rows + j, d, pairs + d / 2 * kBatch + j, kBatch);
+      }
+    }
+  }
+
+  // shares[h].p[j] = q_h . key_j. queries: pairs of bfloat16.
+  template <int HEADS, bool PREFETCH>
+  void dots(const Batch<bf16>& batch, int dim, const float* const* queries, Shares* shares) const {
+    F dot[HEADS][kBatch / W] = {};
+    for (int d = 0; d < dim / 2; ++d) {
+      if constexpr (PREFETCH) {  // a line of each row in W steps
+        for (int j = 0; j < kBatch; j += W) batch.request(j + d % W, dim, d / W * 2 * W);
+      }
+      F key[kBatch / W];
+      for (int i = 0; i < kBatch / W; ++i) key[i] = load(pairs + d * kBatch + i * W);
+      for (int h = 0; h < HEADS; ++h) {
+        int32_t both;
+        memcpy(&both, queries[h] + d, sizeof both);
+        const I query = splat(both);
+        for (int i = 0; i < kBatch / W; ++i) {
+          dot[h][i] = (F)_mm512_dpbf16_ps((__m512)dot[h][i], (__m512bh)key[i], (__m512bh)query);
+        }
+      }
+    }
+    for (int h = 0; h < HEADS; ++h) {
+      for (int i = 0; i < kBatch / W; ++i) store(shares[h].p + i * W, dot[h][i]);
+    }
+  }
+};
+
+template <>
+inline bool as_pairs<bf16>(const float* query, int dim, float* pairs) {
+  U rest{};
+  for (int d = 0; d < dim; d += 2 * W) {
+    const U even = (U)load(query + d), odd = (U)load(query + d + W);
+    rest |= even | odd;
+    store(pairs + d / 2, (F)((even >> 16) | (odd & 0xffff0000u)));
+  }
+  return sum(rest & 0xffffu) == 0;
+}
+#endif
+
+// `softmax_terms` of a state whose sum is in the lanes of `total`, until all batches of its piece are done.
+inline void lane_terms(float* s, int count, int dim, State* state, F* total) {
+  for (int j = count; j < kBatch; ++j) s[j] = kLowest;
+  F top = load(s);
+  for (int j = W; j < kBatch; j += W) top = max(top, load(s + j));
+  if (positive(top - state->max)) {
+    const float batch_max = largest(top);
+    const F shrink = exp(splat(state->max - batch_max));
+    for (int d = 0; d < dim; d += W) store(state->values + d, load(state->values + d) * shrink);
+    *total *= shrink;
+    state->max = batch_max;
+  }
+  const float base = state->max == kLowest ? 0.0f : state->max;
+  for (int j = 0; j < kBatch; j += W) {
+    const F p = exp(load(s + j) - base);
+    store(s + j, p);
+    *total += p;
+  }
 }
 
 void merge(int dim, const State& from, State* into) {
@@ -429,23 +532,86 @@ inline void in_groups(int heads, const Each& each) {
   if (heads > first) each.template operator()<1>(first);
 }
 
+constexpr int kManyHeads = 32;  // that meet a batch of rows while it is in the nearest cache
+
+// Attention of at most kManyHeads queries over the same rows. PAIRS: the queries are pairs of bfloat16. What is computed
+// for one of them does not depend on the others.
+template <class T, bool PAIRS>
+void attend_many(const ConsecutiveRows<T>& rows, int heads, const float* const* queries, const float* offsets,
+                 LogitRule rule, State* const* states) {
+  const int dim = rows.dim;
+  alignas(64) float values[kManyHeads * kMaxDim];
+  State part[kManyHeads];
+  F totals[kManyHeads];
+  [[maybe_unused]] Columns<T, PAIRS> columns;
+  for (int64_t piece = 0; piece < rows.count; piece += kBlockRows) {
+    const int64_t end = rows.count < piece + kBlockRows ? rows.count : piece + kBlockRows;
+    for (int h = 0; h < heads; ++h) {
+      part[h] = empty(dim, values + h * dim, nullptr);
+      totals[h] = F{};
+    }
+    for (int64_t i = piece; i < end; i += kBatch) {
+      const Batch<T> batch = batch_of(rows, i, end);
+      if constexpr (PAIRS) columns.fill(batch, dim);
+      const auto attend = [&]<int HEADS, bool PREFETCH>(int first) {
+        Shares shares[HEADS];
+        if constexpr (PAIRS) {
+          columns.template dots<HEADS, PREFETCH>(batch, dim, queries + first, shares);
+        } else {
+          group_dots<T, HEADS, PREFETCH>(batch, dim, queries + first, shares);
+        }
+        for (int h = 0; h < HEADS; ++h) {
+          float* const p = shares[h].p;
+          for (int j = 0; j < kBatch; j += W) {
+            store(p + j, cap_logits(load(p + j) * rule.scale + offsets[first + h], rule.softcap));
+          }
+          lane_terms(p, batch.count, dim, &part[first + h], &totals[first + h]);
+          if constexpr (kScaled<T>) {
+            for (int j = 0; j < kBatch; j += W) store(p + j, load(p + j) * load(batch.value_scales + j));
+          }
+        }
+        add_values<T, HEADS, false, PREFETCH>(batch, dim, shares, &part[first]);
+      };
+      in_groups(heads, [&]<int HEADS>(int first) {
+        if (first == 0) {
+          attend.template operator()<HEADS, true>(first);
+        } else {
+          attend.template operator()<HEADS, false>(first);
+        }
+      });
+    }
+    for (int h = 0; h < heads; ++h) {
+      part[h].sum = sum(totals[h]);
+      merge(dim, part[h], states[h]);
+    }
+  }
+}
+
 // Attention of `heads` queries over the same rows, all of them certain.
 template <class T>
 void attend_group(const ConsecutiveRows<T>& rows, int heads, const float* const* queries, const float* offsets,
                   LogitRule rule, State* states) {
-  const int dim = rows.dim;
-  alignas(64) float values[4][kMaxDim];
-  in_groups(heads, [&]<int HEADS>(int first) {
-    for (int64_t piece = 0; piece < rows.count; piece += kBlockRows) {
-      const int64_t end = rows.count < piece + kBlockRows ? rows.count : piece + kBlockRows;
-      State part[HEADS];
-      for (int h = 0; h < HEADS; ++h) part[h] = empty(dim, values[h], nullptr);
-      for (int64_t i = piece; i < end; i += kBatch) {
-        attend_batch<T, HEADS>(batch_of(rows, i, end), dim, queries + first, offsets + first, rule, part);
+  alignas(64) float pairs[kManyHeads * kMaxDim / 2];
+  const auto attend = [&]<bool PAIRS>() {
+    const float* own[kManyHeads];
+    float own_offsets[kManyHeads];
+    State* own_states[kManyHeads];
+    int count = 0;
+    for (int h = 0; h < heads; ++h) {
+      float* const here = pairs + count * (rows.dim / 2);
+      if (as_pairs<T>(queries[h], rows.dim, here) == PAIRS) {
+        own[count] = PAIRS ? here : queries[h];
+        own_offsets[count] = offsets[h];
+        own_states[count++] = states + h;
       }
-      for (int h = 0; h < HEADS; ++h) merge(dim, part[h], &states[first + h]);
+      if (count == kManyHeads || (count > 0 && h + 1 == heads)) {
+        attend_many<T, PAIRS>(rows, count, own, own_offsets, rule, own_states);
+        count = 0;
+      }
     }
-  });
+  };
+  if constexpr (kPairRows<T>) attend.template operator()<true>();
+  attend.template operator()<false>();
 }
 
 // Logits of `heads` queries and the keys of a sample; of the keys that fill the last batch they are -inf.

@@ -6,23 +6,30 @@
 namespace magicpig {
 namespace {
 
-// Rows in blocks: positions [begin, end).
-void attend_blocks(const Plan& plan, int64_t pair, int64_t begin, int64_t end, State* states) {
-  const StoreView& store = plan.store_of(pair);
-  const int64_t q0 = plan.first_query(pair);
-  const int g = static_cast<int>(pair % plan.heads);
-  const float* queries[256];
-  float offsets[256] = {};
-  for (int r = 0; r < plan.group; ++r) queries[r] = plan.lanes + (q0 + r) * plan.dim;
+constexpr int kMostQueries = 256;  // that attend at once: the largest group
+
+// Rows in blocks: positions [begin, end) of all these pairs, whose states are `states[pair]`.
+void attend_blocks(const Plan& plan, const int64_t* pairs, State* const* states, int count, int64_t begin,
+                   int64_t end) {
+  const StoreView& store = plan.store_of(pairs[0]);
+  const int g = static_cast<int>(pairs[0] % plan.heads), queries = count * plan.group;
+  const float* lanes[kMostQueries];
+  State own[kMostQueries];
+  float offsets[kMostQueries] = {};
+  const auto query = [&](int i) { return plan.first_query(pairs[i / plan.group]) + i % plan.group; };
+  for (int i = 0; i < queries; ++i) {
+    lanes[i] = plan.lanes + query(i) * plan.dim;
+    own[i] = states[i / plan.group][i % plan.group];
+  }
   for (int64_t at = begin; at < end;) {
     const int64_t n = std::min(end - at, kBlockRows - (at & (kBlockRows - 1)));
-    for (int r = 0; !store.row_centres.empty() && r < plan.group; ++r) {
-      offsets[r] = plan.row_offsets_of(q0 + r)[at >> kBlockShift];
+    for (int i = 0; !store.row_centres.empty() && i < queries; ++i) {
+      offsets[i] = plan.row_offsets_of(query(i))[at >> kBlockShift];
     }
-    plan.run.attend_rows(store.dtype, plan.dim, store.row(at, g), n, plan.group, queries, offsets, plan.step.rule,
-                         states);
+    plan.run.attend_rows(store.dtype, plan.dim, store.row(at, g), n, queries, lanes, offsets, plan.step.rule, own);
     at += n;
   }
+  for (int i = 0; i < queries; ++i) states[i / plan.group][i % plan.group] = own[i];
 }
 
 // Rows of the tail, whose lanes have another order.
@@ -31,9 +38,9 @@ void attend_tail(const Plan& plan, int64_t pair, int64_t begin, int64_t end, Sta
   const int64_t q0 = plan.first_query(pair);
   thread_local std::vector<float> memory;
   float* values = scratch(memory, static_cast<size_t>(plan.group) * plan.dim);
-  const float* queries[256];
-  State own[256];
-  float offsets[256] = {};
+  const float* queries[kMostQueries];
+  State own[kMostQueries];
+  float offsets[kMostQueries] = {};
   for (int r = 0; r < plan.group; ++r) {
     queries[r] = plan.tail_lanes + (q0 + r) * plan.dim;
     own[r] = empty_state(plan.dim, values + static_cast<int64_t>(r) * plan.dim);
@@ -52,7 +59,7 @@ void attend_tail(const Plan& plan, int64_t pair, int64_t begin, int64_t end, Sta
 
 void attend_positions(const Plan& plan, int64_t pair, int64_t begin, int64_t end, State* states) {
   const int64_t tail = plan.store_of(pair).tail_from;
-  if (begin < std::min(end, tail)) attend_blocks(plan, pair, begin, std::min(end, tail), states);
+  if (begin < std::min(end, tail)) attend_blocks(plan, &pair, &states, 1, begin, std::min(end, tail));
   if (std::max(begin, tail) < end) attend_tail(plan, pair, std::max(begin, tail), end, states);
 }
 
@@ -63,6 +70,38 @@ void attend_exact(const Plan& plan, const Unit& unit) {
   State* states = plan.states + unit.first_state;
   attend_positions(plan, plan.pair_of(unit), unit.begin, std::min(unit.end, sinks), states);
   attend_positions(plan, plan.pair_of(unit), std::max(unit.begin, sinks) + gap, unit.end + gap, states);
+}
+
+int together(const Plan& plan, int begin, int end) {
+  const Unit& first = plan.units[plan.order[begin]];
+  const auto in_blocks = [&](const Unit& unit) { return std::min(unit.end, plan.stores[unit.sequence]->tail_from); };
+  const char* row = plan.first_row(first);
+  if (row == nullptr || in_blocks(first) <= first.begin) return 1;
+  const auto same = [&](const Unit& unit) {
+    return unit.begin == first.begin && plan.first_row(unit) == row && in_blocks(unit) == in_blocks(first) &&
+           plan.stores[unit.sequence]->dtype == plan.stores[first.sequence]->dtype;
+  };
+  const int most = std::min(end - begin, kMostQueries / plan.group);
+  int count = 1;
+  while (count < most && same(plan.units[plan.order[begin + count]])) ++count;
+  return count;
+}
+
+void attend_together(const Plan& plan, int begin, int count) {
+  int64_t pairs[kMostQueries];
+  State* states[kMostQueries];
+  for (int i = 0; i < count; ++i) {
+    const Unit& unit = plan.units[plan.order[begin + i]];
+    pairs[i] = plan.pair_of(unit);
+    states[i] = plan.states + unit.first_state;
+  }
+  const Unit& first = plan.units[plan.order[begin]];
+  attend_blocks(plan, pairs, states, count, first.begin, std::min(first.end, plan.store_of(pairs[0]).tail_from));
+  for (int i = 0; i < count; ++i) {
+    const Unit& unit = plan.units[plan.order[begin + i]];
+    const int64_t tail = std::max(unit.begin, plan.store_of(pairs[i]).tail_from);
+    if (tail < unit.end) attend_tail(plan, pairs[i], tail, unit.end, states[i]);
+  }
 }
 
 }  // namespace magicpig

@@ -122,6 +122,11 @@ void lay_out(Plan& plan);
 void attend_positions(const Plan& plan, int64_t pair, int64_t begin, int64_t end, State* states);
 // The units' work: see Work.
 void attend_exact(const Plan& plan, const Unit& unit);
+// How many units in `order`, from number `begin` on and before `end`, are exact and begin with the same rows in blocks, and
+// end with the same: the tokens of a draft, or copies of one prompt.
+int together(const Plan& plan, int begin, int end);
+// `attend_exact` of such units: each batch of rows meets the queries of all of them, to the bit as it meets them one by one.
+void attend_together(const Plan& plan, int begin, int count);
 void attend_lookup(const Plan& plan, const Unit& unit);
 void scan(const Plan& plan, const Unit& unit);
 // Finds out, for each pair with a sketch, which scores weigh how much.

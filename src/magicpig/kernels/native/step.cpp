@@ -139,28 +139,39 @@ void prepare_for_samplers(const Plan& plan, int64_t first, int64_t end) {
   }
 }
 
-// Does one unit, and what its pair is waiting for if it is the last one.
-void work(const Plan& plan, const Unit& unit) {
-  for (int s = unit.first_state; s < unit.first_state + unit.states; ++s) {
-    // Certain rows add nothing to the variance.
-    float* spread = unit.work == Work::exact ? nullptr : plan.spreads + s * plan.dim;
-    plan.states[s] = empty_state(plan.dim, plan.values + s * plan.dim, spread);
+// Does `count` units in `order`, which attend together if they are more than one, and what their pairs are waiting for if
+// they are the last ones.
+void work(const Plan& plan, int begin, int count) {
+  for (int i = begin; i < begin + count; ++i) {
+    const Unit& unit = plan.units[plan.order[i]];
+    for (int s = unit.first_state; s < unit.first_state + unit.states; ++s) {
+      // Certain rows add nothing to the variance.
+      float* spread = unit.work == Work::exact ? nullptr : plan.spreads + s * plan.dim;
+      plan.states[s] = empty_state(plan.dim, plan.values + s * plan.dim, spread);
+    }
   }
-  switch (unit.work) {
-    case Work::exact:
-      attend_exact(plan, unit);
-      break;
-    case Work::lookup:
-      attend_lookup(plan, unit);
-      break;
-    case Work::scan:
-      scan(plan, unit);
+  if (count > 1) {
+    attend_together(plan, begin, count);
+  } else {
+    const Unit& unit = plan.units[plan.order[begin]];
+    switch (unit.work) {
+      case Work::exact:
+        attend_exact(plan, unit);
+        break;
+      case Work::lookup:
+        attend_lookup(plan, unit);
+        break;
+      case Work::scan:
+        scan(plan, unit);
+    }
   }
-  const int64_t index = plan.pair_of(unit);
-  Pair& pair = plan.pairs[index];
-  if (pair.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  if (pair.memory != nullptr) draw(plan, index);
-  finish(plan, index);
+  for (int i = begin; i < begin + count; ++i) {
+    const int64_t index = plan.pair_of(plan.units[plan.order[i]]);
+    Pair& pair = plan.pairs[index];
+    if (pair.left.fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
+    if (pair.memory != nullptr) draw(plan, index);
+    finish(plan, index);
+  }
 }
 
 void count_rows(const Plan& plan) {
@@ -255,7 +266,10 @@ std::vector<Fault> decode(const std::vector<StoreView*>& stores, const Step& ste
   if (sketching) make_rules(plan);
 
   parallel(static_cast<int64_t>(plan.tasks.size()) - 1, [&](int64_t task) {
-    for (int i = plan.tasks[task]; i < plan.tasks[task + 1]; ++i) work(plan, plan.units[plan.order[i]]);
+    for (int i = plan.tasks[task], count = 0; i < plan.tasks[task + 1]; i += count) {
+      count = together(plan, i, plan.tasks[task + 1]);
+      work(plan, i, count);
+    }
   });
   for (int64_t p = 0; p < plan.pair_count; ++p) {
     // An empty store: zeros, lse -inf. Or a sequence with a fault.
