@@ -14,7 +14,17 @@ from magicpig import Config, MagicPigCache, attach, detach, generation
 from magicpig.cli import app
 from magicpig.cli.options import Mode
 from magicpig.errors import ArgumentError
-from magicpig.generation.lossless import Decoding, Pace, _judged, _judged_by_chance, check, why_not_to_the_bit
+from magicpig.generation import lossless
+from magicpig.generation.lossless import (
+    Cost,
+    Decoding,
+    Pace,
+    _judged,
+    _judged_by_chance,
+    check,
+    costs_of,
+    why_not_to_the_bit,
+)
 from magicpig.generation.rowwise import MOST_ROWS, foreign_products, rowwise
 from magicpig.integrations.transformers import UnsupportedModelError
 from magicpig.integrations.transformers.compat import cache_argument
@@ -33,6 +43,12 @@ def directory(tmp_path_factory, save_tiny_llama):
 @pytest.fixture(scope="module")
 def opened(directory):
     return generation.open_model(directory)
+
+
+@pytest.fixture(autouse=True)
+def drafts_that_pay(monkeypatch):
+    """Behind the short contexts of tests they never would."""
+    monkeypatch.setattr(lossless, "costs_of", lambda network, cache: lambda length: Cost(0.5, 0.0))
 
 
 def answer(opened, network, ids, config, **settings):
@@ -181,20 +197,48 @@ def test_greedy_judgement_keeps_the_longest_prefix_that_agrees():
 
 
 def test_as_much_is_drafted_as_is_accepted():
-    pace = Pace()
+    pace = Pace(lambda length: Cost(0.5, 0.0))
     for _ in range(60):
-        pace.learn(k := pace.next(), k)
-    assert pace.next() >= 6
+        pace.learn(k := pace.next(100), k)
+    assert pace.next(100) >= 6
     assert pace.share > 0.95
     asked = []
     for _ in range(200):
-        asked.append(pace.next())
+        asked.append(pace.next(100))
         pace.learn(asked[-1], 0)
     assert pace.share < 0.5
     assert 0 < sum(asked[-64:]) <= 2  # now and then one is tried
     for _ in range(400):
-        pace.learn(k := pace.next(), k)
-    assert pace.next() >= 2
+        pace.learn(k := pace.next(100), k)
+    assert pace.next(100) >= 2
+
+
+def test_nothing_is_drafted_where_that_could_not_pay():
+    """A draft as dear as a pass, or rows that are; were all accepted, it would take as long."""
+    for cost in (Cost(1.0, 0.01), Cost(0.1, 0.95)):
+        pace = Pace(lambda length, cost=cost: cost)
+        for _ in range(200):
+            assert pace.next(1000) == 0
+            pace.learn(0, 0)
+    pace = Pace(lambda length: Cost(0.5, 0.0) if length > 1000 else Cost(1.0, 0.1))
+    assert pace.next(1000) == 0
+    assert pace.next(1001) > 0
+
+
+def test_the_cost_of_a_draft_falls_with_the_length_and_that_of_a_row_rises(opened):
+    network = generation.load(opened)
+    config = Config(**SMALL)
+    attach(network, config)
+    cache = MagicPigCache(network.config, config)
+    with torch.no_grad(), cache.prefilling():
+        network(torch.tensor([[3, 4, 5]]), **cache_argument(cache))
+    cost = costs_of(network, cache)
+    detach(network)
+    near, far = cost(1), cost(10**9)
+    assert near.draft == pytest.approx(1, abs=0.01)
+    assert near.row == pytest.approx(lossless.ROW_OF_WEIGHTS, abs=0.01)
+    assert far.draft == pytest.approx(lossless.SAMPLED_KEYS, abs=0.01)
+    assert far.row == pytest.approx(lossless.ROW_OF_KEYS, abs=0.01)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from magicpig.config import Config
@@ -30,8 +30,12 @@ MODES = ("sampled", "lossless")
 """How an answer is written: "sampled" attends by samples, "lossless" only drafts by them."""
 
 MOST_DRAFTED = MOST_ROWS - 1
-DRAFT_COST = 0.5  # of a drafted token, relative to an exact pass: at 128K tokens, where lossless answers pay
 MEMORY = 32  # drafted tokens that the share of accepted ones is an average over, about
+
+# Of what a pass of one row spends on the part in question (docs/results/lossless.md: how they were measured).
+SAMPLED_KEYS = 0.25  # what a drafted token spends on keys and values
+ROW_OF_KEYS = 0.62  # what one more row of an exact pass adds there
+ROW_OF_WEIGHTS = 0.06  # what it adds where weights are read
 
 
 @dataclass
@@ -48,15 +52,45 @@ class Drafts:
         return self.accepted / self.drafted if self.drafted else None
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What things take, in exact passes of one row. draft: a drafted token. row: each row of a pass after the first."""
+
+    draft: float
+    row: float
+
+
+def costs_of(network: nn.Module, cache: MagicPigCache) -> Callable[[int], Cost]:
+    """The cost behind a number of tokens, from the bytes that a pass reads of the weights and of keys and values.
+
+    A function of sizes alone, measured on one machine, so that a seed gives the same answer on every one.
+    """
+    weights = sum(_own_bytes(each) for each in network.modules() if not isinstance(each, nn.Embedding))
+    stores = [store for layer in cache.layers if isinstance(layer, MagicPigLayer) for store in layer.stores]
+    token = sum(2 * each.kv_heads * each.head_dim * each.dtype.itemsize for each in stores)
+
+    def cost(length: int) -> Cost:
+        keys = token * length / (weights + token * length)
+        return Cost(1 - keys + keys * SAMPLED_KEYS, keys * ROW_OF_KEYS + (1 - keys) * ROW_OF_WEIGHTS)
+
+    return cost
+
+
+def _own_bytes(module: nn.Module) -> int:
+    return sum(x.nbytes for own in (module.parameters(recurse=False), module.buffers(recurse=False)) for x in own)
+
+
 class Pace:
     """How many tokens are worth drafting: what would have been best if each is accepted as often as those before.
 
-    With a share `a` accepted, k tokens of cost c and a pass make (1 - a^(k+1)) / (1 - a) tokens for k c + 1. A function
-    of the acceptances alone, so that a seed gives the same answer on a busy machine.
+    With a share `a` accepted, k tokens of cost c and a pass of k + 1 rows, of cost 1 + k r, make
+    (1 - a^(k+1)) / (1 - a) tokens for k (c + r) + 1. A function of the acceptances and of sizes, so that a seed gives
+    the same answer on a busy machine.
     """
 
-    def __init__(self) -> None:
-        self._share = 0.8
+    def __init__(self, cost: Callable[[int], Cost]) -> None:
+        self._cost = cost
+        self._share = 0.95
         self._idle = 0
 
     @property
@@ -64,22 +98,30 @@ class Pace:
         """The share that is accepted, as far as is known."""
         return self._share
 
-    def next(self) -> int:
-        """Tokens to draft; 0 where drafts do not pay, but now and then one to see whether that has changed."""
-        k = max(range(MOST_DRAFTED + 1), key=self._gain)
-        if k == 0:
+    def next(self, length: int) -> int:
+        """Tokens to draft behind `length`; 0 where drafts do not pay.
+
+        Where they would if more were accepted, now and then one is tried, to see whether that has changed.
+        """
+        cost = self._cost(length)
+        k = _best(self._share, cost)
+        if k == 0 and _best(1.0, cost) > 0:
             self._idle += 1
             k = int(self._idle % MEMORY == 0)
         return k
-
-    def _gain(self, k: int) -> float:
-        return sum(self._share**i for i in range(k + 1)) / (k * DRAFT_COST + 1)
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Tells what became of a draft. Tokens behind the first that was refused say nothing."""
         judged = min(drafted, accepted + 1)
         keep = (1 - 1 / MEMORY) ** judged
         self._share = self._share * keep + (1 - keep) * (accepted / judged if judged else 0.0)
+
+
+def _best(share: float, cost: Cost) -> int:
+    def gain(k: int) -> float:
+        return sum(share**i for i in range(k + 1)) / (k * (cost.draft + cost.row) + 1)
+
+    return max(range(MOST_DRAFTED + 1), key=gain)
 
 
 def check(config: Config, model_config: Any) -> None:
@@ -116,12 +158,14 @@ def why_not_to_the_bit(network: Any) -> str | None:
 class Decoding:
     """What `generate(custom_generate=...)` of transformers takes, for one sequence. drafts: what became of them.
 
-    streamer: of transformers, which does not hand on its own.
+    streamer: of transformers, which does not hand on its own. cost: what drafts and passes are taken to cost, as a
+    function of the tokens before them; of the network, by default.
     """
 
-    def __init__(self, streamer: Any = None) -> None:
+    def __init__(self, streamer: Any = None, cost: Callable[[int], Cost] | None = None) -> None:
         self.drafts = Drafts()
         self.streamer = streamer
+        self._cost = cost
 
     @torch.no_grad()
     def __call__(
@@ -155,7 +199,7 @@ class Decoding:
         settings: Any,
     ) -> Tensor:
         choose = _sampled if settings.do_sample else _likeliest
-        pace = Pace()
+        pace = Pace(self._cost or costs_of(network, cache))
         for piece in ids[:, cache.get_seq_length() :].split(settings.prefill_chunk_size or ids.shape[1], 1):
             with cache.verifying() if piece.shape[1] == 1 else nullcontext():  # one token would be decoded
                 logits = _logits(network, piece, cache, 1)
@@ -170,7 +214,7 @@ class Decoding:
                     _take_back(cache, cache.get_seq_length() - ids.shape[1] + 1)
                     return ids
             # Where nothing is sampled, a draft would cost what it saves.
-            k = min(pace.next(), settings.max_length - ids.shape[1] - 1) if cache.samples else 0
+            k = min(pace.next(ids.shape[1]), settings.max_length - ids.shape[1] - 1) if cache.samples else 0
             drafted, guesses = self._draft(network, ids, cache, process, choose, k)
             with cache.verifying():
                 rows = _logits(network, drafted[:, ids.shape[1] - 1 :], cache, k + 1)
