@@ -74,7 +74,6 @@ def decode(
 
     Weights are random and keys and values made up, so there is nothing to download and no prompt to wait for. The time
     of a token is split into the model's own layers, attention, indexing, the Python of this package, and transformers'
-    of a token is split into the model's own layers, attention, indexing, the Python of this package, and transformers'
     loop around it. Medians, threads pinned to cores. With --llama-cpp, llama.cpp takes its turns among the samplers.
 
     With --device a step of the engine is timed instead, for all placements, beside full attention in the memory of the
