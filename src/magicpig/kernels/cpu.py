@@ -659,16 +659,17 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor
     columns = shape[-1]
     vectors = x.numel() // columns if columns else shape[:-1].numel()
     lane = 1 if scales is None else BYTE_LANE
-    # One condition: a token asks a hundred times, and messages take longer to make than checks.
-    if not (
-        vectors <= MAX_LINEAR
-        and stride == -(-columns // lane) * lane
-        and (weight.dtype is torch.int8) == (scales is not None)
-        and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
-        and x.is_contiguous()
-        and weight.is_contiguous()
-    ):
-        _refuse_linear(x, weight, scales, bias, vectors, lane)
+    # Not by `_require`: a token asks a hundred times, and messages take longer to make than checks.
+    if vectors > MAX_LINEAR:
+        raise ArgumentError(f"{vectors} vectors are too many; allowed: {MAX_LINEAR}")
+    if stride != -(-columns // lane) * lane:
+        raise ArgumentError(f"weight has shape ({rows}, {stride}), x has {columns} columns")
+    if (weight.dtype is torch.int8) != (scales is not None):
+        raise ArgumentError("weights in int8 have scales, others have none")
+    if bias is not None and bias.dtype is not x.dtype:
+        raise ArgumentError("bias and x are of different dtypes")
+    if not (x.is_contiguous() and weight.is_contiguous() and (bias is None or bias.is_contiguous())):
+        raise ArgumentError("x and weight must be contiguous, as bias")
     out = x.new_empty((*shape[:-1], rows))
     _native.linear(
         row_code(weight.dtype),
@@ -693,18 +694,6 @@ def few_vectors(dtype: torch.dtype) -> int:
     if _native.isa() == "portable":
         return 4 if dtype == torch.float32 else 1
     return MAX_LINEAR if dtype == torch.float32 else 8
-
-
-def _refuse_linear(
-    x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, vectors: int, lane: int
-) -> None:
-    """Raises ArgumentError, which says why these cannot be multiplied."""
-    columns, (rows, stride) = x.shape[-1], weight.shape
-    _require(vectors <= MAX_LINEAR, f"{vectors} vectors are too many; allowed: {MAX_LINEAR}")
-    _require(stride == -(-columns // lane) * lane, f"weight has shape ({rows}, {stride}), x has {columns} columns")
-    _require((weight.dtype == torch.int8) == (scales is not None), "weights in int8 have scales, others have none")
-    _require(bias is None or bias.dtype == x.dtype, "bias and x are of different dtypes")
-    raise ArgumentError("x and weight must be contiguous, as bias")
 
 
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:

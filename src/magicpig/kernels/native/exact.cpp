@@ -99,8 +99,7 @@ void attend_together(const Plan& plan, int begin, int count) {
   attend_blocks(plan, pairs, states, count, first.begin, std::min(first.end, plan.store_of(pairs[0]).tail_from));
   for (int i = 0; i < count; ++i) {
     const Unit& unit = plan.units[plan.order[begin + i]];
-    const int64_t tail = std::max(unit.begin, plan.store_of(pairs[i]).tail_from);
-    if (tail < unit.end) attend_tail(plan, pairs[i], tail, unit.end, states[i]);
+    attend_positions(plan, pairs[i], std::max(unit.begin, plan.store_of(pairs[i]).tail_from), unit.end, states[i]);
   }
 }
 
