@@ -249,26 +249,33 @@ inline void scale_spread(int dim, F by, State* state) {
   state->spread_square *= by[0];
 }
 
-// Logits in `s` (kBatch of them, `count` valid) become softmax terms relative to the state's maximum.
-inline void softmax_terms(float* s, int count, int dim, State* state) {
+// Logits in `s` (kBatch of them, `count` valid) become softmax terms relative to the state's maximum, whose sum joins the
+// lanes of `total`; what the state has summed so far shrinks where that rises.
+inline void lane_terms(float* s, int count, int dim, State* state, F* total) {
   for (int j = count; j < kBatch; ++j) s[j] = kLowest;
   F top = load(s);
   for (int j = W; j < kBatch; j += W) top = max(top, load(s + j));
-  const float batch_max = largest(top);
-  if (batch_max > state->max) {
+  if (positive(top - state->max)) {
+    const float batch_max = largest(top);
     const F shrink = exp(splat(state->max - batch_max));
     for (int d = 0; d < dim; d += W) store(state->values + d, load(state->values + d) * shrink);
+    *total *= shrink;
     state->sum *= shrink[0];
     state->max = batch_max;
     if (state->spread != nullptr) scale_spread(dim, shrink * shrink, state);
   }
   const float base = state->max == kLowest ? 0.0f : state->max;
-  F total{};
   for (int j = 0; j < kBatch; j += W) {
     const F p = exp(load(s + j) - base);
     store(s + j, p);
-    total += p;
+    *total += p;
   }
+}
+
+// The same, and the sum is the state's own.
+inline void softmax_terms(float* s, int count, int dim, State* state) {
+  F total{};
+  lane_terms(s, count, dim, state, &total);
   state->sum += sum(total);
 }
 
@@ -395,26 +402,6 @@ inline bool as_pairs<bf16>(const float* query, int dim, float* pairs) {
   return sum(rest & 0xffffu) == 0;
 }
 #endif
-
-// `softmax_terms` of a state whose sum is in the lanes of `total`, until all batches of its piece are done.
-inline void lane_terms(float* s, int count, int dim, State* state, F* total) {
-  for (int j = count; j < kBatch; ++j) s[j] = kLowest;
-  F top = load(s);
-  for (int j = W; j < kBatch; j += W) top = max(top, load(s + j));
-  if (positive(top - state->max)) {
-    const float batch_max = largest(top);
-    const F shrink = exp(splat(state->max - batch_max));
-    for (int d = 0; d < dim; d += W) store(state->values + d, load(state->values + d) * shrink);
-    *total *= shrink;
-    state->max = batch_max;
-  }
-  const float base = state->max == kLowest ? 0.0f : state->max;
-  for (int j = 0; j < kBatch; j += W) {
-    const F p = exp(load(s + j) - base);
-    store(s + j, p);
-    *total += p;
-  }
-}
 
 void merge(int dim, const State& from, State* into) {
   if (from.max == kLowest) return;
