@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from magicpig import generation
+from magicpig import generation, weights
 from magicpig.config import Config
 from magicpig.errors import ArgumentError
 from magicpig.integrations.transformers import MagicPigCache, attach
 from magicpig.integrations.transformers.compat import cache_argument
+from magicpig.kernels import library
 from magicpig.kernels.base import DTYPES, MAX_LINEAR, load_kernels
 from magicpig.weights import FORMS, FastLinear, PackedLinear, use_weights
 
@@ -53,6 +54,44 @@ def test_a_layer_computes_what_it_did(rows, bias, dtype, form):
     # Of int8 a weight errs by its scale / sqrt(12), of bfloat16 by 2^-9 of itself; sums by their own dtype.
     limit = {"auto": 0.0, "bf16": 0.003, "int8": 0.006}[form] + 4 * torch.finfo(dtype).eps
     assert float((y.double() - right).norm() / right.norm()) <= limit
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [MAX_LINEAR + 1, 2 * MAX_LINEAR, 95, 96, 131])
+def test_a_prompt_is_multiplied_as_floats_where_torch_is_slow(monkeypatch, rows, bias, dtype, form):
+    multiplied = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: multiplied.append(x.dtype) or linear(x, *rest))
+    monkeypatch.setattr(library, "torch_multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(weights, "_NUMBERS_AT_ONCE", 7 * 70 + 1)  # seven rows, and one in the end
+    plain = layer(dtype, bias=bias)
+    kept = use_weights(copy.deepcopy(plain), form)
+    x = torch.randn(2, rows, 70).to(dtype)[:1].transpose(0, 1)
+    with torch.inference_mode():
+        y, right = kept(x), plain.double()(x.double())
+    assert (y.shape, y.dtype) == ((rows, 1, 50), dtype)
+    limit = {"auto": 0.0, "bf16": 0.003, "int8": 0.006}[form] + 4 * torch.finfo(dtype).eps
+    assert float((y.double() - right).norm() / right.norm()) <= limit
+    # One for `right`.
+    assert set(multiplied) == ({torch.float32, torch.float64} if dtype == torch.float32 else {torch.float64})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_more_than_a_product_is_asked_of_stays_torchs(monkeypatch, form):
+    monkeypatch.setattr(library, "torch_multiplies", lambda dtype: False)
+    monkeypatch.setattr(weights, "_multiplied_as_floats", lambda *given: pytest.fail("not differentiable"))
+    kept = use_weights(layer(), form)
+    x = torch.randn(MAX_LINEAR + 1, 70, dtype=torch.bfloat16, requires_grad=True)
+    kept(x).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert kept(x.detach()).dtype == torch.bfloat16
+
+
+def test_torch_always_multiplies_floats():
+    assert library.torch_multiplies(torch.float32)
+    assert library.torch_multiplies(torch.float64)
 
 
 def test_few_and_many_rows_agree_about_int8():

@@ -1,11 +1,13 @@
 """Linear layers that read their weights at the speed of memory when a few tokens come at a time, as decoding has it.
 
 One token needs every weight once, so reading them is what it costs. torch multiplies a few vectors far slower than
-memory allows; `Kernels.linear` does not. More vectors, as of a prompt, are torch's.
+memory allows; `Kernels.linear` does not. More vectors, as of a prompt, are torch's: in float32, a piece of the weights
+after the other, where it multiplies numbers of 16 bits far slower than those.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from magicpig.errors import ArgumentError
+from magicpig.kernels import library
 from magicpig.kernels.base import DTYPES, MAX_LINEAR, load_kernels
 from magicpig.kernels.linear.reference import pack
 
 Network = TypeVar("Network", bound=nn.Module)
 
 FORMS = ("auto", "bf16", "int8")
+_NUMBERS_AT_ONCE = 1 << 20  # of weights that become floats: they stay in a cache until they are multiplied
+_WORTH_FLOATS = 96  # vectors from which on making floats of the weights costs less than it gains (docs/log.md)
 
 
 def use_weights(network: Network, form: str = "auto") -> Network:
@@ -56,20 +61,26 @@ class FastLinear(nn.Linear):
     """`torch.nn.Linear`, which asks the kernels where a few vectors come and nothing is differentiated."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.is_fast(input):
-            return super().forward(input)
         own = self._parameters  # a parameter that is asked for as an attribute takes a microsecond
-        return _multiplied(input, own["weight"], None, own["bias"])
+        if self.is_fast(input):
+            return _multiplied(input, own["weight"], None, own["bias"])
+        if not library.torch_multiplies(input.dtype) and self._suits(input):
+            return _multiplied_as_floats(input, own["weight"], None, own["bias"])
+        return super().forward(input)
 
     def is_fast(self, input: Tensor) -> bool:
         """Whether the kernels multiply these vectors."""
+        return self._suits(input, load_kernels().few_vectors(input.dtype))
+
+    def _suits(self, input: Tensor, most: float = math.inf) -> bool:
+        """Whether these are at most so many vectors of its dtype, of which nothing but the product is asked."""
         weight = self._parameters.get("weight")  # none where something computes it from others
         return (
             weight is not None
             and weight.dtype is input.dtype
             and weight.is_cpu
             and weight.is_contiguous()
-            and _few(input, self.in_features, load_kernels().few_vectors(input.dtype))
+            and _suits(input, self.in_features, most)
             and not (torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad))
         )
 
@@ -93,12 +104,17 @@ class PackedLinear(nn.Module):
 
     def is_fast(self, input: Tensor) -> bool:
         """Whether the kernels multiply these vectors."""
-        return _few(input, self.in_features, MAX_LINEAR) and not (torch.is_grad_enabled() and input.requires_grad)
+        return self._suits(input, MAX_LINEAR)
+
+    def _suits(self, input: Tensor, most: float = math.inf) -> bool:
+        return _suits(input, self.in_features, most) and not (torch.is_grad_enabled() and input.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
+        own = self._buffers
         if self.is_fast(input):
-            own = self._buffers
             return _multiplied(input, own["numbers"], own["scales"], own["bias"])
+        if not library.torch_multiplies(input.dtype) and self._suits(input):
+            return _multiplied_as_floats(input, own["numbers"], own["scales"], own["bias"])
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return functional.linear(input, self.unpacked(input.dtype), bias)
 
@@ -133,7 +149,7 @@ def rows_alike(layer: nn.Module, input: Tensor) -> int:
     return load_kernels().few_vectors(input.dtype) if isinstance(layer, FastLinear) else MAX_LINEAR
 
 
-def _few(input: Tensor, columns: int, most: int) -> bool:
+def _suits(input: Tensor, columns: int, most: float) -> bool:
     """Whether these are at most so many vectors on the CPU, of which nothing but the product is asked."""
     return (
         input.is_cpu
@@ -150,3 +166,28 @@ def _multiplied(input: Tensor, weight: Tensor | None, scales: Tensor | None, bia
     if bias is not None and bias.dtype is not input.dtype:
         bias = bias.to(input.dtype)
     return load_kernels().linear(input if input.is_contiguous() else input.contiguous(), weight, scales, bias)
+
+
+def _multiplied_as_floats(input: Tensor, weight: Tensor | None, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Any number of vectors, by products of floats."""
+    assert weight is not None
+    (N, _), K = weight.shape, input.shape[-1]
+    x = input.reshape(-1, K)
+    if len(x) < _WORTH_FLOATS:
+        some = [_multiplied(own, weight, scales, bias) for own in x.split(MAX_LINEAR)]
+        return torch.cat(some).view(*input.shape[:-1], N)
+    x = x.float()
+    y = torch.empty(len(x), N, dtype=torch.float32, device="cpu")
+    step = max(1, _NUMBERS_AT_ONCE // K)
+    piece = torch.empty(min(step, N), K, dtype=torch.float32, device="cpu")
+    for first in range(0, N, step):
+        at = slice(first, min(first + step, N))
+        floats = piece[: at.stop - first]
+        if scales is None:
+            floats.copy_(weight[at])
+        else:
+            torch.mul(weight[at, :K], scales[at, None], out=floats)
+        torch.mm(x, floats.T, out=y[:, at])
+    if bias is not None:
+        y += bias.float()
+    return y.to(input.dtype).view(*input.shape[:-1], N)

@@ -39,7 +39,7 @@ from magicpig.kernels.base import (
     stride_shift,
 )
 from magicpig.kernels.hash.reference import make_planes
-from magicpig.kernels.library import empty
+from magicpig.kernels.library import empty, torch_multiplies
 from magicpig.kernels.sketch.reference import EXACT_SHARE, LEVEL_DISTANCE, LEVEL_NOISE, make_rotation
 from magicpig.types import AttentionState
 
@@ -630,11 +630,13 @@ def attend_many(
 def prefers_many(dtype: torch.dtype, *, capped: bool) -> bool:
     """Whether `attend_many` is faster than torch here, whose fused attention knows no softcap (docs/log.md)."""
     form = _native.flash_form()
-    if capped:
-        return form != "portable"
+    if form == "portable":
+        return False
+    if capped or not torch_multiplies(dtype):
+        return True
     if dtype == torch.bfloat16:
         return form == "avx512bf16" and _native.is_amd()
-    return dtype == torch.float32 and form in ("avx512", "avx512bf16", "amx")
+    return dtype == torch.float32 and (form != "avx2" or _native.is_amd())
 
 
 def merge(states: Sequence[AttentionState]) -> AttentionState:
@@ -689,10 +691,12 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor
 
 def few_vectors(dtype: torch.dtype) -> int:
     """Up to how many vectors `linear` multiplies by a weight of their own dtype faster than torch (docs/log.md)."""
+    if _native.isa() == "portable":
+        return 4 if _native.is_amd() and dtype == torch.float32 else 1
+    if not torch_multiplies(dtype):
+        return MAX_LINEAR
     if not _native.is_amd():
         return 0 if dtype == torch.float32 else 4
-    if _native.isa() == "portable":
-        return 4 if dtype == torch.float32 else 1
     return MAX_LINEAR if dtype == torch.float32 else 8
 
 

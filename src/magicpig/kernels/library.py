@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,20 @@ def levels_to_test() -> list[str]:
     """The instruction sets of this machine, best first, and emulations of those that it lacks."""
     own = isa_levels(True)
     return [level for level in own if level.removesuffix("-emulated") not in set(own) - {level}]
+
+
+@cache
+def torch_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this dtype at the speed of the processor.
+
+    Without the instructions that its library wants, AVX-512 for bfloat16 and AVX512-FP16 for float16, it does so at a
+    fifth of the speed of float32 and less (docs/log.md). Then it is faster to multiply floats.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    asked = getattr(torch.ops.mkldnn, name, None)  # not public
+    return True if asked is None else bool(asked())
 
 
 def check_threads() -> None:

@@ -209,10 +209,14 @@ inline E* panel_column(E* panels, int column, int vectors, int depth, int* width
 
 inline void as_factor(float x, float* to) { *to = x; }
 inline void as_factor(float x, bf16* to) { narrow_one(x, to); }
-inline void as_factor(bf16 x, bf16* to) { *to = x; }
+
+// The numbers of a row as what they are multiplied as; `memory` is for those that have to become floats.
+inline const bf16* factors_of(const bf16* row, int, bf16*) { return row; }
+inline const float* factors_of(const float* row, int, float*) { return row; }
 template <class T>
-inline void as_factor(T x, float* to) {
-  *to = widen_one(x);
+inline const float* factors_of(const T* row, int count, float* memory) {
+  to_float_of(row, count, memory);
+  return memory;
 }
 
 // Keys become columns: of `count` of them, the others zero.
@@ -238,10 +242,9 @@ inline void pack_keys(const T* keys, int64_t stride, int count, int dim, int dep
   for (int j = done; j < count; ++j) {
     int width;
     E* const to = panel_column(panels, j, kVectors, depth, &width);
-    const T* const from = keys + j * stride;
-    for (int d = 0; d < dim; ++d) {
-      as_factor(from[d], to + (int64_t)(d / kPair<E>)*width * kPair<E> + d % kPair<E>);
-    }
+    alignas(64) E memory[kMaxDim];
+    const E* const from = factors_of(keys + j * stride, dim, memory);
+    for (int d = 0; d < dim; ++d) to[(int64_t)(d / kPair<E>)*width * kPair<E> + d % kPair<E>] = from[d];
   }
 }
 
@@ -268,9 +271,10 @@ inline void pack_values(const T* values, int64_t stride, int count, int dim, int
       }
     }
     for (int j = done; j < count; ++j) {
-      const T* const from = values + j * stride + first;
+      alignas(64) E memory[kMaxDim];
+      const E* const from = factors_of(values + j * stride + first, here, memory);
       E* const row = to + (int64_t)(j / kPair<E>)*width * kPair<E> + j % kPair<E>;
-      for (int d = 0; d < here; ++d) as_factor(from[d], row + d * kPair<E>);
+      for (int d = 0; d < here; ++d) row[d * kPair<E>] = from[d];
     }
   }
 }

@@ -18,6 +18,7 @@ from magicpig.attention import step
 from magicpig.config import EXACT
 from magicpig.integrations.transformers.compat import cache_argument
 from magicpig.integrations.transformers.shapes import layer_shapes
+from magicpig.kernels import library
 from magicpig.studies.bench.clocks import Clocks
 from magicpig.studies.bench.decode import Decoder
 from magicpig.studies.bench.quiet import Timing, count, quiet_ms, timed
@@ -32,8 +33,8 @@ class Result:
 
     tokens_per_s: of a pass of `tokens` behind `context` others. attention_ms: of the pass, all layers.
     attention_gflops: of the two products of attention, what is masked left out; product_gflops: of a plain product of
-    two matrices of the model's dtype, both in 10^9 operations a second. calls: passes that were timed; quiet_calls:
-    those that count.
+    two matrices of the model's dtype, or of floats where that is faster, both in 10^9 operations a second. calls:
+    passes that were timed; quiet_calls: those that count.
     """
 
     context: int
@@ -99,7 +100,9 @@ def measure(
 
 def product_gflops(dtype: torch.dtype) -> float:
     """10^9 operations a second of a product of two matrices: the most that could be hoped for."""
-    a, b = torch.randn(2, _SIZE, _SIZE, dtype=torch.float32, device="cpu").to(dtype)
+    a, b = torch.randn(2, _SIZE, _SIZE, dtype=torch.float32, device="cpu")
+    if library.torch_multiplies(dtype):
+        a, b = a.to(dtype), b.to(dtype)
     torch.mm(a, b)
     times = quiet_ms(timed(lambda: torch.mm(a, b)) for _ in range(_PRODUCTS))
     return 2 * _SIZE**3 / statistics.median(times) / 1e6
