@@ -170,7 +170,7 @@ def test_a_pilot_has_no_sinks_and_is_otherwise_as_if_they_were_not_there(n):
 def test_a_pilot_is_one_block_of_neighbours_out_of_as_many_as_are_far_apart(n):
     keys = sketch.pilot(n)
     blocks = -(-n // 64)
-    apart = min(max(blocks // 64, 1), 16)
+    apart = min(-(-blocks // 32), 16)
     assert (keys.diff() > 0).all()
     assert int(keys.min()) >= 0
     assert int(keys.max()) < n
@@ -179,7 +179,9 @@ def test_a_pilot_is_one_block_of_neighbours_out_of_as_many_as_are_far_apart(n):
     assert torch.equal(chosen // apart, torch.arange(-(-blocks // apart)))
     assert len(keys) == sum(min(64, n - 64 * int(block)) for block in chosen)
     if apart > 1:
-        assert len((chosen % apart).unique()) == apart
+        # Of `apart` places, so many draws meet this many on average.
+        met = apart * (1 - (1 - 1 / apart) ** len(chosen))
+        assert len((chosen % apart).unique()) >= 0.8 * met
     else:
         assert len(keys) == n
 
@@ -205,7 +207,7 @@ def test_weights_of_many_keys_are_shares_but_for_a_factor_of_each_head():
     floor = int(0.05 * 2**30 / 20_000)
     expected = sum((own - floor).double() for own in each) / 2 + floor
     assert float((weights - expected).abs().max()) <= 2
-    # 5056 keys of the pilot have sums of powers with standard errors of about a fifth, and a fiftieth.
+    # 1280 keys of the pilot have sums of powers with standard errors of about a quarter, and a fiftieth.
     totals = torch.tensor([float((own - floor).double().sum()) for own in each]) / (0.95 * 2**30)
     assert 0.3 < float(totals[0]) < 1.8
     assert 0.92 < float(totals[1]) < 1.08

@@ -15,7 +15,7 @@ constexpr double kFloor = 0.05;      // share of the weight that all keys get al
 constexpr int kWeightBits = 30;      // all weights together are about 2^30
 constexpr int kMostBits = 27;        // and none is more than 2^27 above the floor
 constexpr double kWidest = 1 << 18;  // octaves between the scores of a head and zero, in which a float is exact enough
-constexpr int64_t kPilotBlocks = 64, kPilotApart = 16;
+constexpr int64_t kPilotBlocks = 32, kPilotApart = 16;
 constexpr double kOctave = 1 << 23;  // of a score
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kMostUnit = 1e30;  // so that no product with it is infinite
@@ -123,7 +123,7 @@ Pilot::Pilot(int64_t keys, int64_t sinks)
       sinks(sinks),
       first_block(sinks / kSketchKeys),
       all_blocks((keys + kSketchKeys - 1) / kSketchKeys - first_block),
-      apart(std::clamp<int64_t>(all_blocks / kPilotBlocks, 1, kPilotApart)) {}
+      apart(std::clamp<int64_t>((all_blocks + kPilotBlocks - 1) / kPilotBlocks, 1, kPilotApart)) {}
 
 int64_t Pilot::block(int64_t i) const {
   const int64_t first = i * apart;

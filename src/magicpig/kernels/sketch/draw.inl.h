@@ -1,4 +1,4 @@
-// Integer weights -> a systematic sample, without a branch that depends on what is drawn but for how much. See pick in
+// Integer weights -> a systematic sample, nearly without branches that depend on what is drawn. See pick in
 // kernels/sketch/reference.py.
 #pragma once
 
@@ -29,7 +29,7 @@ struct GroupOfKeys {
   static constexpr int kVectors = kSumKeys / W;
   U weights[kVectors], before[kVectors];  // of each key, and of all that a walk comes to before it in its group
 
-  GroupOfKeys(const uint32_t* from, uint32_t most, uint32_t swaps) {
+  void read(const uint32_t* from, uint32_t most, uint32_t swaps) {
     U sums[kVectors];  // of the half of a parent that a lane is in
     for (int v = 0; v < kVectors; ++v) {
       const U own = load(from + v * W);
@@ -96,6 +96,8 @@ int64_t pick(const uint32_t* weights, const uint32_t* sums, const Walk& walk, ui
   const uint32_t most = step < ~0u ? (uint32_t)step : ~0u;
   const int near = walk.count < kNearGroups ? (int)walk.count : kNearGroups;
   uint64_t walked = 0, way = step - start;  // `way`: where the next step ends
+  GroupOfKeys keys;
+  int64_t read = -1;  // which group they are: in a large sample several steps end in one
   for (int64_t i = 0; i < walk.count; i += near) {
     if (walk.order[i] / kNearGroups * kNearGroups >= walk.groups) continue;
     uint64_t ends[kNearGroups + 1];
@@ -106,7 +108,8 @@ int64_t pick(const uint32_t* weights, const uint32_t* sums, const Walk& walk, ui
       int j = 0;
       for (int k = 1; k < kNearGroups; ++k) j += ends[k] < way;
       const int64_t group = walk.order[i + j];
-      const GroupOfKeys keys(weights + group * kSumKeys, most, walk.swaps[group]);
+      if (group != read) keys.read(weights + group * kSumKeys, most, walk.swaps[group]);
+      read = group;
       const int64_t key = group * kSumKeys + keys.lane_at((uint32_t)(way - ends[j]));
       taken[key / 64] |= (uint64_t)1 << key % 64;
     }

@@ -30,7 +30,7 @@ FLOOR = 0.05  # share of the weight that all keys get alike, so that no key a qu
 WEIGHT_BITS = 30  # all weights together are about 2**30
 MOST_BITS = 27  # no weight is more than 2**27 above the floor: sixteen of them fit 32 bits
 WIDEST = 2**18  # octaves between the scores of a head and zero; of larger ones an octave becomes several
-PILOT_KEYS, PILOT_BLOCKS, PILOT_APART = 64, 64, 16  # see pilot
+PILOT_KEYS, PILOT_BLOCKS, PILOT_APART = 64, 32, 16  # see pilot
 EXACT_SHARE = 0.25  # of the keys: a larger sample would hardly be read faster than all of them, and they are exact
 WALK_GROUP = 16  # keys that are walked along together
 
@@ -195,13 +195,13 @@ def pilot(n: int, sinks: int = 0) -> Tensor:
 
     None of the first ``sinks`` keys is among them.
 
-    One key in 16, more where that would be few. What a head gives all keys together need not be known well: weights
-    need not be shares for probabilities to be right. But heads whose sum is far too small for that of others get rows
-    that those need.
+    One key in 16; of short texts more, so that there are 16 to 32 blocks (docs/log.md). What a head gives all keys
+    together need not be known well: weights need not be shares for probabilities to be right. But heads whose sum is
+    far too small for that of others get rows that those need.
     """
     begin = sinks // PILOT_KEYS
     blocks = -(-n // PILOT_KEYS) - begin
-    apart = min(max(blocks // PILOT_BLOCKS, 1), PILOT_APART)
+    apart = min(max(-(-blocks // PILOT_BLOCKS), 1), PILOT_APART)
     first = torch.arange(0, blocks, apart, dtype=torch.int64, device="cpu")
     chosen = begin + first + _scrambled(_count(len(first))) % (blocks - first).clamp(max=apart)
     keys = (chosen[:, None] * PILOT_KEYS + _count(PILOT_KEYS)).flatten()
