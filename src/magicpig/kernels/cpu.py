@@ -655,7 +655,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor
     """x (..., K), of up to `MAX_LINEAR` vectors, times weight (N, K) transposed, plus bias (N,): (..., N) in x's dtype.
 
     scales: (N,) float32, of a weight in int8, whose rows are padded to a multiple of `BYTE_LANE`. bias: in x's dtype.
-    All are contiguous. Sums are float32; with VNNI and of int8, x is rounded to 16 bits and a scale for 256 numbers.
+    All are contiguous. Sums are float32; of int8, x is rounded to 16 bits and a scale for 256 numbers (not `portable`).
     """
     shape, (rows, stride) = x.shape, weight.shape
     columns = shape[-1]

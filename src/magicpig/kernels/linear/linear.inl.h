@@ -7,7 +7,7 @@ namespace {
 // Vectors at once, so that a tile of rows and sums fits the registers.
 constexpr int kLinearVectors = kRegisters == 32 ? 4 : 2;
 
-// Of a matrix of floats, and of one in bytes where bytes become floats: floats, in the order in which whole pieces of 2 W
+// Of a matrix of floats, and of one in bytes where those become floats: floats, in the order in which whole pieces of 2 W
 // numbers of a row are unpacked, then the rest.
 inline int64_t unpacked(int64_t columns) { return columns / (2 * W) * (2 * W); }
 
@@ -49,9 +49,37 @@ inline void multiply_floats(const T* const* rows, int64_t ahead, int64_t columns
   }
 }
 
+#if defined(MAGICPIG_VNNI) || defined(MAGICPIG_AVX512) || defined(__AVX2__)
+#define MAGICPIG_WHOLE_NUMBERS
+
+inline int64_t byte_blocks(int64_t columns) { return (columns + kByteBlock - 1) / kByteBlock; }
+
+// Where bytes of a matrix are multiplied as whole numbers, so are vectors: numbers of sixteen bits times one scale for
+// every kByteBlock of them. `numbers`: of such a block, of which `count` are there. Returns the scale.
+inline float whole_numbers(const float* x, int64_t count, int32_t* numbers) {
+  alignas(64) float own[kByteBlock] = {};
+  memcpy(own, x, sizeof(float) * (size_t)(count < kByteBlock ? count : kByteBlock));
+  F top{}, sound{};
+  for (int d = 0; d < kByteBlock; d += W) {
+    const F each = load(own + d);
+    top = max(top, max(each, -each));
+    sound += each - each;  // not zero where a number is not finite
+  }
+  const float largest_one = largest(top), zero = sum(sound);
+  // Below the normal floats there is no inverse; all numbers are zero then.
+  const float step = largest_one / 32512.0f;
+  const bool counts = step >= __FLT_MIN__;
+  const F inverse = splat(counts ? 1.0f / step : 0.0f);
+  for (int d = 0; d < kByteBlock; d += W) {
+    const I each = nearest(load(own + d) * inverse);
+    memcpy(numbers + d, &each, sizeof each);
+  }
+  return zero == 0.0f ? (counts ? step : 0.0f) : __builtin_nanf("");
+}
+#endif
+
 #if defined(MAGICPIG_VNNI)
-// Of a matrix in bytes where bytes are multiplied: a vector as whole numbers of sixteen bits, high * 256 + low, times one
-// scale for every kByteBlock of them.
+// Numbers as high * 256 + low: bytes are multiplied.
 struct ByteFactors {
   int8_t high[kByteBlock], low[kByteBlock];
   int32_t start[W];  // what undoes that bytes of a row count from -128
@@ -59,39 +87,22 @@ struct ByteFactors {
   int32_t unused[W - 1];
 };
 
-inline int64_t byte_blocks(int64_t columns) { return (columns + kByteBlock - 1) / kByteBlock; }
-
 void to_byte_factors(const float* x, int64_t columns, ByteFactors* factors) {
   for (int64_t block = 0; block < byte_blocks(columns); ++block) {
-    const int64_t first = block * kByteBlock, left = columns - first;
     ByteFactors& to = factors[block];
-    alignas(64) float own[kByteBlock] = {};
-    memcpy(own, x + first, sizeof(float) * (size_t)(left < kByteBlock ? left : kByteBlock));
-    F top{}, sound{};
-    for (int d = 0; d < kByteBlock; d += W) {
-      const F each = load(own + d);
-      top = max(top, max(each, -each));
-      sound += each - each;  // not zero where a number is not finite
-    }
-    const float largest_one = largest(top), zero = sum(sound);
-    // Below the normal floats there is no inverse; all numbers are zero then.
-    const float step = largest_one / 32512.0f;
-    const bool counts = step >= __FLT_MIN__;
-    const F inverse = splat(counts ? 1.0f / step : 0.0f);
+    alignas(64) int32_t numbers[kByteBlock];
+    to.scale = whole_numbers(x + block * kByteBlock, columns - block * kByteBlock, numbers);
     I sums{};
     for (int d = 0; d < kByteBlock; d += W) {
-      const I number = nearest(load(own + d) * inverse), high = (number + 128) >> 8;
+      const I number = (I)load((const float*)(numbers + d)), high = (number + 128) >> 8;
       store(to.high + d, high);
       store(to.low + d, number - (high << 8));
-      alignas(64) int32_t numbers[W];
-      memcpy(numbers, &number, sizeof number);
       // Four neighbours are multiplied in one lane.
       I own_sums{};
-      for (int i = 0; i < W; ++i) own_sums[d % (4 * W) / 4 + i / 4] += numbers[i];
+      for (int i = 0; i < W; ++i) own_sums[d % (4 * W) / 4 + i / 4] += numbers[d + i];
       sums += own_sums;
     }
     for (int i = 0; i < W; ++i) to.start[i] = -128 * sums[i];
-    to.scale = zero == 0.0f ? (counts ? step : 0.0f) : __builtin_nanf("");
   }
 }
 
@@ -124,6 +135,73 @@ inline void multiply_bytes(const i8* const* rows, int64_t ahead, int64_t columns
     for (int v = 0; v < V; ++v) {
       const F scale = splat(factors[v * blocks + block].scale);
       for (int r = 0; r < kTileRows; ++r) dot[v][r] += to_f((high[v][r] << 8) + low[v][r]) * scale;
+    }
+  }
+  for (int v = 0; v < V; ++v) sum4(dot[v], sums + v * per_vector);
+}
+
+#elif defined(MAGICPIG_WHOLE_NUMBERS)
+// Numbers as they are: bytes of a row become words. A block's products, 127 * 32512 each, fit a sum of 32 bits.
+struct ByteFactors {
+  int16_t numbers[kByteBlock];
+  float scale;
+  int32_t unused[W - 1];
+};
+
+void to_byte_factors(const float* x, int64_t columns, ByteFactors* factors) {
+  for (int64_t block = 0; block < byte_blocks(columns); ++block) {
+    alignas(64) int32_t numbers[kByteBlock];
+    factors[block].scale = whole_numbers(x + block * kByteBlock, columns - block * kByteBlock, numbers);
+    for (int d = 0; d < kByteBlock; ++d) factors[block].numbers[d] = (int16_t)numbers[d];
+  }
+}
+
+// 2 W bytes as words.
+inline S widen_to_words(const i8* p) {
+#if defined(__AVX512BW__)
+  return (S)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (S)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(2 * W)));
+  Bytes bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, S);
+#endif
+}
+
+// Products of words, neighbours added up.
+inline I dot_words(S a, S b) {
+#if defined(MAGICPIG_AVX512)
+  return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+template <int V>
+inline void multiply_bytes(const i8* const* rows, int64_t ahead, int64_t columns, const ByteFactors* factors,
+                           float* sums, int64_t per_vector) {
+  const int64_t blocks = byte_blocks(columns);
+  F dot[V][kTileRows] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    I whole[V][kTileRows] = {};
+    const int64_t first = block * kByteBlock, left = columns - first;
+    const int here = (int)(left < kByteBlock ? left : kByteBlock);
+    for (int d = 0; d < here; d += 2 * W) {
+      for (int r = 0; r < kTileRows; ++r) {
+        const S words = widen_to_words(rows[r] + first + d);
+        if (d % kLine == 0) request_next(rows[r] + first + d, ahead);
+        for (int v = 0; v < V; ++v) {
+          S own;
+          memcpy(&own, factors[v * blocks + block].numbers + d, sizeof own);
+          whole[v][r] += dot_words(words, own);
+        }
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      const F scale = splat(factors[v * blocks + block].scale);
+      for (int r = 0; r < kTileRows; ++r) dot[v][r] += to_f(whole[v][r]) * scale;
     }
   }
   for (int v = 0; v < V; ++v) sum4(dot[v], sums + v * per_vector);
@@ -180,14 +258,14 @@ inline void multiply_of(const Matrix& matrix, int64_t first, int64_t last, const
 }
 
 size_t factor_bytes([[maybe_unused]] Dtype dtype, int64_t columns) {
-#if defined(MAGICPIG_VNNI)
+#if defined(MAGICPIG_WHOLE_NUMBERS)
   if (dtype == Dtype::i8) return (size_t)byte_blocks(columns) * sizeof(ByteFactors);
 #endif
   return (size_t)columns * sizeof(float);
 }
 
 void to_factors(Dtype dtype, const float* x, int64_t columns, void* factors) {
-#if defined(MAGICPIG_VNNI)
+#if defined(MAGICPIG_WHOLE_NUMBERS)
   if (dtype == Dtype::i8) return to_byte_factors(x, columns, (ByteFactors*)factors);
 #endif
   with_type(dtype, [&]<class T>(const T*) { to_float_factors<T>(x, columns, (float*)factors); });
@@ -195,9 +273,14 @@ void to_factors(Dtype dtype, const float* x, int64_t columns, void* factors) {
 
 void multiply(const Matrix& matrix, int64_t first, int64_t last, const void* factors, int vectors, float* products) {
   const int64_t columns = matrix.columns;
+#if defined(MAGICPIG_WHOLE_NUMBERS)
 #if defined(MAGICPIG_VNNI)
+  constexpr int kMost = kLinearVectors / 2;  // each has two sums
+#else
+  constexpr int kMost = kLinearVectors;
+#endif
   if (matrix.dtype == Dtype::i8) {
-    return multiply_of<i8, kLinearVectors / 2>(
+    return multiply_of<i8, kMost>(
         matrix, first, last, (const ByteFactors*)factors, byte_blocks(columns), vectors, products,
         [&]<int V>(const i8* const* rows, int64_t ahead, const ByteFactors* from, float* sums) {
           multiply_bytes<V>(rows, ahead, columns, from, sums, kTileRows);

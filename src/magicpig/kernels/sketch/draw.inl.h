@@ -27,7 +27,8 @@ alignas(64) constexpr GroupLevels kGroupLevels;
 
 struct GroupOfKeys {
   static constexpr int kVectors = kSumKeys / W;
-  U weights[kVectors], before[kVectors];  // of each key, and of all that a walk comes to before it in its group
+  U weights[kVectors] = {};  // of each key
+  U before[kVectors] = {};   // of all that a walk comes to before it in its group
 
   void read(const uint32_t* from, uint32_t most, uint32_t swaps) {
     U sums[kVectors];  // of the half of a parent that a lane is in
