@@ -66,6 +66,7 @@ def test_a_prompt_is_multiplied_as_floats_where_torch_is_slow(monkeypatch, rows,
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: multiplied.append(x.dtype) or linear(x, *rest))
     monkeypatch.setattr(library, "torch_multiplies", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(weights, "_NUMBERS_AT_ONCE", 7 * 70 + 1)  # seven rows, and one in the end
+    monkeypatch.setattr(weights, "_VECTORS_AT_ONCE", 50)
     plain = layer(dtype, bias=bias)
     kept = use_weights(copy.deepcopy(plain), form)
     x = torch.randn(2, rows, 70).to(dtype)[:1].transpose(0, 1)

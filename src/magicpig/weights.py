@@ -23,6 +23,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 FORMS = ("auto", "bf16", "int8")
 _NUMBERS_AT_ONCE = 1 << 20  # of weights that become floats: they stay in a cache until they are multiplied
+_VECTORS_AT_ONCE = 4096  # whose products are there as floats, so that long prompts take no more memory than with torch
 _WORTH_FLOATS = 96  # vectors from which on making floats of the weights costs less than it gains (docs/log.md)
 
 
@@ -176,18 +177,18 @@ def _multiplied_as_floats(input: Tensor, weight: Tensor | None, scales: Tensor |
     if len(x) < _WORTH_FLOATS:
         some = [_multiplied(own, weight, scales, bias) for own in x.split(MAX_LINEAR)]
         return torch.cat(some).view(*input.shape[:-1], N)
-    x = x.float()
-    y = torch.empty(len(x), N, dtype=torch.float32, device="cpu")
+    out = torch.empty(len(x), N, dtype=input.dtype, device="cpu")
     step = max(1, _NUMBERS_AT_ONCE // K)
     piece = torch.empty(min(step, N), K, dtype=torch.float32, device="cpu")
-    for first in range(0, N, step):
-        at = slice(first, min(first + step, N))
-        floats = piece[: at.stop - first]
-        if scales is None:
-            floats.copy_(weight[at])
-        else:
-            torch.mul(weight[at, :K], scales[at, None], out=floats)
-        torch.mm(x, floats.T, out=y[:, at])
-    if bias is not None:
-        y += bias.float()
-    return y.to(input.dtype).view(*input.shape[:-1], N)
+    for own, to in zip(x.split(_VECTORS_AT_ONCE), out.split(_VECTORS_AT_ONCE), strict=True):
+        vectors, y = own.float(), torch.empty(to.shape, dtype=torch.float32, device="cpu")
+        for first in range(0, N, step):
+            at = slice(first, min(first + step, N))
+            floats = piece[: at.stop - first]
+            if scales is None:
+                floats.copy_(weight[at])
+            else:
+                torch.mul(weight[at, :K], scales[at, None], out=floats)
+            torch.mm(vectors, floats.T, out=y[:, at])
+        to.copy_(y if bias is None else y.add_(bias.float()))
+    return out.view(*input.shape[:-1], N)

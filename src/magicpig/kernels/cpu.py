@@ -21,6 +21,7 @@ from magicpig.kernels.base import (
     BYTE_LANE,
     LANE,
     LEAST_STRIDE,
+    MAX_GROUP,
     MAX_HEAD_DIM,
     MAX_LINEAR,
     SEGMENT_ROWS,
@@ -53,7 +54,7 @@ _ROW_CODES = {**_CODES, torch.int8: 3}
 # The forms of base.py are those of kernels.h.
 assert (BLOCK_ROWS, SEGMENT_ROWS, SKETCH_KEYS) == (_native.BLOCK_ROWS, _native.SEGMENT_ROWS, _native.SKETCH_KEYS)
 assert (LANE, LEAST_STRIDE, MAX_HEAD_DIM) == (_native.LANE, _native.LEAST_STRIDE, _native.MAX_DIM)
-assert (BYTE_LANE, MAX_LINEAR) == (_native.BYTE_LANE, _native.MAX_LINEAR)
+assert (BYTE_LANE, MAX_LINEAR, MAX_GROUP) == (_native.BYTE_LANE, _native.MAX_LINEAR, _native.MAX_GROUP)
 
 
 def dtype_code(dtype: torch.dtype) -> int:

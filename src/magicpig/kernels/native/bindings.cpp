@@ -387,6 +387,7 @@ NB_MODULE(_native, m) {
   m.attr("LEAST_STRIDE") = kLeastStride;
   m.attr("MAX_LINEAR") = kMaxLinear;
   m.attr("BYTE_LANE") = kByteLane;
+  m.attr("MAX_GROUP") = kMaxGroup;
 
   m.def("isa", [] { return kernels().name; });
   m.def("use_isa", [](const std::string& name) { use_level(name.c_str()); }, "name"_a);

@@ -6,16 +6,14 @@
 namespace magicpig {
 namespace {
 
-constexpr int kMostQueries = 256;  // that attend at once: the largest group
-
 // Rows in blocks: positions [begin, end) of all these pairs, whose states are `states[pair]`.
 void attend_blocks(const Plan& plan, const int64_t* pairs, State* const* states, int count, int64_t begin,
                    int64_t end) {
   const StoreView& store = plan.store_of(pairs[0]);
   const int g = static_cast<int>(pairs[0] % plan.heads), queries = count * plan.group;
-  const float* lanes[kMostQueries];
-  State own[kMostQueries];
-  float offsets[kMostQueries] = {};
+  const float* lanes[kMaxGroup];
+  State own[kMaxGroup];
+  float offsets[kMaxGroup] = {};
   const auto query = [&](int i) { return plan.first_query(pairs[i / plan.group]) + i % plan.group; };
   for (int i = 0; i < queries; ++i) {
     lanes[i] = plan.lanes + query(i) * plan.dim;
@@ -38,9 +36,9 @@ void attend_tail(const Plan& plan, int64_t pair, int64_t begin, int64_t end, Sta
   const int64_t q0 = plan.first_query(pair);
   thread_local std::vector<float> memory;
   float* values = scratch(memory, static_cast<size_t>(plan.group) * plan.dim);
-  const float* queries[kMostQueries];
-  State own[kMostQueries];
-  float offsets[kMostQueries] = {};
+  const float* queries[kMaxGroup];
+  State own[kMaxGroup];
+  float offsets[kMaxGroup] = {};
   for (int r = 0; r < plan.group; ++r) {
     queries[r] = plan.tail_lanes + (q0 + r) * plan.dim;
     own[r] = empty_state(plan.dim, values + static_cast<int64_t>(r) * plan.dim);
@@ -81,15 +79,15 @@ int together(const Plan& plan, int begin, int end) {
     return unit.begin == first.begin && plan.first_row(unit) == row && in_blocks(unit) == in_blocks(first) &&
            plan.stores[unit.sequence]->dtype == plan.stores[first.sequence]->dtype;
   };
-  const int most = std::min(end - begin, kMostQueries / plan.group);
+  const int most = std::min(end - begin, kMaxGroup / plan.group);
   int count = 1;
   while (count < most && same(plan.units[plan.order[begin + count]])) ++count;
   return count;
 }
 
 void attend_together(const Plan& plan, int begin, int count) {
-  int64_t pairs[kMostQueries];
-  State* states[kMostQueries];
+  int64_t pairs[kMaxGroup];
+  State* states[kMaxGroup];
   for (int i = 0; i < count; ++i) {
     const Unit& unit = plan.units[plan.order[begin + i]];
     pairs[i] = plan.pair_of(unit);

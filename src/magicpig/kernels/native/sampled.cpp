@@ -198,7 +198,7 @@ struct DrawingGroup {
   const StoreView& store;
   int head;
   int64_t first_query;
-  const float* queries[256];
+  const float* queries[kMaxGroup];
 
   DrawingGroup(const Plan& plan, int64_t pair)
       : plan(plan),
@@ -312,7 +312,7 @@ void draw(const Plan& plan, int64_t index) {
     if (candidates > rows) draw_again(group, rows, memory, looking);
     group.attend(memory, states);
     if (!looking) break;
-    float errors[256];
+    float errors[kMaxGroup];
     const float worst = predict_errors(plan, index, errors);
     if (is_enough(worst, policy.epsilon, first_draw)) break;
     pair.tried += static_cast<int64_t>(memory.ids.size());

@@ -9,6 +9,8 @@
 
 namespace magicpig {
 
+constexpr int kMaxGroup = 256;  // query heads of one kv head; so many queries attend at once
+
 struct HeadSample {
   std::vector<uint32_t> ids;
   std::vector<float> log_u;
