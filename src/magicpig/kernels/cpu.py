@@ -692,12 +692,13 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor
 
 def few_vectors(dtype: torch.dtype) -> int:
     """Up to how many vectors `linear` multiplies by a weight of their own dtype faster than torch (docs/log.md)."""
-    if _native.isa() == "portable":
-        return 4 if _native.is_amd() and dtype == torch.float32 else 1
-    if not torch_multiplies(dtype):
+    portable = _native.isa() == "portable"
+    if not portable and not torch_multiplies(dtype):
         return MAX_LINEAR
     if not _native.is_amd():
         return 0 if dtype == torch.float32 else 4
+    if portable:
+        return 4 if dtype == torch.float32 else 1
     return MAX_LINEAR if dtype == torch.float32 else 8
 
 

@@ -1,4 +1,4 @@
-"""The compiled library itself: its instruction sets, its threads, and the memory it gives."""
+"""The compiled library itself: its instruction sets, its threads, and the memory it gives; and what torch's lacks."""
 
 from __future__ import annotations
 

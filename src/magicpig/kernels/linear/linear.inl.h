@@ -156,29 +156,6 @@ void to_byte_factors(const float* x, int64_t columns, ByteFactors* factors) {
   }
 }
 
-// 2 W bytes as words.
-inline S widen_to_words(const i8* p) {
-#if defined(__AVX512BW__)
-  return (S)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
-  return (S)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
-#else
-  typedef int8_t Bytes __attribute__((vector_size(2 * W)));
-  Bytes bytes;
-  memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, S);
-#endif
-}
-
-// Products of words, neighbours added up.
-inline I dot_words(S a, S b) {
-#if defined(MAGICPIG_AVX512)
-  return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#else
-  return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#endif
-}
-
 template <int V>
 inline void multiply_bytes(const i8* const* rows, int64_t ahead, int64_t columns, const ByteFactors* factors,
                            float* sums, int64_t per_vector) {

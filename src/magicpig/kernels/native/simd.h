@@ -181,6 +181,31 @@ inline uint64_t below(U a, U b) {
 // Sixteen-bit numbers, two in each lane.
 typedef int16_t S __attribute__((vector_size(W * 4)));
 
+#if defined(MAGICPIG_AVX512) || defined(__AVX2__)
+// 2 W bytes as words.
+inline S widen_to_words(const i8* p) {
+#if defined(__AVX512BW__)
+  return (S)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (S)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(2 * W)));
+  Bytes bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, S);
+#endif
+}
+
+// Products of words, neighbours added up.
+inline I dot_words(S a, S b) {
+#if defined(MAGICPIG_AVX512)
+  return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+#endif
+
 // Numbers of eight bits of W lanes in memory.
 typedef int8_t Byte __attribute__((vector_size(W)));
 inline void store(int8_t* p, I v) {
@@ -248,10 +273,8 @@ inline ByteSum add_dot(ByteSum sum, U bytes, const Four& other) {
   return sum;
 }
 inline I total(ByteSum sum) {
-#if defined(MAGICPIG_AVX512)
-  return (I)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1));
-#elif defined(__AVX2__)
-  return (I)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
+#if defined(MAGICPIG_AVX512) || defined(__AVX2__)
+  return dot_words(sum, S{} + 1);
 #else
   return (((I)sum << 16) >> 16) + ((I)sum >> 16);
 #endif
